@@ -1,0 +1,1 @@
+"""Bitplan: service/cli."""
