@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -33,12 +33,13 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
 )
+from transformers.utils.logging import disable_progress_bar
 
 THREADS = 2  # fixed: the order of floating-point sums depends on it
-CNN_STEPS, LM_STEPS, QUICK_STEPS = 500, 600, 4
+CNN_STEPS, LM_STEPS, QUICK_STEPS = 500, 900, 4
 HELD_OUT_IMAGES = 897
 HELD_OUT_CHARACTERS = 80_000
-IMAGE_BATCH, TEXT_BATCH, SEQUENCE_LENGTH = 96, 16, 128
+IMAGE_BATCH, TEXT_BATCH, SEQUENCE_LENGTH = 96, 8, 128
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -69,7 +70,9 @@ def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Itera
         yield from torch.randperm(count, generator=generator).split(size)
 
 
-def train(model: nn.Module, loss_of_next_batch: Callable[[], Tensor], steps: int, peak: float, title: str) -> None:
+def train(
+    model: nn.Module, loss_of_next_batch: Callable[[], Tensor], steps: int, peak: float, title: str
+) -> None:
     """AdamW with gradient clipping for `steps` steps, with a progress bar; leaves the model in eval mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -94,16 +97,27 @@ def digit_images() -> tuple[Tensor, Tensor]:
     """All 1,797 digits as float32 (N, 1, 32, 32) in [-1, 1], upscaled from 8 x 8, and labels int64 (N,)."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    upscaled = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+    upscaled = functional.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
     return upscaled, torch.tensor(digits.target, dtype=torch.int64)
 
 
 def shifted(images: Tensor, generator: torch.Generator, reach: int = 4) -> Tensor:
     """Each image moved by up to `reach` pixels in both directions, filled with background."""
-    padded = F.pad(images, (reach,) * 4, value=-1.0)
+    padded = functional.pad(images, (reach,) * 4, value=-1.0)
     offsets = torch.randint(0, 2 * reach + 1, (len(images), 2), generator=generator).tolist()
     height, width = images.shape[-2:]
-    return torch.stack([p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)])
+    return torch.stack(
+        [p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)]
+    )
+
+
+def mixed(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018): a batch blended with itself in another order, and its classes as (N, 10)."""
+    share = torch.rand(1, generator=generator)
+    partner = torch.randperm(len(images), generator=generator)
+    targets = functional.one_hot(labels, 10).float()
+    blend = torch.lerp(images[partner], images, share)
+    return blend, torch.lerp(targets[partner], targets, share)
 
 
 def resnet_config() -> ResNetConfig:
@@ -129,7 +143,7 @@ def accuracy(model: ResNetForImageClassification, images: Tensor, labels: Tensor
 def train_cnn(out: Path, seed: int = 0, *, quick: bool = False) -> Trained:
     """Write `out/digits-resnet` and its calibration data: held-out images, neither trained on nor augmented.
 
-    Label smoothing keeps the outputs soft, so the KL of a quantized copy is spread over all images
+    Mixup keeps the outputs from saturating, so the KL of a quantized copy is spread over all images
     and not decided by a few. `quick` stops after a few steps: a valid, badly trained model for tests.
     """
     torch.manual_seed(seed)
@@ -142,8 +156,8 @@ def train_cnn(out: Path, seed: int = 0, *, quick: bool = False) -> Trained:
 
     def loss_of_next_batch() -> Tensor:
         rows = kept[next(batches)]
-        logits = model(pixel_values=shifted(images[rows], generator)).logits
-        return F.cross_entropy(logits, labels[rows], label_smoothing=0.1)
+        inputs, targets = mixed(shifted(images[rows], generator), labels[rows], generator)
+        return functional.cross_entropy(model(pixel_values=inputs).logits, targets)
 
     train(model, loss_of_next_batch, QUICK_STEPS if quick else CNN_STEPS, 4e-3, "digits-resnet")
     folder = out / "digits-resnet"
@@ -157,7 +171,7 @@ def train_cnn(out: Path, seed: int = 0, *, quick: bool = False) -> Trained:
 
 
 def split_topics(seed: int) -> tuple[list[str], list[str]]:
-    """(training, held-out) texts, whole topics each, in a seeded order.
+    """(training, held-out) passages of topics in a seeded order; no topic is in both.
 
     Topics quote one another at length, so a paragraph is kept only where it comes first, and
     held-out topics come first: no paragraph of theirs is left in the training text.
@@ -165,16 +179,15 @@ def split_topics(seed: int) -> tuple[list[str], list[str]]:
     names = sorted(topics)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     seen: set[str] = set()
-    texts = [without_repeats(topics[names[index]], seen) for index in order]
-    texts = [text for text in texts if text]
-    count, characters = 0, 0
-    while characters < HELD_OUT_CHARACTERS:
-        characters += len(texts[count])
-        count += 1
-    return texts[count:], texts[:count]
+    held_out: list[str] = []
+    training: list[str] = []
+    for index in order:
+        room = held_out if sum(map(len, held_out)) < HELD_OUT_CHARACTERS else training
+        room += passages(fresh_paragraphs(topics[names[index]], seen))
+    return training, held_out
 
 
-def without_repeats(text: str, seen: set[str]) -> str:
+def fresh_paragraphs(text: str, seen: set[str]) -> list[str]:
     """The paragraphs of `text` that are not in `seen` (compared without white space), which grows by them."""
     fresh = []
     for paragraph in text.split("\n\n"):
@@ -182,10 +195,21 @@ def without_repeats(text: str, seen: set[str]) -> str:
         if key and key not in seen:
             seen.add(key)
             fresh.append(paragraph)
-    return "\n\n".join(fresh)
+    return fresh
 
 
-def trained_tokenizer(texts: list[str], vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+def passages(paragraphs: list[str], size: int = 1000) -> list[str]:
+    """Neighboring paragraphs joined until each passage, except the last, has `size` characters or more."""
+    joined: list[str] = []
+    for paragraph in paragraphs:
+        if joined and len(joined[-1]) < size:
+            joined[-1] += "\n\n" + paragraph
+        else:
+            joined.append(paragraph)
+    return joined
+
+
+def trained_tokenizer(texts: list[str], vocabulary: int = 512) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: it encodes any text without an unknown token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -208,8 +232,8 @@ def llama_config(vocabulary: int) -> LlamaConfig:
     """4 blocks with grouped-query attention: 28 linear layers besides the untied head."""
     return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=96,
+        intermediate_size=192,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -251,9 +275,10 @@ def train_lm(out: Path, seed: int = 0, *, quick: bool = False) -> Trained:
     def loss_of_next_batch() -> Tensor:
         starts = torch.randint(0, len(stream) - SEQUENCE_LENGTH, (TEXT_BATCH, 1), generator=generator)
         sequences = stream[starts + torch.arange(SEQUENCE_LENGTH)]
-        return model(input_ids=sequences, labels=sequences).loss
+        loss: Tensor = model(input_ids=sequences, labels=sequences).loss
+        return loss
 
-    train(model, loss_of_next_batch, QUICK_STEPS if quick else LM_STEPS, 4e-3, "topics-llama")
+    train(model, loss_of_next_batch, QUICK_STEPS if quick else LM_STEPS, 6e-3, "topics-llama")
     folder = out / "topics-llama"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -274,6 +299,7 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(TRAINERS), help="train one of the two")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
+    disable_progress_bar()
     for name in [arguments.only] if arguments.only else TRAINERS:
         trained = TRAINERS[name](arguments.out, arguments.seed)
         Console().print(f"{trained.folder}: held-out {trained.metric} {trained.value:.4g}", highlight=False)
