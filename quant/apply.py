@@ -1,0 +1,179 @@
+"""Making a plan so: quantized-and-dequantized weights in place of a model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from quant.catalog import QUANTIZERS
+from quant.formats import FORMATS
+from quant.layers import Inventory, Layer
+from quant.ops import from_matrix, to_matrix
+from quant.plan import Plan
+from quant.planning import scheme_of
+from quant.schemes import Scheme
+
+Assignment = Plan | Mapping[str, str | Scheme]
+
+
+class ApplyError(ValueError):
+    """An assignment that does not fit the model."""
+
+
+class NonFinite(ApplyError):  # noqa: N818 - says what the weight is
+    """A weight that is, or becomes, NaN or infinite; `layer` and `scheme` name where."""
+
+    def __init__(self, layer: str, scheme: str, what: str) -> None:
+        super().__init__(
+            f"Weights must be finite. Got NaN or infinity {what} of layer {layer!r} with scheme {scheme!r}."
+            " Repair the checkpoint, or exclude the layer."
+        )
+        self.layer, self.scheme = layer, scheme
+
+
+def quantize_dequantize(weight: Tensor, op: str, name: str, scheme: Scheme) -> Tensor:
+    """A weight as it comes back from storage: same shape, dtype and device, memory of its own.
+
+    `op` is a key of OPS, `name` the layer's for messages. Raises NonFinite.
+    """
+    if not torch.isfinite(weight).all():
+        raise NonFinite(name, scheme.name, "in the weight")
+    quantize = QUANTIZERS[scheme.quantizer].load()
+    codec = import_module(FORMATS[scheme.weight.family].codec)
+    encoded = quantize(to_matrix(weight.detach(), op), codec.own_format(scheme.weight))
+    matrix = cast(Tensor, codec.decode(encoded)).to(weight.dtype)
+    if not torch.isfinite(matrix).all():
+        raise NonFinite(name, scheme.name, f"in {weight.dtype} after quantizing the weight")
+    return from_matrix(matrix, op, tuple(weight.shape)).contiguous()
+
+
+def quantized_weight(weight: Tensor, layer: Layer, scheme: str | Scheme) -> Tensor:
+    """What `scheme` makes of a layer's weight: same shape, dtype and device.
+
+    Raises ApplyError when the shape is not the layer's or the format refuses it, NonFinite naming layer
+    and scheme when a weight is, or becomes, NaN or infinite.
+    """
+    chosen = scheme_of(scheme)
+    if tuple(weight.shape) != layer.weight_shape:
+        raise ApplyError(
+            f"Weight of layer {layer.name!r} must have the shape {layer.weight_shape} of the inventory."
+            f" Got {tuple(weight.shape)}. Take the inventory of this model."
+        )
+    refusal = chosen.weight.refuses(layer.matrix)
+    if refusal:
+        raise ApplyError(
+            f"Scheme must be offered for its layer. Got {chosen.name} for {layer.name}: {refusal}."
+        )
+    return quantize_dequantize(weight, layer.op, layer.name, chosen)
+
+
+@contextmanager
+def fake_quantized(model: nn.Module, plan: Assignment, inventory: Inventory) -> Iterator[nn.Module]:
+    """The model with a plan's weights while the block runs; bit for bit the old one afterwards.
+
+    `plan` is a Plan or {layer: scheme}; layers it does not name keep their precision. Only the originals of
+    changed layers are held, and they return to the same memory, also when the block raises. Blocks nest.
+
+        with fake_quantized(model, {"fc": "w4"}, inventory):
+            loss = model(inputs)
+
+    Raises ApplyError for a name that is no layer, NonFinite as `quantized_weight` does.
+    """
+    chosen = _resolve(plan, inventory)
+    with ExitStack() as stack:
+        for layer, scheme in chosen:
+            parameter = parameter_of(model, layer)
+            replacement = quantized_weight(parameter, layer, scheme)
+            stack.enter_context(_swapped(parameter, replacement))
+        yield model
+
+
+@contextmanager
+def replaced_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], inventory: Inventory
+) -> Iterator[nn.Module]:
+    """The model with the given weights while the block runs: `fake_quantized` for weights at hand.
+
+    `weights` are {layer: tensor of the weight's shape}. Raises ApplyError for a name that is no layer.
+    """
+    layers = [(_layer(name, inventory), weight) for name, weight in weights.items()]
+    with ExitStack() as stack:
+        for layer, weight in layers:
+            stack.enter_context(_swapped(parameter_of(model, layer), weight))
+        yield model
+
+
+def quantize_(model: nn.Module, plan: Assignment, inventory: Inventory) -> nn.Module:
+    """Replace the weights for good, in their own memory, and return the model.
+
+    Raises like `fake_quantized`; names, shapes and finiteness are checked before any weight changes.
+    """
+    chosen = _resolve(plan, inventory)
+    for layer, scheme in chosen:
+        if not torch.isfinite(parameter_of(model, layer)).all():
+            raise NonFinite(layer.name, scheme.name, "in the weight")
+    for layer, scheme in chosen:
+        parameter = parameter_of(model, layer)
+        with torch.no_grad():
+            parameter.copy_(quantized_weight(parameter, layer, scheme))
+    return model
+
+
+def parameter_of(model: nn.Module, layer: Layer) -> Tensor:
+    """The layer's weight in a model. Raises ApplyError where the model has no such weight."""
+    try:
+        weight = model.get_submodule(layer.name).weight
+    except AttributeError:
+        weight = None
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != layer.weight_shape:
+        got = "none" if weight is None else f"shape {tuple(getattr(weight, 'shape', ()))}"
+        raise ApplyError(
+            f"Model must have a weight of shape {layer.weight_shape} at {layer.name!r}. Got {got}."
+            " Take the inventory of this model."
+        )
+    return weight
+
+
+@contextmanager
+def _swapped(parameter: Tensor, replacement: Tensor) -> Iterator[None]:
+    """Put other values into the same memory while the block runs."""
+    original = parameter.detach().clone()
+    try:
+        with torch.no_grad():
+            parameter.copy_(replacement)
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(original)
+
+
+def _resolve(plan: Assignment, inventory: Inventory) -> list[tuple[Layer, Scheme]]:
+    """Layers with schemes, each tensor once."""
+    assignment = plan.assignment if isinstance(plan, Plan) else plan
+    chosen: dict[str, tuple[Layer, Scheme]] = {}
+    for name, value in assignment.items():
+        layer, scheme = _layer(name, inventory), scheme_of(value)
+        other = chosen.setdefault(layer.name, (layer, scheme))[1]
+        if other != scheme:
+            raise ApplyError(
+                f"Modules that share a tensor must get one scheme. Got {other.name} and {scheme.name} for"
+                f" {', '.join(layer.names)}. Name one of them."
+            )
+    return list(chosen.values())
+
+
+def _layer(name: str, inventory: Inventory) -> Layer:
+    layer = inventory.by_name.get(name)
+    if layer is None:
+        known = list(inventory.by_name)
+        close = get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+        raise ApplyError(
+            f"Assignment must name layers of the inventory. Got {name!r}. Names are like {', '.join(close)}."
+        )
+    return layer

@@ -1,0 +1,63 @@
+"""The quantizers that Bitplan offers. A new quantizer is one file and one line of QUANTIZERS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant.integer import IntegerFormat
+    from quant.packing import Encoded
+
+
+class Quantize(Protocol):
+    """Weight matrix (output channels, columns) of finite floats -> stored integers, scales, zero points."""
+
+    def __call__(self, weight_matrix: Tensor, fmt: IntegerFormat) -> Encoded:
+        """Choose scales and round."""
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One line of QUANTIZERS. `module` holds the function `quantize` and is loaded when used.
+
+    `version` is raised whenever the numbers change: stored scores made with another version are not
+    reused. `families` are the keys of FORMATS it can write.
+    """
+
+    name: str
+    module: str
+    version: int
+    families: tuple[str, ...]
+    summary: str
+    source: str
+
+    def load(self) -> Quantize:
+        """Import the module (and with it torch) and return its `quantize`."""
+        return cast("Quantize", import_module(self.module).quantize)
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    "mse_clip": Quantizer(
+        name="mse_clip",
+        module="quant.quantizers.mse_clip",
+        version=1,
+        families=("integer",),
+        summary="The scale (and zero point) with the least squared error of each tensor, channel or group.",
+        source="Banner et al. 2019, arXiv:1810.05723; least-squares scale after Rastegari et al. 2016,"
+        " arXiv:1603.05279",
+    ),
+    "rtn": Quantizer(
+        name="rtn",
+        module="quant.quantizers.rtn",
+        version=1,
+        families=("integer",),
+        summary="Round to nearest; the scale covers the full range of each tensor, channel or group.",
+        source="Jacob et al. 2018, arXiv:1712.05877",
+    ),
+}
+
+DEFAULT_QUANTIZER = "mse_clip"

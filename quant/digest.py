@@ -1,0 +1,156 @@
+"""Digests of what a result was made from: plain lowercase hexadecimal SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+CHUNK = 1 << 20
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+COMPANIONS = (
+    CONFIG,
+    INDEX,
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+    "*.model",
+    "*.spm",
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+
+class FolderError(ValueError):
+    """The folder is not a Hugging Face folder with safetensors weights."""
+
+
+class ManifestEntry(TypedDict):
+    """One file of a model folder: plain name, size in bytes, SHA-256 of its content."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, no NaN, UTF-8.
+
+    >>> canonical_json({"b": 1.5, "a": [1, None]})
+    '{"a":[1,null],"b":1.5}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`.
+
+    >>> digest({"a": 1})[:16]
+    '015abd7f5cc57a2d'
+    """
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces of 1 MiB."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def folder_digest(path: Path | str) -> tuple[str, tuple[ManifestEntry, ...]]:
+    """Digest of a model folder and the manifest it was computed from.
+
+    The manifest holds, sorted by name, every file that can change a number: the weights that the
+    folder's index names (or model.safetensors, or every *.safetensors), config.json, and the files of
+    tokenizer and processor. Anything else in the folder (a README, a plan, calibration data beside
+    model.safetensors) changes nothing.
+
+    Raises FolderError when config.json or safetensors weights are missing.
+    """
+    folder = Path(path)
+    names = sorted({*weight_files(folder), *_companions(folder)})
+    manifest = tuple(_entry(folder, name) for name in names)
+    return digest(manifest), manifest
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """Names of the safetensors files that hold the folder's weights, sorted.
+
+    Raises FolderError when the folder, its config.json, or a weight file is missing.
+    """
+    if not folder.is_dir():
+        raise FolderError(f"Model must be a folder. Got {str(folder)!r}. Pass a Hugging Face folder.")
+    if not (folder / CONFIG).is_file():
+        raise FolderError(
+            f"Model folder must hold {CONFIG}. Got {str(folder)!r} without it. Save with save_pretrained()."
+        )
+    names = _indexed(folder) or _unindexed(folder)
+    for name in names:
+        if not (folder / name).is_file():
+            raise FolderError(
+                f"Model folder must hold every weight file that its index names. Got no {name!r} in"
+                f" {str(folder)!r}. Download the missing shard again."
+            )
+    return names
+
+
+def _indexed(folder: Path) -> tuple[str, ...]:
+    """Shards named by the index; () where there is no index, or a single file wins over it."""
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return ()
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FolderError(f"{INDEX} must be JSON with a weight_map. Got {error!r}. Save it again.") from error
+    for name in names:
+        if not isinstance(name, str) or not _is_plain(name) or not name.endswith(".safetensors"):
+            raise FolderError(
+                f"{INDEX} must name plain *.safetensors files of its own folder. Got {name!r}. Save it again."
+            )
+    if not names:
+        raise FolderError(f"{INDEX} must name at least one weight file. Got none. Save it again.")
+    return tuple(names)
+
+
+def _is_plain(name: str) -> bool:
+    return PurePosixPath(name).name == name and "\\" not in name and name not in ("", ".", "..")
+
+
+def _unindexed(folder: Path) -> tuple[str, ...]:
+    if (folder / WEIGHTS).is_file():
+        return (WEIGHTS,)
+    names = tuple(sorted(file.name for file in folder.glob("*.safetensors")))
+    if names:
+        return names
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    got = f"only {', '.join(pickles)}" if pickles else "no weights"
+    raise FolderError(
+        f"Model folder must hold safetensors weights. Got {got} in {str(folder)!r}."
+        " Save with save_pretrained(), which writes safetensors; pickles are never read."
+    )
+
+
+def _companions(folder: Path) -> list[str]:
+    files = (file.name for file in folder.iterdir() if file.is_file())
+    return [name for name in files if any(fnmatchcase(name, pattern) for pattern in COMPANIONS)]
+
+
+def _entry(folder: Path, name: str) -> ManifestEntry:
+    file = folder / name
+    return {"path": name, "size": file.stat().st_size, "sha256": file_digest(file)}

@@ -1,0 +1,247 @@
+"""Plans: one scheme per layer, with exact sizes and the digests of everything the plan was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.resources import files
+from math import prod
+from typing import Any
+
+from quant.costs import bits_per_weight
+from quant.digest import canonical_json, digest
+from quant.layers import read_matrix
+from quant.reading import Node, ReadError
+from quant.schemes import SchemeError, parse_scheme
+from quant.storage import Matrix
+
+SCHEMA = "bitplan.plan/1"
+STATUSES = ("optimal", "feasible")
+
+
+class PlanError(ValueError):
+    """A plan that cannot be built, read, or trusted."""
+
+
+@dataclass(frozen=True)
+class PlanLayer:
+    """The decision for one layer. `shape` is the weight's, `matrix` what the format saw."""
+
+    scheme: str
+    spelled: str
+    weight_bits: int
+    bytes: int
+    parameters: int
+    shape: tuple[int, ...]
+    matrix: Matrix
+    op: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the layers that take part; `checkpoint_bytes` also counts everything else in the model.
+
+    `bits_per_weight` is 8 * bytes / parameters: every stored bit, scales and zero points too.
+    """
+
+    parameters: int
+    bytes: int
+    bits_per_weight: float
+    checkpoint_bytes: int
+    bops: int | None
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What the plan was made from; None where that input was not used."""
+
+    model: str | None = None
+    calibration: str | None = None
+    scores: str | None = None
+    settings: str | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the solver proved: status optimal or feasible, objective, proven bound, relative gap."""
+
+    status: str
+    objective: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A bit-width plan. Equal inputs give equal bytes of `plan_json`: no times, no identifiers.
+
+    `quantizers` are the versions of the quantizers in use, `predicted` the value of `metric` that the score
+    model expects, `source` how the plan was found, `budget` the limits it was solved under, as written.
+    """
+
+    layers: Mapping[str, PlanLayer]
+    totals: Totals
+    digests: Digests
+    quantizers: Mapping[str, int]
+    budget: str
+    metric: str | None
+    predicted: float | None
+    certificate: Certificate
+    source: str
+
+    @property
+    def assignment(self) -> dict[str, str]:
+        """Layer name -> scheme name."""
+        return {name: layer.scheme for name, layer in self.layers.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """The document as plain values."""
+        return {"schema": SCHEMA, **_plain(asdict(self))}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return digest(self.as_json())
+
+
+def plan_json(plan: Plan) -> str:
+    """The document as canonical JSON (sorted keys, no spaces); `parse_plan` reads it back."""
+    return canonical_json(plan.as_json())
+
+
+def plan_schema() -> dict[str, Any]:
+    """The published JSON Schema of plan documents."""
+    text = files("quant").joinpath("schemas", "plan.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def parse_plan(text: str | bytes) -> Plan:
+    """Read a plan document and check that its sizes are what its schemes store.
+
+    Raises PlanError that names the place and what it must be.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+        return plan_from_json(value)
+    except (ReadError, SchemeError) as error:
+        raise PlanError(f"Plan is not valid: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"Plan must be a JSON document. Got {error}. Export the plan again.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise PlanError("Plan must name every field once. Got a repeated field. Export the plan again.")
+    return value
+
+
+def plan_from_json(value: Any) -> Plan:
+    """Inverse of `Plan.as_json`. Raises ReadError, SchemeError or PlanError that names the place."""
+    root = Node(value)
+    schema = root.mapping().get("schema")
+    if schema != SCHEMA:
+        raise PlanError(f"Plan schema must be {SCHEMA!r}. Got {schema!r:.80}. Export the plan again.")
+    fields = root.fields("schema", *Plan.__dataclass_fields__)
+    plan = Plan(
+        layers={name: _read_layer(node) for name, node in fields["layers"].members()},
+        totals=_read_totals(fields["totals"]),
+        digests=_read_digests(fields["digests"]),
+        quantizers={name: node.integer(1) for name, node in fields["quantizers"].members()},
+        budget=fields["budget"].text(),
+        metric=fields["metric"].optional_text(),
+        predicted=fields["predicted"].optional_number(),
+        certificate=_read_certificate(fields["certificate"]),
+        source=fields["source"].text(),
+    )
+    _check_totals(plan)
+    return plan
+
+
+def _read_layer(node: Node) -> PlanLayer:
+    fields = node.fields(*PlanLayer.__dataclass_fields__)
+    layer = PlanLayer(
+        scheme=fields["scheme"].text(),
+        spelled=fields["spelled"].text(),
+        weight_bits=fields["weight_bits"].integer(1),
+        bytes=fields["bytes"].integer(1),
+        parameters=fields["parameters"].integer(1),
+        shape=tuple(item.integer(1) for item in fields["shape"].items()),
+        matrix=read_matrix(fields["matrix"]),
+        op=fields["op"].text(),
+        aliases=tuple(item.text() for item in fields["aliases"].items()),
+    )
+    scheme = parse_scheme(layer.scheme)
+    expected = {
+        "scheme": scheme.name,
+        "spelled": scheme.spelled,
+        "weight_bits": scheme.weight_bits,
+        "bytes": scheme.weight.storage(layer.matrix).bytes,
+        "parameters": prod(layer.shape),
+        "matrix": layer.matrix if prod(layer.matrix) == layer.parameters else "the sides of the shape",
+    }
+    for name, value in expected.items():
+        if getattr(layer, name) != value:
+            raise fields[name].error(
+                f"{value!r}, which follows from the other fields", "Export the plan again."
+            )
+    return layer
+
+
+def _read_totals(node: Node) -> Totals:
+    fields = node.fields(*Totals.__dataclass_fields__)
+    return Totals(
+        parameters=fields["parameters"].integer(1),
+        bytes=fields["bytes"].integer(1),
+        bits_per_weight=fields["bits_per_weight"].number(),
+        checkpoint_bytes=fields["checkpoint_bytes"].integer(1),
+        bops=fields["bops"].optional_integer(),
+    )
+
+
+def _read_digests(node: Node) -> Digests:
+    fields = node.fields(*Digests.__dataclass_fields__)
+    for field in fields.values():
+        text = field.optional_text()
+        if text is not None and (len(text) != 64 or set(text) - set("0123456789abcdef")):
+            raise field.error("64 lowercase hexadecimal digits or null")
+    return Digests(**{name: field.value for name, field in fields.items()})
+
+
+def _read_certificate(node: Node) -> Certificate:
+    fields = node.fields(*Certificate.__dataclass_fields__)
+    if fields["status"].text() not in STATUSES:
+        raise fields["status"].error(f"one of {', '.join(STATUSES)}")
+    return Certificate(
+        status=fields["status"].text(),
+        objective=fields["objective"].optional_number(),
+        bound=fields["bound"].optional_number(),
+        gap=fields["gap"].optional_number(),
+    )
+
+
+def _check_totals(plan: Plan) -> None:
+    if not plan.layers:
+        raise PlanError("Plan must hold at least one layer. Got none. Export the plan again.")
+    totals, layers = plan.totals, plan.layers.values()
+    parameters = sum(layer.parameters for layer in layers)
+    stored = sum(layer.bytes for layer in layers)
+    found = (totals.parameters, totals.bytes, totals.bits_per_weight)
+    expected = (parameters, stored, bits_per_weight(stored, parameters))
+    if found != expected or totals.checkpoint_bytes < stored:
+        raise PlanError(
+            "Plan totals (parameters, bytes, bits_per_weight) must be the sums over its layers:"
+            f" {expected}. Got {found}. Export the plan again."
+        )

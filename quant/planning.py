@@ -1,0 +1,106 @@
+"""From an assignment of schemes to a plan with every size counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from quant.catalog import QUANTIZERS
+from quant.costs import bits_per_weight, bops
+from quant.layers import Inventory, Layer
+from quant.plan import Certificate, Digests, Plan, PlanError, PlanLayer, Totals
+from quant.schemes import Scheme, parse_scheme
+
+
+def build_plan(
+    inventory: Inventory,
+    assignment: Mapping[str, str | Scheme],
+    *,
+    digests: Digests,
+    budget: str = "",
+    metric: str | None = None,
+    predicted: float | None = None,
+    certificate: Certificate,
+    source: str,
+) -> Plan:
+    """A plan that gives every layer of the inventory its scheme, with all sizes counted.
+
+    Raises PlanError when a layer has no scheme, a name is no layer, or a format refuses a layer.
+    """
+    schemes = _complete(inventory, assignment)
+    layers = {layer.name: _decide(layer, schemes[layer.name]) for layer in inventory.layers}
+    stored = sum(layer.bytes for layer in layers.values())
+    return Plan(
+        layers=layers,
+        totals=Totals(
+            parameters=inventory.parameters,
+            bytes=stored,
+            bits_per_weight=bits_per_weight(stored, inventory.parameters),
+            checkpoint_bytes=inventory.other_bytes + stored,
+            bops=_total_bops(inventory, schemes),
+        ),
+        digests=digests,
+        quantizers={scheme.quantizer: QUANTIZERS[scheme.quantizer].version for scheme in schemes.values()},
+        budget=budget,
+        metric=metric,
+        predicted=_float(predicted),
+        certificate=Certificate(
+            certificate.status,
+            _float(certificate.objective),
+            _float(certificate.bound),
+            _float(certificate.gap),
+        ),
+        source=source,
+    )
+
+
+def _complete(inventory: Inventory, assignment: Mapping[str, str | Scheme]) -> dict[str, Scheme]:
+    names = [layer.name for layer in inventory.layers]
+    for name in assignment:
+        if name not in names:
+            close = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+            raise PlanError(
+                f"Plan must name layers of the inventory. Got {name!r}. Names are like {', '.join(close)}."
+            )
+    missing = [name for name in names if name not in assignment]
+    if missing:
+        raise PlanError(
+            f"Plan must give every layer a scheme. Got none for {', '.join(missing[:3])}"
+            f" ({len(missing)} in all). Add them, or exclude them from the inventory."
+        )
+    return {name: scheme_of(assignment[name]) for name in names}
+
+
+def scheme_of(value: str | Scheme) -> Scheme:
+    """A scheme from its name or itself."""
+    return value if isinstance(value, Scheme) else parse_scheme(value)
+
+
+def _decide(layer: Layer, scheme: Scheme) -> PlanLayer:
+    refusal = scheme.weight.refuses(layer.matrix)
+    if refusal:
+        raise PlanError(
+            f"Scheme must be offered for its layer. Got {scheme.name} for {layer.name}: {refusal}."
+        )
+    return PlanLayer(
+        scheme=scheme.name,
+        spelled=scheme.spelled,
+        weight_bits=scheme.weight_bits,
+        bytes=scheme.weight.storage(layer.matrix).bytes,
+        parameters=layer.parameters,
+        shape=layer.weight_shape,
+        matrix=layer.matrix,
+        op=layer.op,
+        aliases=layer.aliases,
+    )
+
+
+def _total_bops(inventory: Inventory, schemes: Mapping[str, Scheme]) -> int | None:
+    counts = [bops(layer, schemes[layer.name]) for layer in inventory.layers]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _float(value: float | None) -> float | None:
+    """Numbers of a plan are floats, so that reading a document back gives the same bytes."""
+    return None if value is None else float(value)

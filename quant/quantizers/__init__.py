@@ -1,0 +1,1 @@
+"""Quantizers: one paper, one file."""

@@ -1,0 +1,137 @@
+"""Schemes: what a decision chooses, and the one grammar that spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
+from quant.formats import FORMATS, Format
+from quant.storage import SchemeError
+
+__all__ = ["Scheme", "SchemeError", "grammar", "parse_scheme", "parse_schemes"]
+
+LONGEST = 100
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Weight format and quantizer. Activations keep their precision in this version.
+
+    >>> scheme = parse_scheme("w4")
+    >>> scheme.name, scheme.spelled
+    ('w4', 'w4-channel-sym-float16-mse_clip')
+    """
+
+    weight: Format
+    quantizer: str = DEFAULT_QUANTIZER
+    activation: None = None
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in QUANTIZERS:
+            raise SchemeError(
+                f"Quantizer must be one of {', '.join(QUANTIZERS)}. Got {self.quantizer!r}."
+                f" Use {DEFAULT_QUANTIZER!r}."
+            )
+        if self.weight.family not in QUANTIZERS[self.quantizer].families:
+            raise SchemeError(
+                f"Quantizer must support the format family {self.weight.family!r}. Got {self.quantizer!r},"
+                f" which supports {', '.join(QUANTIZERS[self.quantizer].families)}. Choose another quantizer."
+            )
+
+    @property
+    def name(self) -> str:
+        """Canonical short spelling: defaults left out, parts in the order of the grammar."""
+        if self.quantizer == DEFAULT_QUANTIZER:
+            return self.weight.short
+        return f"{self.weight.short}-{self.quantizer}"
+
+    @property
+    def spelled(self) -> str:
+        """Full spelling, every part written out."""
+        return f"{self.weight.name}-{self.quantizer}"
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of one stored value, without scales and zero points."""
+        return self.weight.weight_bits
+
+    def as_json(self) -> dict[str, str | int | None]:
+        """Plain values for documents and digests."""
+        return {
+            "name": self.name,
+            "spelled": self.spelled,
+            "weight_bits": self.weight_bits,
+            "quantizer": self.quantizer,
+            "quantizer_version": QUANTIZERS[self.quantizer].version,
+            "activation": self.activation,
+        }
+
+
+def grammar() -> str:
+    """The grammar of all families, one per line.
+
+    >>> grammar()
+    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-mse_clip|-rtn]'
+    """
+    quantizers = "[" + "|".join(f"-{name}" for name in QUANTIZERS) + "]"
+    return "\n".join(family.grammar + quantizers for family in FORMATS.values())
+
+
+def parse_scheme(text: str) -> Scheme:
+    """Read one scheme; parts in any order, defaults: channel, sym, float16, mse_clip.
+
+    >>> parse_scheme("w4-asym-g32").name
+    'w4-g32-asym'
+
+    Raises SchemeError that says what is offered.
+    """
+    if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
+        raise SchemeError(f"Scheme must be a short text like 'w4'. Got {text!r:.60}. Use {grammar()}.")
+    parts = text.strip().lower().split("-")
+    try:
+        return _read(text, parts)
+    except SchemeError as error:
+        if repr(text) in str(error):
+            raise
+        raise SchemeError(f"{error} (In scheme {text!r}.)") from None
+
+
+def _read(text: str, parts: Sequence[str]) -> Scheme:
+    for family in FORMATS.values():
+        parsed = family.parse(parts)
+        if parsed is not None:
+            weight, rest = parsed
+            return Scheme(weight, _quantizer(text, rest))
+    raise SchemeError(f"Scheme must be spelled {grammar()}. Got {text!r}. Use for example 'w4' or 'w4-g128'.")
+
+
+def _quantizer(text: str, rest: Sequence[str]) -> str:
+    unknown = [part for part in rest if part not in QUANTIZERS]
+    if unknown:
+        raise SchemeError(
+            f"Scheme must be spelled {grammar()}. Got {text!r} with the unknown part {unknown[0]!r}."
+            " Drop or correct it."
+        )
+    if len(rest) > 1:
+        raise SchemeError(f"Scheme must name its quantizer once. Got {text!r}. Drop all but one.")
+    return rest[0] if rest else DEFAULT_QUANTIZER
+
+
+def parse_schemes(text: str | Iterable[str]) -> tuple[Scheme, ...]:
+    """Read a menu: names separated by commas, or an iterable of names; the order is kept.
+
+    >>> [scheme.name for scheme in parse_schemes("w2, w4-channel")]
+    ['w2', 'w4']
+
+    Raises SchemeError when a scheme cannot be read, is listed twice, or the menu is empty.
+    """
+    items = text.split(",") if isinstance(text, str) else list(text)
+    schemes = tuple(parse_scheme(item) for item in items if not isinstance(item, str) or item.strip())
+    if not schemes:
+        raise SchemeError("Schemes must name at least one scheme. Got none. Use for example 'w2,w3,w4,w8'.")
+    names = [scheme.name for scheme in schemes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SchemeError(f"Schemes must differ. Got {', '.join(twice)} more than once. Drop the repetition.")
+    return schemes

@@ -1,0 +1,250 @@
+"""From a score table and limits to a problem, and from a solution back to layers and schemes."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.budget import BITS_PER_WEIGHT, BudgetError, Limit
+from search.problem import Choice, IntMatrix, Problem, Row, integer_matrix
+from sensitivity.table import MetricTable, ScoreTable
+
+Assignment = dict[str, str]
+"""Layer name -> scheme name."""
+
+
+class CompileError(ValueError):
+    """A request that names something the table does not have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A problem and the way back. `groups` holds the table's layer indices of every group of the problem."""
+
+    table: ScoreTable
+    metric: str
+    limits: tuple[Limit, ...]
+    problem: Problem
+    groups: tuple[tuple[int, ...], ...]
+
+    def assignment(self, choice: Sequence[int]) -> Assignment:
+        """Layer -> scheme of a choice, in table order."""
+        scheme_of = {layer: choice[group] for group, layers in enumerate(self.groups) for layer in layers}
+        return {layer.name: self.table.schemes[scheme_of[i]] for i, layer in enumerate(self.table.layers)}
+
+    def choice(self, assignment: Mapping[str, str]) -> Choice:
+        """Inverse of `assignment`. Raises CompileError if a layer is missing or a tie is broken."""
+        column = {name: i for i, name in enumerate(self.table.schemes)}
+        chosen = []
+        for layers in self.groups:
+            names = [self.table.layers[layer].name for layer in layers]
+            schemes = {assignment.get(name) for name in names}
+            if len(schemes) != 1 or next(iter(schemes)) not in column:
+                raise CompileError(
+                    "Tied layers must all have one scheme of the table. "
+                    f"Got {', '.join(sorted(map(str, schemes)))} for {', '.join(names)}."
+                )
+            chosen.append(column[str(schemes.pop())])
+        return tuple(chosen)
+
+    def objective(self, assignment: Mapping[str, str]) -> float:
+        """The metric summed over the table's layers, correctly rounded."""
+        column = {name: i for i, name in enumerate(self.table.schemes)}
+        values = self.table.metrics[self.metric].values
+        return math.fsum(
+            float(values[i, column[assignment[layer.name]]]) for i, layer in enumerate(self.table.layers)
+        )
+
+    def resources(self, assignment: Mapping[str, str]) -> dict[str, Fraction]:
+        """Exact totals of every resource, and `bits_per_weight` where there are bytes."""
+        column = {name: i for i, name in enumerate(self.table.schemes)}
+        chosen = [column[assignment[layer.name]] for layer in self.table.layers]
+        totals = {
+            name: sum((Fraction(rows[i][c] or 0) for i, c in enumerate(chosen)), Fraction(0))
+            for name, rows in self.table.resources.items()
+        }
+        if "bytes" in totals:
+            totals[BITS_PER_WEIGHT] = 8 * totals["bytes"] / self.table.parameters
+        return totals
+
+
+def compile_problem(
+    table: ScoreTable,
+    *,
+    metric: str | None = None,
+    limits: Iterable[Limit] = (),
+    ties: Iterable[Collection[str]] = (),
+    pins: Mapping[str, str] | None = None,
+    schemes: Collection[str] | None = None,
+) -> Compiled:
+    """Builds the problem: layers of one `group` or tie become one row, pins and `schemes` restrict what is
+    offered.
+
+    Ties and pins that leave a group without any scheme give a problem that is infeasible, not an error.
+    Raises CompileError for unknown metrics, layers, schemes and resources, and for a pin to a scheme that
+    is not offered.
+    """
+    name = _metric_name(table, metric)
+    offered = _restricted(table, table.offered(name), pins or {}, schemes)
+    groups = _groups(table, ties)
+    group_offered = np.array([offered[list(layers)].all(axis=0) for layers in groups])
+    costs = np.array([_group_costs(table.metrics[name], layers) for layers in groups])
+    costs[~group_offered] = np.nan
+    rows = tuple(_row(table, limit, groups, group_offered) for limit in _tightest(limits))
+    problem = Problem(
+        costs,
+        rows,
+        table.metrics[name].direction,
+        tuple("+".join(table.layers[layer].name for layer in layers) for layers in groups),
+        table.schemes,
+    )
+    return Compiled(table, name, tuple(limits), problem, groups)
+
+
+def resource_row(compiled: Compiled, limit: Limit) -> Row:
+    """A limit as a row over the groups of a compiled problem. Raises BudgetError for an unknown resource."""
+    return _row(compiled.table, limit, compiled.groups, compiled.problem.offered)
+
+
+def exact_number(value: Fraction) -> int | float:
+    """An exact total for JSON: an integer where it is one, else the nearest float."""
+    return value.numerator if value.denominator == 1 else float(value)
+
+
+def close_names(wanted: str, names: Iterable[str]) -> str:
+    """The names most like the wanted one, for an error message."""
+    known = list(names)
+    close = difflib.get_close_matches(wanted, known[:20_000], n=3, cutoff=0.5)
+    shown = close or known[:5]
+    more = "" if close or len(known) <= 5 else f" and {len(known) - 5} more"
+    return f"{'Close names' if close else 'Known names'}: {', '.join(shown)}{more}."
+
+
+def _metric_name(table: ScoreTable, metric: str | None) -> str:
+    if metric is None and len(table.metrics) == 1:
+        return next(iter(table.metrics))
+    if metric is None:
+        raise CompileError(
+            "The metric must be named when the table has several. Got none. "
+            f"Known names: {', '.join(table.metrics)}."
+        )
+    if metric not in table.metrics:
+        raise CompileError(
+            f"The metric must be in the table. Got {metric!r}. {close_names(metric, table.metrics)}"
+        )
+    return metric
+
+
+def _restricted(
+    table: ScoreTable, offered: NDArray[np.bool_], pins: Mapping[str, str], schemes: Collection[str] | None
+) -> NDArray[np.bool_]:
+    allowed = offered.copy()
+    if schemes is not None:
+        columns = [_index(scheme, table.schemes, "scheme") for scheme in schemes]
+        allowed[:, [c for c in range(len(table.schemes)) if c not in columns]] = False
+    for layer, scheme in pins.items():
+        row, column = (
+            _index(layer, table.layer_names, "pinned layer"),
+            _index(scheme, table.schemes, "scheme"),
+        )
+        if not offered[row, column]:
+            known = [name for name, has in zip(table.schemes, offered[row], strict=True) if has]
+            raise CompileError(
+                f"The scheme pinned for {layer} must be offered there. Got {scheme}. "
+                f"Offered: {', '.join(known)}."
+            )
+        kept = offered[row, column]
+        allowed[row] = False
+        allowed[row, column] = kept
+    return allowed
+
+
+def _groups(table: ScoreTable, ties: Iterable[Collection[str]]) -> tuple[tuple[int, ...], ...]:
+    """Layer indices that share one decision, by union-find over `group` and ties, in order of first
+    appearance."""
+    parent = list(range(len(table.layers)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, layer in enumerate(table.layers):
+        if layer.group is not None:
+            parent[root(i)] = root(first.setdefault(layer.group, i))
+    for tie in ties:
+        if len(set(tie)) < 2:
+            raise CompileError(f"A tie must name at least two layers. Got {', '.join(tie) or 'none'}.")
+        members = [_index(name, table.layer_names, "tied layer") for name in tie]
+        for member in members[1:]:
+            parent[root(member)] = root(members[0])
+    groups: dict[int, list[int]] = {}
+    for i in range(len(table.layers)):
+        groups.setdefault(root(i), []).append(i)
+    return tuple(sorted((tuple(members) for members in groups.values()), key=lambda members: members[0]))
+
+
+def _group_costs(metric: MetricTable, layers: tuple[int, ...]) -> list[float]:
+    columns = metric.values[list(layers)].T
+    return [math.nan if np.isnan(column).any() else math.fsum(column) for column in columns]
+
+
+def _tightest(limits: Iterable[Limit]) -> list[Limit]:
+    """Limits without repeats: of several absolute ones on a resource and side, the tightest."""
+    kept: dict[tuple[str, str, bool], Limit] = {}
+    for limit in limits:
+        key = (limit.resource, limit.relation, limit.of_range)
+        side = min if limit.relation == "<=" else max
+        kept[key] = side(kept.get(key, limit), limit, key=lambda item: item.value)
+    return list(kept.values())
+
+
+def _row(
+    table: ScoreTable, limit: Limit, groups: tuple[tuple[int, ...], ...], offered: NDArray[np.bool_]
+) -> Row:
+    usage, unit = _usage(table, limit.resource, groups)
+    usage = np.where(offered, usage, 0)
+    value = _ranged(limit, usage, offered) if limit.of_range else limit.value / unit
+    whole = math.floor(value) if limit.relation == "<=" else math.ceil(value)
+    return Row(limit.resource, limit.relation, usage, whole, unit)
+
+
+def _usage(
+    table: ScoreTable, resource: str, groups: tuple[tuple[int, ...], ...]
+) -> tuple[IntMatrix, Fraction]:
+    """Integers per (group, scheme) and the resource one integer stands for."""
+    source = "bytes" if resource == BITS_PER_WEIGHT else resource
+    if source not in table.resources:
+        known = close_names(resource, table.resources) if table.resources else "The table has no resources."
+        raise BudgetError(f"A limit must be on a resource of the table. Got {resource!r}. {known}")
+    rows = table.resources[source]
+    numbers = [[Fraction(value or 0) for value in row] for row in rows]
+    scale = math.lcm(*(value.denominator for row in numbers for value in row))
+    whole = [[value.numerator * (scale // value.denominator) for value in row] for row in numbers]
+    summed = [
+        [sum(whole[layer][c] for layer in layers) for c in range(len(table.schemes))] for layers in groups
+    ]
+    unit = Fraction(1, scale)
+    return integer_matrix(summed), unit * 8 / table.parameters if resource == BITS_PER_WEIGHT else unit
+
+
+def _ranged(limit: Limit, usage: IntMatrix, offered: NDArray[np.bool_]) -> Fraction:
+    open_groups = offered.any(axis=1)
+    pairs = [(row[mask], mask) for row, mask in zip(usage[open_groups], offered[open_groups], strict=True)]
+    low = sum(int(row.min()) for row, _ in pairs)
+    high = sum(int(row.max()) for row, _ in pairs)
+    return low + limit.value * (high - low)
+
+
+def _index(name: str, names: Sequence[str], what: str) -> int:
+    if name not in names:
+        raise CompileError(f"A {what} must be in the table. Got {name!r}. {close_names(name, names)}")
+    return names.index(name)

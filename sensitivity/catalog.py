@@ -1,0 +1,157 @@
+"""The metrics and tasks that Bitplan offers. Front: a new one is one file and one line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+Need = Literal["labels", "logits", "double_backward"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one metric is measured and read.
+
+    module     "package.module:Class"; importing it does not load torch
+    unit       "choice": one (layer, scheme) at a time; "block": samples or probes, many choices at once
+    needs      what task and data must offer: labels (a loss against the truth), logits, double_backward
+    direction  which values are better
+    additive   the sum over layers estimates the divergence of a whole plan
+    cost       model passes, in words
+    version    grows when the metric returns other numbers than before
+    """
+
+    name: str
+    module: str
+    unit: Literal["choice", "block"]
+    needs: frozenset[Need]
+    direction: Literal["min", "max"]
+    additive: bool
+    cost: str
+    source: str
+    summary: str
+    version: int = 1
+
+    def load(self) -> Any:
+        """A new scorer: a `ChoiceScorer` or a `BlockScorer` (sensitivity/scorers/protocol.py)."""
+        return _load(self.module)
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What a model is for. `offers` are the needs it meets; labels count only if the data hold them."""
+
+    name: str
+    module: str
+    divergence: str
+    quality: tuple[str, ...]
+    offers: frozenset[Need]
+    summary: str
+
+    def load(self) -> Any:
+        """A new task object (sensitivity/tasks/task.py); loads torch."""
+        return _load(self.module)
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)()
+
+
+def _metric(
+    name: str, class_name: str, unit: Literal["choice", "block"], needs: set[Need], **rest: Any
+) -> Metric:
+    return Metric(name, f"sensitivity.scorers.{name}:{class_name}", unit, frozenset(needs), **rest)
+
+
+SCORERS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _metric(
+            "output_kl", "OutputKl", "choice", set(), direction="min", additive=True,
+            cost="one pass over the scoring part per layer and scheme",
+            source="ZeroQ, Cai et al. 2020",
+            summary="Divergence of the outputs from the full-precision ones with this one layer quantized.",
+        ),
+        _metric(
+            "output_mse", "OutputMse", "choice", set(), direction="min", additive=True,
+            cost="one pass over the scoring part per layer and scheme, shared with output_kl",
+            source="squared error of the outputs",
+            summary="Mean squared change of the model's outputs with this one layer quantized.",
+        ),
+        _metric(
+            "sqnr", "Sqnr", "choice", set(), direction="max", additive=False,
+            cost="one pass over the scoring part per layer and scheme, shared with output_kl",
+            source="MixDQ, Zhao et al. 2024",
+            summary="Signal to quantization noise at the model's output in decibels.",
+        ),
+        _metric(
+            "weight_error", "WeightError", "choice", set(), direction="min", additive=True,
+            cost="no model pass",
+            source="squared error of the weights",
+            summary="Squared error of the quantized weights, without data.",
+        ),
+        _metric(
+            "gram_output", "GramOutput", "choice", set(), direction="min", additive=True,
+            cost="none beyond output_kl; keeps a sketch of 256 KiB per layer and scheme",
+            source="Bitplan, docs/metrics.md",
+            summary="Change of the outputs in their own metric; inner products model any plan's divergence.",
+        ),
+        _metric(
+            "fisher", "Fisher", "block", set(), direction="min", additive=True,
+            cost="one backward pass per sample for all layers and schemes",
+            source="natural gradient, Amari 1998; labels sampled from the model",
+            summary="Half the mean squared directional derivative along the weight error, labels sampled.",
+        ),
+        _metric(
+            "hessian_trace", "HessianTrace", "block", {"labels", "double_backward"}, direction="min",
+            additive=True,
+            cost="one Hessian-vector product on one micro-batch per layer and probe, none per scheme",
+            source="HAWQ-V2, Dong et al. 2020; Hutchinson 1990",
+            summary="Average Hessian trace of the layer times the squared weight error.",
+        ),
+    )
+}  # fmt: skip
+
+TASKS: dict[str, TaskEntry] = {
+    task.name: task
+    for task in (
+        TaskEntry(
+            "causal_lm", "sensitivity.tasks.causal_lm:CausalLm", "kl", ("perplexity",),
+            frozenset({"labels", "logits", "double_backward"}),
+            "Next-token prediction; the tokens are their own labels.",
+        ),
+        TaskEntry(
+            "image_classification", "sensitivity.tasks.image_classification:ImageClassification", "kl",
+            ("accuracy",),
+            frozenset({"labels", "logits", "double_backward"}),
+            "One class per sample; quality and hessian_trace need labels.",
+        ),
+        TaskEntry(
+            "sequence_embedding", "sensitivity.tasks.sequence_embedding:SequenceEmbedding",
+            "one_minus_cosine", (),
+            frozenset({"double_backward"}),
+            "One vector per text: the mean of the last hidden states of its tokens.",
+        ),
+        TaskEntry(
+            "generic", "sensitivity.tasks.generic:Generic", "relative_squared_error", (),
+            frozenset({"double_backward"}),
+            "Any model: its outputs compared with the full-precision model's.",
+        ),
+    )
+}  # fmt: skip
+
+
+def offered_metrics(task: str, *, has_labels: bool) -> tuple[str, ...]:
+    """The metrics whose needs this task meets, in catalog order.
+
+    >>> "hessian_trace" in offered_metrics("image_classification", has_labels=False)
+    False
+    >>> "hessian_trace" in offered_metrics("causal_lm", has_labels=False)  # tokens are labels
+    True
+    """
+    offers = set(TASKS[task].offers)
+    if task != "causal_lm" and not has_labels:
+        offers.discard("labels")
+    return tuple(name for name, metric in SCORERS.items() if metric.needs <= offers)

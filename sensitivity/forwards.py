@@ -1,0 +1,80 @@
+"""Forward passes over a part, and the full-precision outputs that everything is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sensitivity.calibration import Samples, placement
+from sensitivity.tasks.task import Batch, Outputs, Task
+from sensitivity.weights import LayerWeights
+
+REFERENCE_BYTES = 2**30
+"""Full-precision outputs of a part beyond this are computed again, micro-batch by micro-batch."""
+
+Assignment = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One micro-batch: its inputs, the full-precision outputs and those with quantized weights."""
+
+    batch: Batch
+    reference: Outputs
+    outputs: Outputs
+
+
+class Forwards:
+    """Runs a model over parts of its samples in fixed micro-batches, without gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        samples: Samples,
+        weights: LayerWeights,
+        batch_size: int,
+        *,
+        reference_bytes: int = REFERENCE_BYTES,
+    ) -> None:
+        self._model, self._task, self._samples, self._weights = model, task, samples, weights
+        self._batch_size, self._bound = batch_size, reference_bytes
+        self._references: dict[str, list[Outputs]] = {}
+        self._rows: dict[str, int] = {}
+
+    def batches(self, part: str) -> Iterator[Batch]:
+        """The part's micro-batches on the model's device."""
+        return self._samples.batches(part, self._batch_size, *placement(self._model))
+
+    def outputs(self, batch: Batch, assignment: Assignment = ()) -> Outputs:
+        """The outputs of one micro-batch with the assigned layers quantized."""
+        with self._weights.swapped(assignment), torch.inference_mode():
+            return self._task.outputs(self._model, batch)
+
+    def pairs(self, part: str, assignment: Assignment) -> Iterator[Pair]:
+        """Each micro-batch beside its reference; the weights are swapped for one batch at a time."""
+        for batch, reference in zip(self.batches(part), self.references(part), strict=True):
+            yield Pair(batch, reference, self.outputs(batch, assignment) if assignment else reference)
+
+    def rows(self, part: str) -> int:
+        """Rows of outputs in the whole part."""
+        if part not in self._rows:
+            self._rows[part] = sum(len(outputs.rows) for outputs in self.references(part))
+        return self._rows[part]
+
+    def references(self, part: str) -> Iterable[Outputs]:
+        """The full-precision outputs of the part: kept when they fit, else computed as they are read."""
+        if part in self._references:
+            return self._references[part]
+        kept: list[Outputs] = []
+        size = 0
+        for batch in self.batches(part):
+            kept.append(self.outputs(batch))
+            size += 2 * kept[-1].rows.nbytes  # rows, and probabilities once they are asked for
+            if size > self._bound:
+                return (self.outputs(batch) for batch in self.batches(part))
+        self._references[part] = kept
+        return kept

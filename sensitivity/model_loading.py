@@ -1,0 +1,233 @@
+"""Models from a Hugging Face folder or from the user's own factory; never with random or missing weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant.digest import FolderError, weight_files
+from sensitivity.catalog import TASKS
+from sensitivity.errors import BadModel, ModelAlreadyQuantized, NonFiniteWeights, SessionError
+from sensitivity.spec import ModelSource
+
+_AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "image_classification": "AutoModelForImageClassification",
+    "sequence_embedding": "AutoModel",
+    "generic": "AutoModel",
+}
+_TASK_SUFFIXES = {
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForImageClassification": "image_classification",
+    "Model": "sequence_embedding",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, without gradients, and the task it is for."""
+
+    model: nn.Module
+    task: str
+
+
+def load_model(source: ModelSource, task: str, device: torch.device) -> LoadedModel:
+    """The model of `source` on `device`, in the precision it is stored in.
+
+    Raises BadModel naming missing, unexpected or mismatched tensors, and NonFiniteWeights.
+    """
+    loaded = _from_folder(source, task) if source.kind == "folder" else _from_factory(source, task)
+    require_finite_weights(loaded.model)
+    loaded.model.eval().requires_grad_(False).to(device)
+    return loaded
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Raises NonFiniteWeights naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+            raise NonFiniteWeights(
+                f"weights must be finite. Got NaN or infinity in {name!r}. Export them again."
+            )
+
+
+# -- folder ---------------------------------------------------------------------------------------
+
+
+def _from_folder(source: ModelSource, task: str) -> LoadedModel:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    folder = Path(source.location)
+    files = _weight_files(folder)
+    config = _read_config(folder)
+    _refuse_integer_weights(files)
+    resolved = task_of(config) if task == "auto" else task
+    if _stays_own_class(config, task):
+        loader = getattr(transformers, config.architectures[0])
+    else:
+        loader = getattr(transformers, _AUTO_CLASSES[resolved])
+    model = _load_strictly(loader, folder)
+    if hasattr(config_of_model := model.config, "use_cache"):
+        config_of_model.use_cache = False
+    return LoadedModel(model, resolved)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in weight_files(folder)]
+    except FolderError as error:
+        raise BadModel(str(error)) from error
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in raw:
+            raise BadModel("config.json must not hold auto_map. Got remote code, which is never run.")
+        if raw.get("quantization_config"):
+            raise ModelAlreadyQuantized(
+                "the model must be at full precision. Got a quantization_config: send the original."
+            )
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except SessionError:
+        raise
+    except Exception as error:
+        raise BadModel(f"config.json must describe a model of transformers. Got {error!s:.300}.") from error
+
+
+def _refuse_integer_weights(files: list[Path]) -> None:
+    """Integers and 8-bit floats would be read as if they were weights."""
+    for file in files:
+        for name, dtype in _stored_types(file):
+            if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                raise ModelAlreadyQuantized(
+                    f"the model must be at full precision. Got {dtype} in {name!r}: send the original."
+                )
+
+
+def _stored_types(file: Path) -> list[tuple[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return [(name, tensors.get_slice(name).get_dtype()) for name in tensors.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadModel(f"{file.name} must be a safetensors file. Got {error!s:.200}.") from error
+
+
+def task_of(config: Any) -> str:
+    """The task that the first architecture of a configuration is for; generic when it is not clear."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    task = next((task for suffix, task in _TASK_SUFFIXES.items() if name.endswith(suffix)), "generic")
+    if task == "sequence_embedding" and not hasattr(config, "vocab_size"):
+        return "generic"
+    return task
+
+
+def _stays_own_class(config: Any, task: str) -> bool:
+    """Whether the class in `architectures` serves the task: always when the task is auto or generic."""
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    known = isinstance(getattr(transformers, name, None), type) if name else False
+    return known and (task in ("auto", "generic") or task == task_of(config))
+
+
+def _load_strictly(loader: Any, folder: Path) -> nn.Module:
+    """Load and refuse every difference between configuration and file, by name."""
+    level = _quiet()
+    try:
+        model, report = loader.from_pretrained(
+            str(folder),
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise BadModel(f"the model folder must load. Got {type(error).__name__}: {error!s:.300}.") from error
+    finally:
+        _restore(level)
+    mismatched = [key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())]
+    _refuse("have the shape that config.json says", mismatched)
+    _refuse("be in the folder's weights", report["missing_keys"])
+    _refuse("be known to the model's configuration", report["unexpected_keys"])
+    if not isinstance(model, nn.Module):
+        raise BadModel(f"the model folder must hold a torch module. Got {type(model).__name__}.")
+    return model
+
+
+def _refuse(must: str, names: Iterable[str]) -> None:
+    found = sorted(names)
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise BadModel(f"all tensors must {must}. Got {', '.join(found[:5])}{more} otherwise.")
+
+
+def _quiet() -> int:
+    from transformers.utils import logging
+
+    level = int(logging.get_verbosity())
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return level
+
+
+def _restore(level: int) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity(level)
+
+
+# -- factory --------------------------------------------------------------------------------------
+
+
+def _from_factory(source: ModelSource, task: str) -> LoadedModel:
+    module_name, _, function_name = source.location.partition(":")
+    if not module_name or not function_name:
+        raise BadModel(f"a factory must be package.module:function. Got {source.location!r}.")
+    model = _called(_imported(module_name, function_name), source.location)
+    if not isinstance(model, nn.Module):
+        raise BadModel(f"factory {source.location!r} must return an nn.Module. Got {type(model).__name__}.")
+    config = getattr(model, "config", None)
+    resolved = (task_of(config) if config is not None else "generic") if task == "auto" else task
+    return LoadedModel(model, resolved if resolved in TASKS else "generic")
+
+
+def _imported(module_name: str, function_name: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise BadModel(
+            f"factory module {module_name!r} must import. Got {type(error).__name__}: {error!s:.300}."
+        ) from error
+    factory = getattr(module, function_name, None)
+    if not callable(factory):
+        raise BadModel(f"factory module {module_name!r} must hold a function {function_name!r}. Got none.")
+    return factory
+
+
+def _called(factory: Any, location: str) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise BadModel(
+            f"factory {location!r} must work without arguments. Got {type(error).__name__}: {error!s:.300}."
+        ) from error

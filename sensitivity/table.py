@@ -1,0 +1,158 @@
+"""The score table: what every (layer, scheme) costs, as people and tools exchange it (`bitplan.table/1`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA = "bitplan.table/1"
+
+Direction = Literal["min", "max"]
+Exact = int | Fraction
+ExactMatrix = tuple[tuple[Exact | None, ...], ...]
+
+
+class TableError(ValueError):
+    """A table that cannot be used. The message starts with the JSON pointer of the fault."""
+
+
+@dataclass(frozen=True)
+class TableLayer:
+    """One row of the table. Layers that name the same `group` must get the same scheme."""
+
+    name: str
+    parameters: int
+    macs: int | None = None
+    group: str | None = None
+    role: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MetricTable:
+    """Scores of one metric, shape (layers, schemes), float64, NaN where the cell is not offered."""
+
+    direction: Direction
+    values: NDArray[np.float64]
+    stderr: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        for array in (self.values, self.stderr):
+            if array is not None:
+                array.setflags(write=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """Scores and resources of every (layer, scheme).
+
+    A cell is *offered* under a metric when neither the metric nor any resource says `null` there. Resource
+    numbers are exact: integers, or fractions read from decimals digit by digit.
+    """
+
+    layers: tuple[TableLayer, ...]
+    schemes: tuple[str, ...]
+    metrics: Mapping[str, MetricTable]
+    resources: Mapping[str, ExactMatrix] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+        object.__setattr__(self, "resources", MappingProxyType(dict(self.resources)))
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers' names in row order."""
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all layers together."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def resources_offered(self) -> NDArray[np.bool_]:
+        """Shape (layers, schemes): true where no resource says `null`."""
+        offered = np.ones((len(self.layers), len(self.schemes)), dtype=bool)
+        for rows in self.resources.values():
+            offered &= np.array([[value is not None for value in row] for row in rows], dtype=bool)
+        return offered
+
+    def offered(self, metric: str) -> NDArray[np.bool_]:
+        """Shape (layers, schemes): true where `metric` and every resource have a number."""
+        return self.resources_offered() & ~np.isnan(self.metrics[metric].values)
+
+
+def table_json(table: ScoreTable) -> str:
+    """The table as canonical JSON: sorted keys, no spaces, exact numbers. `parse_table` is its inverse."""
+    return _write(
+        {
+            "schema": SCHEMA,
+            "layers": [_layer_json(layer) for layer in table.layers],
+            "schemes": list(table.schemes),
+            "metrics": {name: _metric_json(metric) for name, metric in table.metrics.items()},
+            "resources": {name: [list(row) for row in rows] for name, rows in table.resources.items()},
+        }
+    )
+
+
+def exact_decimal(value: Exact) -> str:
+    """An exact number as JSON text: `12.5` for 25/2. Raises TableError if no finite decimal equals it.
+
+    >>> exact_decimal(Fraction(25, 2)), exact_decimal(7), exact_decimal(Fraction(-1, 8))
+    ('12.5', '7', '-0.125')
+    """
+    number = Fraction(value)
+    places, scale = 0, number.denominator
+    while scale % 10 == 0:
+        scale, places = scale // 10, places + 1
+    twos = (scale & -scale).bit_length() - 1
+    scale >>= twos
+    fives = 0
+    while scale % 5 == 0:
+        scale, fives = scale // 5, fives + 1
+    if scale != 1:
+        raise TableError(
+            f"A resource must be a finite decimal. Got {number}. Round it before writing the table."
+        )
+    places += max(twos, fives)
+    digits = str(abs(number.numerator) * 10**places // number.denominator).rjust(places + 1, "0")
+    text = digits if places == 0 else f"{digits[:-places]}.{digits[-places:]}"
+    return f"-{text}" if number < 0 else text
+
+
+def _layer_json(layer: TableLayer) -> dict[str, object]:
+    fields = {"name": layer.name, "parameters": layer.parameters, "macs": layer.macs}
+    return {
+        key: value
+        for key, value in {**fields, "group": layer.group, "role": layer.role}.items()
+        if value is not None
+    }
+
+
+def _metric_json(metric: MetricTable) -> dict[str, object]:
+    matrices = {"values": metric.values, "stderr": metric.stderr}
+    rows = {
+        key: [[None if np.isnan(value) else float(value) for value in row] for row in matrix]
+        for key, matrix in matrices.items()
+        if matrix is not None
+    }
+    return {"direction": metric.direction, **rows}
+
+
+def _write(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_text(key)}:{_write(value[key])}" for key in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_write(item) for item in value) + "]"
+    if isinstance(value, Fraction):
+        return exact_decimal(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _text(key: str) -> str:
+    return json.dumps(key, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Bitplan: one task per file."""

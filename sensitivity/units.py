@@ -1,0 +1,166 @@
+"""The units of work a session runs, and what it returns. Front: no torch.
+
+A unit is a frozen value with a stable `key`; running the same unit again gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from quant.digest import digest
+from sensitivity.spec import Json, SessionSpec
+
+KEY_LIMIT = 200
+"""No key is longer; long names are replaced by a digest."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ScoreUnit:
+    """All `metrics` of one (layer, scheme): they share one pass over the scoring part.
+
+    >>> ScoreUnit("fc", "w4", ("output_kl",)).key
+    'score:fc:w4:output_kl'
+    """
+
+    layer: str
+    scheme: str
+    metrics: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Stable and unique among units."""
+        return _short_key("score", f"{self.layer}:{self.scheme}:{'+'.join(self.metrics)}")
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain JSON for `unit_from_json`."""
+        return {"unit": "score", "layer": self.layer, "scheme": self.scheme, "metrics": list(self.metrics)}
+
+
+@dataclass(frozen=True)
+class BlockUnit:
+    """One block of samples or probes of one metric, for many layers and schemes at once.
+
+    `block` says which: "samples:0:8", "layer:NAME:probes:0:16", "layer:NAME:errors".
+    """
+
+    metric: str
+    block: str
+    schemes: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Stable and unique among units; layers and schemes enter as a digest."""
+        contents = digest([list(self.layers), list(self.schemes)])[:32]
+        return _short_key("block", f"{self.metric}:{self.block}:{contents}")
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain JSON for `unit_from_json`."""
+        lists = {"schemes": list(self.schemes), "layers": list(self.layers)}
+        return {"unit": "block", "metric": self.metric, "block": self.block} | lists
+
+
+@dataclass(frozen=True)
+class MeasureUnit:
+    """The quality of one whole plan on one part; `()` measures the full-precision model."""
+
+    assignment: tuple[tuple[str, str], ...]
+    part: Literal["choosing", "reporting"]
+
+    def __post_init__(self) -> None:
+        if self.part not in ("choosing", "reporting"):
+            raise ValueError(f"part must be choosing or reporting. Got {self.part!r}.")
+        ordered = tuple(sorted((str(layer), str(scheme)) for layer, scheme in self.assignment))
+        object.__setattr__(self, "assignment", ordered)
+
+    @property
+    def key(self) -> str:
+        """Stable and unique among units; the assignment enters as a digest."""
+        return f"measure:{self.part}:{digest([list(pair) for pair in self.assignment])}"
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain JSON for `unit_from_json`."""
+        return {"unit": "measure", "assignment": [list(pair) for pair in self.assignment], "part": self.part}
+
+
+@dataclass(frozen=True)
+class InspectUnit:
+    """Load model and data once and say what they are; the patterns are those of the session.
+
+    >>> InspectUnit().key
+    'inspect'
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Stable and unique among units; patterns enter as a digest."""
+        if not (self.include or self.exclude):
+            return "inspect"
+        return f"inspect:{digest([list(self.include), list(self.exclude)])}"
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain JSON for `unit_from_json`."""
+        return {"unit": "inspect", "include": list(self.include), "exclude": list(self.exclude)}
+
+
+Unit = ScoreUnit | BlockUnit | MeasureUnit | InspectUnit
+
+
+def unit_from_json(value: Mapping[str, Json]) -> Unit:
+    """The unit that `as_json` wrote. Raises ValueError for an unknown kind of unit."""
+    match value.get("unit"):
+        case "score":
+            return ScoreUnit(value["layer"], value["scheme"], tuple(value["metrics"]))
+        case "block":
+            return BlockUnit(value["metric"], value["block"], tuple(value["schemes"]), tuple(value["layers"]))
+        case "measure":
+            return MeasureUnit(tuple((layer, scheme) for layer, scheme in value["assignment"]), value["part"])
+        case "inspect":
+            return InspectUnit(tuple(value.get("include", ())), tuple(value.get("exclude", ())))
+        case other:
+            raise ValueError(f"unit must be score, block, measure or inspect. Got {other!r}.")
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """What one (layer, scheme) costs in one metric; `samples` is 0 for a metric without data."""
+
+    layer: str
+    scheme: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What a unit gave. `facts["forwards"]` is its work in forward passes of one sample (a backward is 2)."""
+
+    scores: tuple[ScoreRow, ...] = ()
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    facts: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What a block metric is asked for: every (layer, scheme), on `samples` samples of the scoring part."""
+
+    layers: tuple[str, ...]
+    schemes: tuple[str, ...]
+    samples: int
+    settings: SessionSpec
+
+
+def _short_key(kind: str, rest: str) -> str:
+    key = f"{kind}:{rest}"
+    return key if len(key) <= KEY_LIMIT else f"{kind}:{digest(rest)}"

@@ -1,0 +1,96 @@
+"""The vocabulary: what schemes, metrics, solvers and tasks there are, straight from the catalogs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
+from quant.formats import FORMATS
+from quant.schemes import grammar, parse_scheme
+from search.budget import BYTE_UNITS, EXAMPLES, TIME_UNITS
+from search.catalog import SOLVERS
+from sensitivity.catalog import SCORERS, TASKS
+from service.api.context import LARGEST_PAGE, Ctx
+from service.ingest.kinds import CALIBRATION_FILES, MODEL_FILES
+from service.wire import DEFAULT_SCHEMES, MOST_BUDGETS, MOST_FILES, MOST_SCHEMES
+
+router = APIRouter(prefix="/v1", tags=["catalogs"])
+
+
+@router.get("/formats")
+def formats() -> dict[str, Any]:
+    """Weight formats, quantizers and the grammar of scheme names."""
+    return {
+        "grammar": grammar().splitlines(),
+        "families": [
+            {"name": family.name, "summary": family.summary, "grammar": family.grammar}
+            for family in FORMATS.values()
+        ],
+        "quantizers": [
+            {"name": entry.name, "summary": entry.summary, "source": entry.source, "version": entry.version}
+            for entry in QUANTIZERS.values()
+        ],
+        "default_quantizer": DEFAULT_QUANTIZER,
+        "default_schemes": [parse_scheme(name).as_json() for name in DEFAULT_SCHEMES],
+    }
+
+
+@router.get("/metrics-catalog")
+def metrics() -> dict[str, Any]:
+    """Sensitivity metrics: what they measure, what they need, what they cost."""
+    return {
+        "items": [
+            {
+                "name": metric.name,
+                "summary": metric.summary,
+                "direction": metric.direction,
+                "additive": metric.additive,
+                "needs": sorted(metric.needs),
+                "cost": metric.cost,
+                "source": metric.source,
+                "version": metric.version,
+            }
+            for metric in SCORERS.values()
+        ]
+    }
+
+
+@router.get("/solvers")
+def solvers() -> dict[str, Any]:
+    """Programs that pick one scheme per layer; "auto" is the first that suits."""
+    return {"items": [{"name": name, "summary": solver.summary} for name, solver in SOLVERS.items()]}
+
+
+@router.get("/tasks")
+def tasks() -> dict[str, Any]:
+    """What a model may be for, and how a plan's quality is measured then."""
+    return {
+        "items": [
+            {
+                "name": task.name,
+                "summary": task.summary,
+                "divergence": task.divergence,
+                "quality": list(task.quality),
+            }
+            for task in TASKS.values()
+        ]
+    }
+
+
+@router.get("/limits")
+def limits(context: Ctx) -> dict[str, Any]:
+    """How budgets are written, and the bounds of this server."""
+    return {
+        "budget_examples": [example.strip('"') for example in EXAMPLES.split(", ")],
+        "byte_units": BYTE_UNITS,
+        "time_units_ns": TIME_UNITS,
+        "max_upload_bytes": context.settings.max_upload_bytes,
+        "max_files": MOST_FILES,
+        "max_budgets": MOST_BUDGETS,
+        "max_schemes": MOST_SCHEMES,
+        "max_page": LARGEST_PAGE,
+        "model_files": list(MODEL_FILES),
+        "calibration_files": list(CALIBRATION_FILES),
+    }

@@ -1,0 +1,159 @@
+"""From files that have arrived to a model or a calibration set: everything that can be checked without
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from quant.digest import digest
+from sensitivity.calibration_check import check_calibration
+from service.api.context import Context
+from service.api.lookup import find_upload
+from service.db.repositories import calibrations, jobs, models, uploads
+from service.errors import Conflict, Unprocessable
+from service.ingest.kinds import calibration_kind
+from service.ingest.local_folder import allowed_folder, model_files_in, open_plain
+from service.ingest.model_folder import check_model
+from service.records import CalibrationRecord, ModelRecord, UploadRecord
+from service.states import InputState, JobKind
+from service.store.blobs import CHUNK_BYTES
+
+Files = tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model whose files passed the static checks; `files` are path, size and sha256."""
+
+    source: Mapping[str, Any]
+    files: Files
+    summary: Mapping[str, Any]
+    upload: str | None
+
+    @property
+    def digest(self) -> str:
+        """Identifies the content: names and digests of the files, in any order."""
+        return digest(sorted([file["path"], file["sha256"]] for file in self.files))
+
+
+@dataclass(frozen=True)
+class CheckedCalibration:
+    """A calibration file that passed the static checks."""
+
+    file: Mapping[str, Any]
+    kind: str
+    summary: Mapping[str, Any]
+    upload: str
+
+
+def missing_blobs(context: Context, session: Session, upload: UploadRecord) -> list[dict[str, Any]]:
+    """The blobs of the manifest that this tenant has not sent, each once, as sha256 and size."""
+    wanted = {file["sha256"]: file["size"] for file in upload.manifest}
+    known = uploads.known_blobs(session, wanted, context.tenant)
+    return [{"sha256": sha256, "size": size} for sha256, size in wanted.items() if sha256 not in known]
+
+
+def check_uploaded_model(context: Context, upload_id: str) -> CheckedModel:
+    """Check the files of an upload against each other; raises what is wrong with them."""
+    upload = _arrived(context, upload_id, "model")
+    files = tuple(dict(file) for file in upload.manifest)
+    facts = check_model({file["path"]: context.store.path(file["sha256"]) for file in files})
+    return CheckedModel(
+        {"kind": "upload", "upload": upload.id, "files": list(files)}, files, facts.as_json(), upload.id
+    )
+
+
+def check_folder_model(context: Context, folder: str) -> CheckedModel:
+    """Copy a server-side folder into the store and check the copies, which nobody can change afterwards."""
+    place = allowed_folder(folder, context.settings.model_folders)
+    paths = model_files_in(place)
+    check_model({path.name: path for path in paths})
+    files = tuple(_copied(context, path) for path in paths)
+    facts = check_model({file["path"]: context.store.path(file["sha256"]) for file in files})
+    source = {"kind": "folder", "folder": str(place), "files": list(files)}
+    return CheckedModel(source, files, facts.as_json(), None)
+
+
+def store_model(context: Context, session: Session, checked: CheckedModel) -> ModelRecord:
+    """The model of these files: the one that is there, or a new one with a job that verifies it."""
+    if checked.upload is not None:
+        uploads.complete(session, checked.upload, context.tenant)
+    for file in checked.files:
+        uploads.record_blob(session, file["sha256"], file["size"], context.tenant)
+    known = models.find_by_digest(session, checked.digest, context.tenant)
+    if known is not None:
+        return known
+    model = models.create(
+        session, source=checked.source, digest=checked.digest, summary=checked.summary, tenant=context.tenant
+    )
+    request = {"model": model.id}
+    jobs.create(
+        session,
+        kind=JobKind.VERIFY_MODEL,
+        request=request,
+        request_digest=digest(request),
+        tenant=context.tenant,
+    )
+    return model
+
+
+def check_uploaded_calibration(context: Context, upload_id: str) -> CheckedCalibration:
+    """Check the one file of an upload; raises what is wrong, with the row or tensor."""
+    upload = _arrived(context, upload_id, "calibration")
+    file = dict(upload.manifest[0])
+    kind = calibration_kind([entry["path"] for entry in upload.manifest])
+    try:
+        summary = check_calibration(context.store.path(file["sha256"]), kind)
+    except ValueError as error:
+        message = str(error).replace(file["sha256"], file["path"])
+        raise Unprocessable("invalid-calibration", message, pointer="/files/0") from None
+    return CheckedCalibration(file, kind, summary, upload.id)
+
+
+def store_calibration(context: Context, session: Session, checked: CheckedCalibration) -> CalibrationRecord:
+    """The calibration set of this file: the one that is there, or a new one, ready at once."""
+    uploads.complete(session, checked.upload, context.tenant)
+    known = calibrations.find_by_digest(session, checked.file["sha256"], context.tenant)
+    if known is not None and known.kind == checked.kind:
+        return known
+    return calibrations.create(
+        session,
+        source={"kind": "upload", "upload": checked.upload, "files": [dict(checked.file)]},
+        digest=checked.file["sha256"],
+        kind=checked.kind,
+        state=InputState.READY,
+        summary=checked.summary,
+        tenant=context.tenant,
+    )
+
+
+def _arrived(context: Context, upload_id: str, purpose: str) -> UploadRecord:
+    with context.database.read() as session:
+        upload = find_upload(context, session, upload_id)
+        missing = missing_blobs(context, session, upload)
+    if upload.purpose != purpose:
+        raise Unprocessable(
+            "wrong-purpose",
+            f"The upload must have been opened for a {purpose}. Got one for a {upload.purpose}. Open "
+            "another.",
+            pointer="/upload",
+        )
+    if missing:
+        raise Conflict(
+            "upload-incomplete",
+            f"Every blob of an upload must have arrived. Got {len(missing)} missing. Send them to "
+            f"/v1/uploads/{upload.id}/blobs/{{sha256}}.",
+            extra={"missing": missing},
+        )
+    return upload
+
+
+def _copied(context: Context, path: Path) -> dict[str, Any]:
+    with open_plain(path) as file:
+        sha256 = context.store.put(iter(lambda: file.read(CHUNK_BYTES), b""))
+    return {"path": path.name, "size": context.store.size(sha256), "sha256": sha256}

@@ -1,0 +1,89 @@
+"""Whether a search can work at all, as far as that is known before a worker has seen the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from quant.costs import CostError, latency_from_mapping
+from quant.patterns import PatternError, select
+from search.budget import parse_limits
+from sensitivity.catalog import SCORERS, offered_metrics
+from service.api.context import Context
+from service.api.lookup import stored_inventory, usable
+from service.db.repositories import calibrations, models
+from service.errors import Unprocessable, json_pointer
+from service.records import CalibrationRecord, ModelRecord
+from service.wire import JobRequest
+
+
+def check_job(context: Context, session: Session, body: JobRequest) -> None:
+    """Raise the problem that the request would run into; unknown ids, names, resources and metrics."""
+    model = models.get(session, body.model, context.tenant)
+    usable("model", model, body.model)
+    calibration = calibrations.get(session, body.calibration, context.tenant)
+    usable("calibration", calibration, body.calibration)
+    assert model is not None
+    assert calibration is not None
+    _check_metrics(body, calibration)
+    _check_latency(body)
+    _check_names(body, model)
+
+
+def _check_metrics(body: JobRequest, calibration: CalibrationRecord) -> None:
+    """A task that is named decides what it offers; with task "auto" the worker decides."""
+    if body.task == "auto":
+        return
+    has_labels = bool((calibration.summary or {}).get("has_labels"))
+    offered = offered_metrics(body.task, has_labels=has_labels)
+    for position, metric in enumerate(body.metrics):
+        if metric not in offered:
+            needs = ", ".join(sorted(SCORERS[metric].needs))
+            raise Unprocessable(
+                "metric-not-offered",
+                f"A metric must suit the task and data: {', '.join(offered)}. Got {metric!r}, which needs "
+                f"{needs}. Pick another metric, or send calibration data with labels.",
+                pointer=json_pointer("metrics", position),
+            )
+
+
+def _check_latency(body: JobRequest) -> None:
+    limited = {limit.resource for limit in parse_limits([*body.budgets, *body.limits])}
+    if "latency_ns" in limited and body.latency_ns is None:
+        raise Unprocessable(
+            "missing-latency",
+            "A limit on latency must come with latency_ns, the nanoseconds of each layer and scheme. Got "
+            "none. Add the table, or limit bytes or bits per weight.",
+            pointer="/latency_ns",
+        )
+    if body.latency_ns is not None:
+        try:
+            latency_from_mapping(body.latency_ns)
+        except CostError as error:
+            raise Unprocessable("invalid-latency", str(error), pointer="/latency_ns") from None
+
+
+def _check_names(body: JobRequest, model: ModelRecord) -> None:
+    """Patterns must match a layer, once the model has been verified."""
+    inventory = stored_inventory(model)
+    if inventory is None:
+        return
+    layers = inventory["layers"]
+    names = [name for layer in layers for name in (layer["name"], *layer["aliases"])]
+    everything = names + [item["name"] for item in inventory["excluded"]]
+    _require(body.include, everything, "include")
+    _require(body.exclude, everything, "exclude")
+    _require(body.pins, everything, "pins")
+    for position, tie in enumerate(body.ties):
+        _require(tie, everything, "ties", position)
+
+
+def _require(patterns: Iterable[str], names: list[str], *place: Any) -> None:
+    for position, pattern in enumerate(patterns):
+        try:
+            select([pattern], names)
+        except PatternError as error:
+            member = pattern if place == ("pins",) else position
+            raise Unprocessable("unknown-layer", str(error), pointer=json_pointer(*place, member)) from None

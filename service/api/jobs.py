@@ -1,0 +1,178 @@
+"""Jobs: submit, follow, cancel, resume, delete."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import anyio
+from fastapi import APIRouter, Path, Query, Response
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
+
+from quant.digest import digest
+from service.api.conditional import IfNoneMatch, Prefer, matches, not_modified, wait_seconds
+from service.api.context import After, Context, Ctx, Limit
+from service.api.idempotency import Answer, IdempotencyKey, once
+from service.api.job_checks import check_job
+from service.api.lookup import find_job
+from service.api.pages import page_of, position
+from service.api.resources import Event, Job, Page
+from service.db.repositories import events, jobs
+from service.errors import Conflict
+from service.records import JobRecord
+from service.states import IllegalTransition, JobKind, JobState
+from service.wire import JobRequest
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+RETRY_SECONDS = "1"
+POLL_SECONDS = 0.1
+
+JobId = Annotated[str, Path(max_length=100)]
+
+
+@router.post("", status_code=202, response_model=Job)
+def submit(body: JobRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
+    """Queue a search."""
+    request = body.model_dump(mode="json")
+
+    def create(session: Session) -> Answer:
+        check_job(context, session, body)
+        return accepted(
+            jobs.create(
+                session,
+                kind=JobKind.SEARCH,
+                request=request,
+                request_digest=digest(request),
+                tenant=context.tenant,
+            )
+        )
+
+    return once(context, key, "POST /v1/jobs", request, create)
+
+
+@router.get("")
+def list_jobs(
+    context: Ctx,
+    limit: Limit = 50,
+    cursor: After = None,
+    state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
+    kind: Annotated[JobKind | None, Query(description="Only jobs of this kind.")] = JobKind.SEARCH,
+) -> Page[Job]:
+    """Jobs, the newest first; searches unless another kind is asked for."""
+    with context.database.read() as session:
+        rows = jobs.list_page(
+            session,
+            limit=limit,
+            after=position(context.cursors, "jobs", cursor),
+            state=state,
+            kind=kind,
+            tenant=context.tenant,
+        )
+    return page_of(context.cursors, "jobs", rows, limit, Job.of)
+
+
+@router.get("/{job_id}", response_model=Job, responses={304: {"description": "Nothing changed."}})
+async def get_job(
+    job_id: JobId, context: Ctx, if_none_match: IfNoneMatch = None, prefer: Prefer = None
+) -> Response:
+    """The job as it stands. With If-None-Match and `Prefer: wait=N` the answer comes when it changes."""
+    deadline = time.monotonic() + wait_seconds(prefer)
+    while True:
+        job = await run_in_threadpool(_read, context, job_id)
+        unchanged = matches(etag_of(job), if_none_match)
+        if not unchanged or job.finished or time.monotonic() >= deadline:
+            break
+        await anyio.sleep(POLL_SECONDS)
+    if unchanged:
+        return not_modified(etag_of(job), _retry_headers(job))
+    headers = {"ETag": etag_of(job), **_retry_headers(job)}
+    return Response(Job.of(job).model_dump_json(), headers=headers, media_type="application/json")
+
+
+@router.post("/{job_id}/cancel", status_code=202, response_model=Job)
+def cancel(job_id: JobId, context: Ctx) -> Response:
+    """Stop the job; its scores are kept. Cancelling twice is once."""
+    with context.database.write() as session:
+        find_job(context, session, job_id)
+        try:
+            answer = accepted(jobs.request_cancel(session, job_id))
+        except IllegalTransition as error:
+            raise Conflict(
+                "job-finished",
+                f"A job must be queued or running to be cancelled. Got {error.old}. It has ended.",
+            ) from None
+    return Response(
+        answer.body.model_dump_json(), answer.status, dict(answer.headers), media_type="application/json"
+    )
+
+
+@router.post("/{job_id}/resume", status_code=202, response_model=Job)
+def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
+    """Queue a new job with the same request, which finds the scores of this one stored."""
+
+    def create(session: Session) -> Answer:
+        job = find_job(context, session, job_id)
+        if not job.finished or job.state == JobState.SUCCEEDED:
+            raise Conflict(
+                "job-not-resumable",
+                f"A job must have failed, expired or been cancelled to be resumed. Got {job.state}. "
+                "Wait for it, or ask a succeeded one for other plans at /plans.",
+            )
+        if job.kind == JobKind.SEARCH:
+            check_job(context, session, JobRequest.model_validate(job.request))
+        return accepted(
+            jobs.create(
+                session,
+                kind=job.kind,
+                request=job.request,
+                request_digest=job.request_digest,
+                predecessor=job.id,
+                tenant=context.tenant,
+            )
+        )
+
+    return once(context, key, f"POST /v1/jobs/{job_id}/resume", None, create)
+
+
+@router.delete("/{job_id}", status_code=204)
+def delete(job_id: JobId, context: Ctx) -> None:
+    """Delete a finished job with its plans and events; scores stay for other jobs."""
+    with context.database.write() as session:
+        find_job(context, session, job_id)
+        try:
+            jobs.delete(session, job_id)
+        except jobs.JobNotFinished as error:
+            raise Conflict("job-not-finished", str(error)) from None
+
+
+@router.get("/{job_id}/events")
+def list_events(job_id: JobId, context: Ctx, limit: Limit = 200, cursor: After = None) -> Page[Event]:
+    """What happened to the job, in order."""
+    kind = f"events of {job_id}"
+    with context.database.read() as session:
+        find_job(context, session, job_id)
+        after = 0 if cursor is None else context.cursors.read(kind, cursor)
+        rows = events.list_after(session, job_id, after, limit)
+    more = context.cursors.make(kind, rows[-1].seq) if len(rows) == limit else None
+    return Page(items=[Event.of(row) for row in rows], next_cursor=more)
+
+
+def accepted(job: JobRecord) -> Answer:
+    """202 with where to ask and when."""
+    headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **_retry_headers(job)}
+    return Answer(202, Job.of(job), headers)
+
+
+def etag_of(job: JobRecord) -> str:
+    """Changes with every visible change of the job."""
+    return f'"{job.id}-{job.version}"'
+
+
+def _retry_headers(job: JobRecord) -> dict[str, str]:
+    return {} if job.finished else {"Retry-After": RETRY_SECONDS}
+
+
+def _read(context: Context, job_id: str) -> JobRecord:
+    with context.database.read() as session:
+        return find_job(context, session, job_id)

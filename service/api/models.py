@@ -1,0 +1,108 @@
+"""Models: from an upload or a server-side folder, verified by the runner before they are ready."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Response
+from sqlalchemy.orm import Session
+
+from service.api.context import After, Context, Ctx, Limit
+from service.api.idempotency import Answer, IdempotencyKey, once
+from service.api.intake import check_folder_model, check_uploaded_model, store_model
+from service.api.lookup import find_model, stored_inventory
+from service.api.pages import page_of, position
+from service.api.resources import Layers, Model, Page
+from service.db.repositories import jobs, models
+from service.errors import Conflict, NotFound
+from service.records import ModelRecord
+from service.states import InputState
+from service.wire import ModelRequest
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+ModelId = Annotated[str, Path(max_length=100)]
+
+
+@router.post("", status_code=201, response_model=Model)
+def create_model(body: ModelRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
+    """Make a model from an upload or a folder of the server; the same files give the same model."""
+
+    checked = (
+        check_uploaded_model(context, body.upload)
+        if body.upload is not None
+        else check_folder_model(context, body.folder or "")
+    )
+
+    def create(session: Session) -> Answer:
+        return model_answer(store_model(context, session, checked))
+
+    return once(context, key, "POST /v1/models", body.model_dump(mode="json"), create)
+
+
+@router.get("")
+def list_models(context: Ctx, limit: Limit = 50, cursor: After = None) -> Page[Model]:
+    """Models, the newest first, without deleted ones."""
+    with context.database.read() as session:
+        after = position(context.cursors, "models", cursor)
+        rows = models.list_page(session, limit=limit, after=after, tenant=context.tenant)
+    return page_of(context.cursors, "models", rows, limit, Model.of)
+
+
+@router.get("/{model_id}")
+def get_model(model_id: ModelId, context: Ctx, response: Response) -> Model:
+    """One model; while it is being verified, ask again after Retry-After seconds."""
+    model = _existing(context, model_id)
+    if model.state == InputState.VERIFYING:
+        response.headers["Retry-After"] = "1"
+    return Model.of(model)
+
+
+@router.get("/{model_id}/layers")
+def get_layers(model_id: ModelId, context: Ctx) -> Layers:
+    """What can be quantized: name, operation, shape, parameters, MACs; and what was left out and why."""
+    model = _existing(context, model_id)
+    inventory: Mapping[str, Any] | None = stored_inventory(model)
+    if inventory is None:
+        raise Conflict(
+            "model-not-ready",
+            f"A model must be verified before its layers are known. Got state {model.state}. "
+            "Ask again when GET /v1/models/{id} says ready.",
+            headers={"Retry-After": "1"},
+        )
+    return Layers.model_validate(dict(inventory))
+
+
+@router.delete("/{model_id}", status_code=204)
+def delete_model(model_id: ModelId, context: Ctx) -> None:
+    """Delete a model that no unfinished search uses; finished jobs keep their scores and plans."""
+    with context.database.write() as session:
+        find_model(context, session, model_id)
+        refuse_in_use(context, session, "model", model_id)
+        models.set_state(session, model_id, InputState.DELETED)
+
+
+def model_answer(model: ModelRecord) -> Answer:
+    """201 with where the model is."""
+    return Answer(201, Model.of(model), {"Location": f"/v1/models/{model.id}"})
+
+
+def refuse_in_use(context: Context, session: Session, kind: str, ident: str) -> None:
+    """Raise Conflict while an unfinished search names this model or calibration set."""
+    for job in jobs.unfinished(session, tenant=context.tenant):
+        if job.kind == "search" and job.request.get(kind) == ident:
+            raise Conflict(
+                f"{kind}-in-use",
+                f"A {kind} must not be in use when it is deleted. Got job {job.id}, which is {job.state}. "
+                "Wait for it or cancel it first.",
+            )
+
+
+def _existing(context: Context, model_id: str) -> ModelRecord:
+    with context.database.read() as session:
+        model = find_model(context, session, model_id)
+    if model.state == InputState.DELETED:
+        raise NotFound(
+            "model-not-found", f"The model must exist. Got {model_id}, which was deleted. Send it again."
+        )
+    return model

@@ -1,0 +1,146 @@
+"""Every error answer is application/problem+json (RFC 9457); nothing of the inside gets out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+
+from service.errors import (
+    MEDIA_TYPE,
+    BadRequest,
+    NotFound,
+    ServiceError,
+    Unavailable,
+    Unprocessable,
+    json_pointer,
+)
+
+log = structlog.get_logger(__name__)
+
+_HTTP_SLUGS: Mapping[int, tuple[str, str, str]] = {
+    404: ("not-found", "Not found", "The path must be one of those at /docs."),
+    405: ("method-not-allowed", "Method not allowed", "The method must be one of those that the path takes."),
+    413: ("too-large", "Too large", "The body must be smaller. Send files through /v1/uploads."),
+    415: ("unsupported-media-type", "Unsupported media type", "The body must be application/json."),
+}
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    pointer: str | None = None
+    instance: str | None = None
+
+
+PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "The request is wrong.",
+        "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+    }
+}
+
+
+class _UnexpectedError(ServiceError):
+    """Hides the exception that nobody foresaw."""
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(DBAPIError, _database_error)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def respond(request: Request, error: ServiceError) -> JSONResponse:
+    """The answer for a problem."""
+    body = error.as_json() | {"instance": request.url.path}
+    return JSONResponse(body, status_code=error.status, headers=error.headers, media_type=MEDIA_TYPE)
+
+
+async def _service_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return respond(request, error)
+
+
+async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return respond(request, invalid_request(error.errors()))
+
+
+async def _http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    slug, title, must = _HTTP_SLUGS.get(error.status_code, ("http-error", "HTTP error", str(error.detail)))
+    detail = f"{must} Got {request.method} {request.url.path[:200]}."
+    body = {
+        "type": NotFound(slug, detail).as_json()["type"],
+        "title": title,
+        "status": error.status_code,
+        "detail": detail,
+        "instance": request.url.path,
+    }
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers, media_type=MEDIA_TYPE)
+
+
+async def _database_error(request: Request, error: Exception) -> JSONResponse:
+    log.error("database error", path=request.url.path, exc_info=error)
+    detail = "The database must answer. Got an error from it. Try again in a few seconds."
+    return respond(request, Unavailable("database-unavailable", detail, headers={"Retry-After": "5"}))
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("unexpected error", path=request.url.path, exc_info=error)
+    detail = "The request must not fail like this. Got an unexpected error, which is in the log. Report it."
+    return respond(request, _UnexpectedError("internal-error", detail))
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ServiceError:
+    """One problem for all faults that validation found; the first one gives slug, detail and pointer."""
+    if errors and errors[0]["type"] == "json_invalid":
+        reason = str(errors[0].get("ctx", {}).get("error", "a syntax error"))
+        return BadRequest("invalid-json", f"The body must be JSON. Got {reason}. Check its syntax.")
+    faults = [
+        {"pointer": _pointer(fault["loc"]), "detail": _detail(fault), "type": _slug(fault)}
+        for fault in errors[:50]
+    ]
+    first = faults[0]
+    return Unprocessable(first["type"], first["detail"], pointer=first["pointer"], extra={"errors": faults})
+
+
+def _slug(fault: Mapping[str, Any]) -> str:
+    """Faults of `service.wire` name their own slug, with a dash; pydantic's kinds have none."""
+    return str(fault["type"]) if "-" in fault["type"] else "invalid-request"
+
+
+def _pointer(location: Sequence[str | int]) -> str:
+    return json_pointer(*(location[1:] if location[:1] == ("body",) else location))
+
+
+def _detail(fault: Mapping[str, Any]) -> str:
+    message = str(fault["msg"])
+    if "-" in fault["type"]:
+        return message
+    where = ".".join(str(part) for part in fault["loc"][1:]) or "The body"
+    if fault["type"] == "missing":
+        return f"{where} must be given. Got nothing. Add it."
+    if fault["type"] == "extra_forbidden":
+        return f"{where} must be left out: no such member. Got it. Check its spelling at /docs."
+    rule = message.removeprefix("Input should ").removeprefix("Value error, ")
+    shown = repr(fault.get("input"))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{where} must {rule}. Got {shown}. Correct it and send the request again."

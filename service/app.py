@@ -1,0 +1,104 @@
+"""The API process: `uvicorn service.app:app`. It never loads torch and measures nothing; runners do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from service.api import (
+    calibrations,
+    catalogs,
+    frontier,
+    health,
+    jobs,
+    models,
+    plans,
+    problems,
+    scores,
+    uploads,
+)
+from service.api.context import Context
+from service.api.cursors import Cursors, load_secret
+from service.db import migrate
+from service.db.engine import Database
+from service.settings import Settings
+from service.store.blobs import BlobStore
+
+DESCRIPTION = """\
+Bitplan decides how many bits each layer of a neural network gets.
+
+1. `POST /v1/uploads` declares files, `PUT /v1/uploads/{id}/blobs/{sha256}` sends them, `POST .../complete`
+   makes a model or a calibration set of them.
+2. `POST /v1/jobs` measures what each layer loses in each scheme and plans your budgets.
+3. `GET /v1/jobs/{id}` until it has succeeded, then `GET /v1/jobs/{id}/plans`, and for the plan file
+   `GET /v1/plans/{id}/document`.
+
+Errors are `application/problem+json` (RFC 9457).
+"""
+ROUTERS = (
+    uploads.router,
+    models.router,
+    calibrations.router,
+    jobs.router,
+    scores.router,
+    frontier.router,
+    plans.router,
+    catalogs.router,
+    health.router,
+)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application; `settings` default to the environment. The database is opened when it starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        context = open_context(settings or Settings())
+        app.state.context = context
+        try:
+            yield
+        finally:
+            context.database.close()
+
+    app = FastAPI(
+        title="Bitplan",
+        version=version("bitplan"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        responses=problems.PROBLEM_RESPONSES,
+        generate_unique_id_function=_operation_id,
+    )
+    problems.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+def open_context(settings: Settings) -> Context:
+    """Database, store and secret of a data directory.
+
+    A SQLite database is migrated here; another one must have been (`bitplan serve` does it). Raises
+    `DatabaseTooNew` or `DatabaseNotReady`.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    if settings.database_url.startswith("sqlite"):
+        migrate.upgrade(settings.database_url)
+    database = Database(settings.database_url)
+    try:
+        migrate.check(database)
+        cursors = Cursors(load_secret(settings.data_dir / "cursor.key"))
+    except BaseException:
+        database.close()
+        raise
+    return Context(settings, database, BlobStore(settings.data_dir), cursors)
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+app = create_app()

@@ -1,0 +1,98 @@
+"""The options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_SCHEMES = "w2,w3,w4,w5,w6,w8"
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+
+Calibration = Annotated[
+    Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .txt or .jsonl.")
+]
+Schemes = Annotated[str, typer.Option("--schemes", help="The menu, comma separated.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget", "-b", help='One budget per option: "3.5 bpw", "7 GiB", "bytes<=2 MiB,latency<=12 ms".'
+    ),
+]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--limit", help="A limit that holds for every budget (repeat for several)."),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="Sensitivity metric; repeat to store several, the first decides."),
+]
+Task = Annotated[
+    str, typer.Option("--task", help="auto, causal_lm, image_classification, sequence_embedding or generic.")
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples", min=8, help="At most this many samples in each of the three calibration parts."
+    ),
+]
+SequenceLength = Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens per sample of text.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the three parts, probes and searches.")]
+Device = Annotated[str, typer.Option("--device", help="Where the workers measure: cpu or cuda.")]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", help='Fix the scheme of a layer or pattern: "lm_head=w8".')
+]
+Ties = Annotated[
+    list[str] | None, typer.Option("--tie", help='Layers or patterns that get one scheme: "a,b".')
+]
+Excludes = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers alone (glob).")]
+Includes = Annotated[
+    list[str] | None, typer.Option("--include", help="Quantize matching embeddings or heads too (glob).")
+]
+Latency = Annotated[
+    Path | None,
+    typer.Option("--latency-table", help="JSON or CSV of layer x scheme nanoseconds, for latency limits."),
+]
+TimeLimit = Annotated[float, typer.Option("--time-limit", min=0.0, help="Seconds for one solve.")]
+Gap = Annotated[float, typer.Option("--gap", min=0.0, help="Proven relative gap to stop at.")]
+Evaluations = Annotated[
+    int, typer.Option("--evaluations", min=0, help="Measured plans of the local search, per budget.")
+]
+RelativeError = Annotated[
+    float, typer.Option("--relative-error", help="Relative standard error at which a Hessian trace is done.")
+]
+MaxProbes = Annotated[int, typer.Option("--max-probes", min=2, help="Most Hutchinson probes per layer.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per forward pass.")]
+NoInteractions = Annotated[
+    bool, typer.Option("--no-interactions", help="Leave out gram_output and the quadratic candidates.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on standard output.")]
+Server = Annotated[str, typer.Option("--server", envvar="BITPLAN_SERVER", help="Address of the service.")]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where scores and files are kept (BITPLAN_DATA_DIR).")
+]
+
+
+def assignments(pairs: list[str] | None) -> dict[str, str]:
+    """`["lm_head=w8"]` as a mapping.
+
+    >>> assignments(["lm_head=w8"])
+    {'lm_head': 'w8'}
+    """
+    found: dict[str, str] = {}
+    for pair in pairs or ():
+        name, sign, scheme = pair.rpartition("=")
+        if not (sign and name.strip() and scheme.strip()):
+            raise ValueError(f'A pin must be written LAYER=SCHEME, as in "lm_head=w8". Got {pair!r}.')
+        found[name.strip()] = scheme.strip()
+    return found
+
+
+def names(groups: list[str] | None) -> list[list[str]]:
+    """`["a,b"]` as lists of names.
+
+    >>> names(["a, b"])
+    [['a', 'b']]
+    """
+    return [[name.strip() for name in group.split(",") if name.strip()] for group in groups or ()]

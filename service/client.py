@@ -1,0 +1,166 @@
+"""The Python client: the same verbs as the API, without torch.
+
+from service.client import Client
+
+client = Client("http://127.0.0.1:8000")
+job = client.submit(model="llama/", calibration="calibration.txt", budgets=["3.5 bpw"])
+job.wait().plan("3.5 bpw").save("plan.json")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx2
+
+from service.remote.handles import JobHandle, PlanHandle
+from service.remote.transport import Transport
+from service.remote.upload import OnBytes, local_file, model_files, upload
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class Client:
+    """One server. `http` replaces the connection pool (tests, proxies); `retries` counts repeated
+    requests.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout: float = 60.0,
+        retries: int = 5,
+        http: httpx2.Client | None = None,
+    ) -> None:
+        self._http = http or httpx2.Client(base_url=url, timeout=timeout)
+        self.transport = Transport(self._http, retries=retries)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def upload_model(self, folder: str | Path, on_bytes: OnBytes | None = None) -> dict[str, Any]:
+        """Send a Hugging Face folder; files that the server has are not sent again. Returns the model's
+        JSON.
+        """
+        return upload(self.transport, "model", model_files(Path(folder)), on_bytes)
+
+    def upload_calibration(self, file: str | Path, on_bytes: OnBytes | None = None) -> dict[str, Any]:
+        """Send a calibration file (.safetensors, .txt, .jsonl). Returns the calibration set's JSON."""
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Calibration must be a .safetensors, .txt or .jsonl file, or an id. Got {file}."
+            )
+        return upload(self.transport, "calibration", (local_file(path),), on_bytes)
+
+    def submit(
+        self,
+        model: str | Path,
+        calibration: str | Path,
+        budgets: Sequence[str],
+        *,
+        schemes: Sequence[str] | str = ("w2", "w3", "w4", "w5", "w6", "w8"),
+        metrics: Sequence[str] = ("output_kl",),
+        interactions: bool = True,
+        task: str = "auto",
+        limits: Sequence[str] = (),
+        pins: Mapping[str, str] | None = None,
+        ties: Sequence[Sequence[str]] = (),
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        samples: int = 64,
+        sequence_length: int = 512,
+        seed: int = 0,
+        device: str = "cpu",
+        relative_error: float = 0.1,
+        max_probes: int = 128,
+        batch_size: int = 8,
+        evaluations: int = 40,
+        time_limit_seconds: float = 60.0,
+        gap: float = 1e-9,
+        latency_ns: Mapping[str, Mapping[str, float]] | None = None,
+        labels: Mapping[str, str] | None = None,
+        name: str | None = None,
+        on_bytes: OnBytes | None = None,
+    ) -> JobHandle:
+        """Start a search. `model` is a folder or an id, `calibration` a file or an id; local ones are sent
+        first.
+
+        The parameters are those of `POST /v1/jobs`. Raises ProblemError with the server's words.
+        """
+        body: dict[str, Any] = {
+            "model": self._input(model, "model_", self.upload_model, on_bytes),
+            "calibration": self._input(calibration, "cal_", self.upload_calibration, on_bytes),
+            "budgets": list(budgets),
+            "schemes": schemes.split(",") if isinstance(schemes, str) else list(schemes),
+            "metrics": list(metrics),
+            "interactions": interactions,
+            "task": task,
+            "limits": list(limits),
+            "pins": dict(pins or {}),
+            "ties": [list(tie) for tie in ties],
+            "include": list(include),
+            "exclude": list(exclude),
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "seed": seed,
+            "device": device,
+            "relative_error": relative_error,
+            "max_probes": max_probes,
+            "batch_size": batch_size,
+            "evaluations": evaluations,
+            "time_limit_seconds": time_limit_seconds,
+            "gap": gap,
+            "latency_ns": latency_ns,
+            "labels": dict(labels or {}),
+            "name": name,
+        }
+        return JobHandle(self.transport, self.transport.post("/v1/jobs", body))
+
+    def job(self, job_id: str) -> JobHandle:
+        """A job by its id."""
+        return JobHandle(self.transport, self.transport.get(f"/v1/jobs/{job_id}"))
+
+    def jobs(self) -> list[JobHandle]:
+        """All jobs, the newest first."""
+        return [JobHandle(self.transport, resource) for resource in self.transport.pages("/v1/jobs")]
+
+    def plan(self, plan_id: str) -> PlanHandle:
+        """A plan by its id."""
+        return PlanHandle(self.transport, self.transport.get(f"/v1/plans/{plan_id}"))
+
+    def model(self, model_id: str) -> dict[str, Any]:
+        """A model's JSON."""
+        return dict(self.transport.get(f"/v1/models/{model_id}"))
+
+    def models(self) -> list[dict[str, Any]]:
+        """All models, the newest first."""
+        return list(self.transport.pages("/v1/models"))
+
+    def calibrations(self) -> list[dict[str, Any]]:
+        """All calibration sets, the newest first."""
+        return list(self.transport.pages("/v1/calibrations"))
+
+    @staticmethod
+    def _input(
+        given: str | Path,
+        prefix: str,
+        send: Callable[[str | Path, OnBytes | None], dict[str, Any]],
+        on_bytes: OnBytes | None,
+    ) -> str:
+        if isinstance(given, str) and given.startswith(prefix) and not Path(given).exists():
+            return given
+        return str(send(given, on_bytes)["id"])

@@ -1,0 +1,1 @@
+"""All statements: each module holds the functions of one table, taking a Session, giving frozen records."""

@@ -1,0 +1,164 @@
+"""Jobs: creation, reading, and the one function that changes their state."""
+
+# ruff: noqa: N818 - an error is named after what went wrong
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import delete as delete_from
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.db.engine import database_clock
+from service.db.repositories import events
+from service.db.repositories.rows import page, record_of
+from service.db.tables import JobRow, now
+from service.ids import new_id
+from service.records import Cursor, JobRecord
+from service.states import TERMINAL, JobKind, JobState, Stage, check_transition
+
+
+class JobNotFinished(ValueError):
+    """Only a finished job may be deleted."""
+
+
+def record_of_job(row: JobRow) -> JobRecord:
+    """The record of a row that this transaction holds."""
+    return record_of(JobRecord, row, kind=JobKind, state=JobState, stage=Stage)
+
+
+def create(
+    session: Session,
+    *,
+    kind: JobKind,
+    request: Mapping[str, Any],
+    request_digest: str,
+    predecessor: str | None = None,
+    tenant: str = "default",
+) -> JobRecord:
+    """A new queued job with its first event."""
+    row = JobRow(
+        id=new_id("job"),
+        tenant=tenant,
+        kind=kind.value,
+        state=JobState.QUEUED.value,
+        request=dict(request),
+        request_digest=request_digest,
+        predecessor=predecessor,
+    )
+    session.add(row)
+    session.flush()
+    events.append(
+        session, row.id, JobState.QUEUED.value, {} if predecessor is None else {"predecessor": predecessor}
+    )
+    return record_of_job(row)
+
+
+def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord | None:
+    """The job, or None; with `tenant`, only when it is that tenant's."""
+    row = session.get(JobRow, job_id)
+    return record_of_job(row) if row is not None and tenant in (None, row.tenant) else None
+
+
+def list_page(
+    session: Session,
+    *,
+    limit: int = 50,
+    after: Cursor | None = None,
+    state: JobState | None = None,
+    kind: JobKind | None = None,
+    tenant: str = "default",
+) -> tuple[JobRecord, ...]:
+    """A page of a tenant's jobs, the newest first."""
+    conditions = [] if state is None else [JobRow.state == state.value]
+    conditions += [] if kind is None else [JobRow.kind == kind.value]
+    return tuple(record_of_job(row) for row in page(session, JobRow, tenant, limit, after, *conditions))
+
+
+def find_by_request(
+    session: Session, request_digest: str, states: frozenset[JobState], tenant: str = "default"
+) -> JobRecord | None:
+    """The newest job with this request in one of `states`, or None."""
+    query = select(JobRow).where(
+        JobRow.tenant == tenant,
+        JobRow.request_digest == request_digest,
+        JobRow.state.in_([state.value for state in states]),
+    )
+    row = session.scalars(query.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(1)).first()
+    return None if row is None else record_of_job(row)
+
+
+def unfinished(session: Session, tenant: str = "default") -> tuple[JobRecord, ...]:
+    """The tenant's jobs that have not ended, the oldest first."""
+    states = [state.value for state in JobState if state not in TERMINAL]
+    query = select(JobRow).where(JobRow.tenant == tenant, JobRow.state.in_(states))
+    return tuple(record_of_job(row) for row in session.scalars(query.order_by(JobRow.created_at, JobRow.id)))
+
+
+def count_by_state(session: Session) -> Mapping[JobState, int]:
+    """How many jobs of all tenants are in each state that occurs."""
+    rows = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
+    return {JobState(state): count for state, count in rows}
+
+
+def locked(session: Session, job_id: str) -> JobRow:
+    """The row, locked until the transaction ends. Raises LookupError. For repositories only."""
+    row = session.get(JobRow, job_id, with_for_update=True, populate_existing=True)
+    if row is None:
+        raise LookupError(f"Job must exist. Got {job_id}.")
+    return row
+
+
+def transition(
+    session: Session, row: JobRow, state: JobState, data: Mapping[str, Any] | None = None
+) -> JobRecord:
+    """Move a locked row to `state` with its event. Raises `IllegalTransition`. For repositories only."""
+    check_transition(row.id, JobState(row.state), state)
+    row.state = state.value
+    row.version += 1
+    if state == JobState.RUNNING:
+        row.started_at = row.started_at or now()
+    if state in TERMINAL:
+        row.finished_at = now()
+        row.eta_seconds = None
+    if state in TERMINAL or state == JobState.QUEUED:
+        drop_lease(row)
+    session.flush()
+    events.append(session, row.id, state.value, data)
+    return record_of_job(row)
+
+
+def drop_lease(row: JobRow) -> None:
+    """Nobody holds the job any more; the epoch stays."""
+    row.lease_owner = row.lease_host = row.lease_pid = row.lease_process = row.lease_expires_at = None
+
+
+def request_cancel(session: Session, job_id: str) -> JobRecord:
+    """Ask a job to stop; one that nobody runs is cancelled at once. Asking again changes nothing.
+
+    Raises LookupError for an unknown job and `IllegalTransition` for a finished one that was not cancelled.
+    """
+    row = locked(session, job_id)
+    if row.state in (JobState.CANCELLING, JobState.CANCELLED):
+        return record_of_job(row)
+    unattended = row.state == JobState.QUEUED or _lease_expired(session, row)
+    row.cancel_requested = True
+    record = transition(session, row, JobState.CANCELLING)
+    return transition(session, row, JobState.CANCELLED) if unattended else record
+
+
+def _lease_expired(session: Session, row: JobRow) -> bool:
+    clock = session.scalars(select(database_clock())).one()
+    return row.lease_expires_at is not None and row.lease_expires_at <= clock
+
+
+def delete(session: Session, job_id: str) -> None:
+    """Delete a finished job with its events and plans; scores stay. Raises LookupError and
+    `JobNotFinished`.
+    """
+    row = locked(session, job_id)
+    if JobState(row.state) not in TERMINAL:
+        raise JobNotFinished(
+            f"Job {job_id} must be finished to be deleted. Got {row.state}. Cancel it first."
+        )
+    session.execute(delete_from(JobRow).where(JobRow.id == job_id))

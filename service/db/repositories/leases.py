@@ -1,0 +1,209 @@
+"""Leases: who runs which job, and the fence that stops everybody else.
+
+A claim raises the job's epoch by one. Every later write of the runner names its epoch, so a runner that was
+paused past its lease changes nothing. Lease times are compared with the database's clock alone.
+"""
+
+# ruff: noqa: N818 - an error is named after what went wrong
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy.orm import Session
+
+from service.db.engine import database_clock
+from service.db.repositories import events
+from service.db.repositories.jobs import drop_lease, locked, record_of_job, transition
+from service.db.tables import JobRow
+from service.records import JobRecord
+from service.states import TERMINAL, JobKind, JobState, Stage
+
+HELD = (JobState.RUNNING.value, JobState.CANCELLING.value)
+
+
+class LeaseLost(RuntimeError):
+    """Another runner holds the job now, or it has ended: this one must stop and must write nothing."""
+
+    def __init__(self, job_id: str, epoch: int, found: str):
+        super().__init__(f"Job {job_id} must be held with epoch {epoch}. Got {found}.")
+        self.job_id, self.epoch = job_id, epoch
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who claims: a name of its own, and the process that must be alive for the lease to mean anything.
+
+    `process` tells processes apart that had the same pid one after the other (boot and start time).
+    """
+
+    name: str
+    host: str
+    pid: int
+    process: str
+
+
+def claim(
+    session: Session, owner: Owner, lease_seconds: float, kinds: Collection[JobKind] | None = None
+) -> JobRecord | None:
+    """Claim the oldest job that is queued or whose lease has expired, or None when there is none.
+
+    PostgreSQL skips jobs that another runner is claiming at this moment; SQLite claims one after the other.
+    A job that is being cancelled comes back in state cancelling: all that is left to do is `finish`.
+    """
+    expired = and_(JobRow.state.in_(HELD), JobRow.lease_expires_at <= database_clock())
+    free = or_(JobRow.state == JobState.QUEUED.value, expired)
+    if kinds is not None:
+        free = and_(free, JobRow.kind.in_([kind.value for kind in kinds]))
+    return _claim(session, free, owner, lease_seconds)
+
+
+def claim_job(session: Session, job_id: str, owner: Owner, lease_seconds: float) -> JobRecord | None:
+    """Claim this one job if it is queued or its lease has expired, else None."""
+    expired = and_(JobRow.state.in_(HELD), JobRow.lease_expires_at <= database_clock())
+    free = or_(JobRow.state == JobState.QUEUED.value, expired)
+    return _claim(session, and_(free, JobRow.id == job_id), owner, lease_seconds)
+
+
+def _claim(
+    session: Session, free: ColumnElement[bool], owner: Owner, lease_seconds: float
+) -> JobRecord | None:
+    query = select(JobRow).where(free).order_by(JobRow.created_at, JobRow.id).limit(1)
+    row = session.scalars(query.with_for_update(skip_locked=True)).first()
+    if row is None:
+        return None
+    row.epoch += 1
+    row.version += 1
+    row.lease_owner, row.lease_host = owner.name, owner.host
+    row.lease_pid, row.lease_process = owner.pid, owner.process
+    _extend(session, row, lease_seconds)
+    facts = {"epoch": row.epoch}
+    if row.state == JobState.QUEUED:
+        return transition(session, row, JobState.RUNNING, facts)
+    events.append(session, row.id, "reclaimed", facts)
+    return record_of_job(row)
+
+
+def _extend(session: Session, row: JobRow, lease_seconds: float) -> None:
+    clock = session.scalars(select(database_clock())).one()
+    row.lease_expires_at = clock + lease_seconds
+    session.flush()
+
+
+def fence(session: Session, job_id: str, epoch: int) -> JobRow:
+    """Lock the job's row, which must be held with this epoch, else raise `LeaseLost`. For repositories
+    only.
+    """
+    try:
+        row = locked(session, job_id)
+    except LookupError:
+        raise LeaseLost(job_id, epoch, "a job that was deleted") from None
+    if row.epoch != epoch or row.state not in HELD:
+        raise LeaseLost(job_id, epoch, f"epoch {row.epoch}, state {row.state}")
+    return row
+
+
+def hold(session: Session, job_id: str, epoch: int) -> JobRecord:
+    """Begin a fenced transaction: everything written after it in this transaction is covered. Raises
+    `LeaseLost`.
+    """
+    return record_of_job(fence(session, job_id, epoch))
+
+
+def heartbeat(session: Session, job_id: str, epoch: int, lease_seconds: float) -> JobRecord:
+    """Extend the lease; the record tells whether a cancellation was asked for. Raises `LeaseLost`."""
+    row = fence(session, job_id, epoch)
+    _extend(session, row, lease_seconds)
+    return record_of_job(row)
+
+
+def release(session: Session, job_id: str, epoch: int, reason: str = "released") -> JobRecord:
+    """Give the job back: queued again at once, or cancelled when that was asked for. Raises `LeaseLost`."""
+    row = fence(session, job_id, epoch)
+    if row.state == JobState.CANCELLING:
+        return transition(session, row, JobState.CANCELLED)
+    return transition(session, row, JobState.QUEUED, {"reason": reason})
+
+
+def progress(
+    session: Session,
+    job_id: str,
+    epoch: int,
+    *,
+    stage: Stage,
+    done: int,
+    total: int,
+    eta_seconds: float | None = None,
+) -> JobRecord:
+    """Write where the job stands; a new stage is an event. Raises `LeaseLost`."""
+    row = fence(session, job_id, epoch)
+    if row.stage != stage.value:
+        events.append(session, job_id, "stage", {"stage": stage.value, "total": total})
+    row.stage, row.done, row.total, row.eta_seconds = stage.value, done, total, eta_seconds
+    row.version += 1
+    session.flush()
+    return record_of_job(row)
+
+
+def set_score_set(session: Session, job_id: str, epoch: int, score_set: str) -> JobRecord:
+    """Say which score set the job fills; the set must exist. Raises `LeaseLost`."""
+    row = fence(session, job_id, epoch)
+    row.score_set = score_set
+    row.version += 1
+    session.flush()
+    return record_of_job(row)
+
+
+def finish(
+    session: Session,
+    job_id: str,
+    epoch: int,
+    state: JobState,
+    *,
+    summary: Mapping[str, Any] | None = None,
+    problem: Mapping[str, Any] | None = None,
+) -> JobRecord:
+    """End the job; one that is being cancelled ends cancelled, whatever `state` says. Raises `LeaseLost`."""
+    if state not in TERMINAL:
+        raise ValueError(f"A job must end in a final state ({', '.join(sorted(TERMINAL))}). Got {state}.")
+    row = fence(session, job_id, epoch)
+    if row.state == JobState.CANCELLING:
+        state, problem = JobState.CANCELLED, None
+    elif state == JobState.CANCELLED:
+        transition(session, row, JobState.CANCELLING)
+    row.summary = row.summary if summary is None else dict(summary)
+    row.problem = None if problem is None else dict(problem)
+    return transition(session, row, state, {} if problem is None else {"problem": dict(problem)})
+
+
+def held_on(session: Session, host: str) -> tuple[JobRecord, ...]:
+    """The jobs that processes of this host hold, dead or alive."""
+    query = select(JobRow).where(JobRow.state.in_(HELD), JobRow.lease_host == host)
+    return tuple(record_of_job(row) for row in session.scalars(query.order_by(JobRow.created_at, JobRow.id)))
+
+
+def take_back(session: Session, dead: Iterable[JobRecord]) -> int:
+    """Free the jobs of processes that are known to be dead; how many still had the lease that was judged."""
+    freed = 0
+    for job in dead:
+        row = locked(session, job.id)
+        if row.state in HELD and row.epoch == job.epoch:
+            _free(session, row)
+            freed += 1
+    return freed
+
+
+def _free(session: Session, row: JobRow) -> None:
+    row.epoch += 1
+    if row.state == JobState.CANCELLING:
+        transition(session, row, JobState.CANCELLED)
+        return
+    drop_lease(row)
+    transition(session, row, JobState.QUEUED, {"reason": "the runner died"})
+
+
+def waiting(session: Session) -> int:
+    """How many jobs are queued."""
+    query = select(func.count()).select_from(JobRow).where(JobRow.state == JobState.QUEUED.value)
+    return session.scalars(query).one()

@@ -1,0 +1,55 @@
+"""Rows to records, and the two statements every repository shares: a page, and an insert that yields to the
+first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.orm import Session
+
+from service.db.tables import Base, CalibrationRow, JobRow, ModelRow, PlanRow
+from service.records import Cursor
+
+Record = TypeVar("Record")
+Pageable = TypeVar("Pageable", JobRow, ModelRow, CalibrationRow, PlanRow)
+MAXIMUM_PAGE = 200
+
+
+def record_of(record: type[Record], row: Base, /, **enums: type[StrEnum]) -> Record:
+    """The frozen record with the row's columns; `enums` names the columns that become an enumeration."""
+    values = {field.name: getattr(row, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    for name, enum in enums.items():
+        values[name] = None if values[name] is None else enum(values[name])
+    return record(**values)
+
+
+def page(
+    session: Session,
+    table: type[Pageable],
+    tenant: str,
+    limit: int,
+    after: Cursor | None,
+    *conditions: ColumnElement[bool],
+) -> list[Pageable]:
+    """At most `limit` rows of a tenant, the newest first, behind `after`."""
+    if not 1 <= limit <= MAXIMUM_PAGE:
+        raise ValueError(f"limit must be between 1 and {MAXIMUM_PAGE}. Got {limit}.")
+    query = select(table).where(table.tenant == tenant, *conditions)
+    if after is not None:
+        older = table.created_at < after.created_at
+        query = query.where(or_(older, and_(table.created_at == after.created_at, table.id < after.id)))
+    return list(session.scalars(query.order_by(table.created_at.desc(), table.id.desc()).limit(limit)))
+
+
+def insert_or_keep(session: Session, table: type[Base], values: Mapping[str, Any]) -> bool:
+    """Insert a row, or keep the one that already has its key. True if the row is new."""
+    dialect = session.get_bind().dialect.name
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    result = session.execute(insert(table).values(**values).on_conflict_do_nothing())
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1

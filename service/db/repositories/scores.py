@@ -1,0 +1,76 @@
+"""Scores: one row per (score set, layer, scheme, metric), written once."""
+
+from collections.abc import Collection, Iterable
+
+from sqlalchemy import select, tuple_
+from sqlalchemy.orm import Session
+
+from service.db.repositories.rows import insert_or_keep, record_of
+from service.db.tables import ScoreRow
+from service.records import ScoreRecord
+
+ScoreKey = tuple[str, str, str]
+
+
+def insert(session: Session, records: Iterable[ScoreRecord]) -> tuple[ScoreRecord, ...]:
+    """Store scores, each key once; gives those that were stored before with another value (they stay as
+    they are).
+    """
+    disagreeing = []
+    for record in records:
+        values = {name: getattr(record, name) for name in ScoreRow.__table__.columns.keys()}  # noqa: SIM118
+        if not insert_or_keep(session, ScoreRow, values):
+            kept = session.get_one(ScoreRow, _primary_key(record))
+            if (kept.value, kept.stderr, kept.samples) != (record.value, record.stderr, record.samples):
+                disagreeing.append(record)
+    return tuple(disagreeing)
+
+
+def _primary_key(record: ScoreRecord) -> tuple[str, str, str, str]:
+    return (record.score_set, record.layer, record.scheme, record.metric)
+
+
+def get(session: Session, score_set: str, layer: str, scheme: str, metric: str) -> ScoreRecord | None:
+    """One score, or None."""
+    row = session.get(ScoreRow, (score_set, layer, scheme, metric))
+    return None if row is None else record_of(ScoreRecord, row)
+
+
+def keys(session: Session, score_set: str) -> frozenset[ScoreKey]:
+    """The (layer, scheme, metric) that are stored."""
+    query = select(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric).where(ScoreRow.score_set == score_set)
+    return frozenset((layer, scheme, metric) for layer, scheme, metric in session.execute(query))
+
+
+def list_all(
+    session: Session, score_set: str, metrics: Collection[str] | None = None
+) -> tuple[ScoreRecord, ...]:
+    """Every score of a set, or those of `metrics`, ordered by (layer, scheme, metric)."""
+    query = select(ScoreRow).where(ScoreRow.score_set == score_set)
+    if metrics is not None:
+        query = query.where(ScoreRow.metric.in_(sorted(metrics)))
+    rows = session.scalars(query.order_by(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric))
+    return tuple(record_of(ScoreRecord, row) for row in rows)
+
+
+def list_page(
+    session: Session,
+    score_set: str,
+    limit: int = 200,
+    after: ScoreKey | None = None,
+    *,
+    metrics: Collection[str] | None = None,
+    schemes: Collection[str] | None = None,
+) -> tuple[ScoreRecord, ...]:
+    """At most `limit` scores behind the key `after`, ordered by (layer, scheme, metric); with `metrics` or
+    `schemes`, only theirs.
+    """
+    query = select(ScoreRow).where(ScoreRow.score_set == score_set)
+    if metrics is not None:
+        query = query.where(ScoreRow.metric.in_(sorted(metrics)))
+    if schemes is not None:
+        query = query.where(ScoreRow.scheme.in_(sorted(schemes)))
+    if after is not None:
+        query = query.where(tuple_(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric) > tuple_(*after))
+    rows = session.scalars(query.order_by(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric).limit(limit))
+    return tuple(record_of(ScoreRecord, row) for row in rows)

@@ -1,0 +1,93 @@
+"""What an executor is: it builds one session per worker and runs units in them. Front: no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sensitivity.spec import SessionSpec
+from sensitivity.units import Unit, UnitResult
+
+FailureKind = Literal["worker_crash", "out_of_memory", "bad_input", "unit_error"]
+DEFAULT_SESSION = "sensitivity.session:Session"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a unit has no result.
+
+    worker_crash    the worker died (`detail` has its exit code or signal and the end of its log): may be
+    tried again out_of_memory   the unit asked for more memory than there is bad_input       the session
+    could not be built: no unit can run unit_error      the unit raised: it would raise again
+
+    `detail["error"]` is the stable kind of a `SessionError`, or the exception's class name.
+    """
+
+    kind: FailureKind
+    message: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON, for the database."""
+        return {"kind": self.kind, "message": self.message, "detail": dict(self.detail)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the unit submitted under `key`: exactly one of `result` and `failure`."""
+
+    key: str
+    result: UnitResult | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class ExecutorSettings:
+    """What every executor is made from.
+
+    `session_factory` is "package.module:callable", called with the `SessionSpec` inside the worker; its
+    `run(unit)` gives a `UnitResult`. `log_folder` receives what workers print.
+    """
+
+    workers: int
+    log_folder: Path
+    session_factory: str = DEFAULT_SESSION
+
+
+class Session(Protocol):
+    """What a session factory returns."""
+
+    def run(self, unit: Unit, /) -> UnitResult:
+        """Run one unit; the same unit gives the same result."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs units somewhere. Each submitted unit yields exactly one outcome, in any order, unless `close`
+    comes first.
+
+    Used by one thread. ``start`` once, then ``submit`` and ``wait`` as often as needed, then ``close``.
+    """
+
+    name: str
+    capacity: int
+
+    def start(self, spec: SessionSpec) -> None:
+        """Say what sessions to build; does not wait for them."""
+        ...
+
+    def submit(self, key: str, unit: Unit) -> None:
+        """Queue a unit; returns at once."""
+        ...
+
+    def wait(self, timeout: float) -> list[Outcome]:
+        """The outcomes that have come, after waiting at most `timeout` seconds for the first one."""
+        ...
+
+    def close(self, grace_seconds: float = 10.0) -> None:
+        """Drop queued units, give running ones `grace_seconds` to end, then kill the workers. May be called
+        twice.
+
+        What ended within the grace can still be fetched with ``wait(0)``.
+        """
+        ...

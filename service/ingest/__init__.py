@@ -1,0 +1,1 @@
+"""Checking what users send before anything is loaded."""

@@ -1,0 +1,130 @@
+"""Which files are taken: an allow-list, and for the well-known others what to send instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from service.errors import ServiceError, Unprocessable, UnsupportedFile, json_pointer
+
+MODEL_FILES: tuple[str, ...] = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+CALIBRATION_FILES: dict[str, str] = {
+    "*.safetensors": "safetensors",
+    "*.txt": "text",
+    "*.jsonl": "jsonl",
+}
+
+_ARCHIVES = ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.gz", "*.bz2", "*.xz", "*.zst", "*.7z", "*.rar")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.torchscript", "*.npy")
+_OTHER_RUNTIMES = ("*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.tflite", "*.gguf", "*.pt2", "*.pb")
+INSTEAD: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (_ARCHIVES, "an archive", "Send the unpacked files one by one in the manifest."),
+    (
+        _PICKLES,
+        "a pickle or TorchScript file, which can run code when it is loaded",
+        "Send safetensors: model.save_pretrained(folder, safe_serialization=True), "
+        "or safetensors.torch.save_file(tensors, file).",
+    ),
+    (
+        _OTHER_RUNTIMES,
+        "a file of another runtime",
+        "Send the original Hugging Face folder: config.json and *.safetensors.",
+    ),
+    (("*.npz", "*.parquet", "*.csv"), "a table or array file", "Send safetensors, txt or jsonl."),
+)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a Hugging Face folder takes part.
+
+    >>> is_model_file("config.json"), is_model_file("README.md")
+    (True, False)
+    """
+    return any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file holds weights or data in a form that is refused, such as a pickle.
+
+    >>> is_foreign("pytorch_model.bin"), is_foreign("README.md")
+    (True, False)
+    """
+    return any(fnmatchcase(name.lower(), pattern) for patterns, _, _ in INSTEAD for pattern in patterns)
+
+
+def check_model_files(names: Sequence[str]) -> None:
+    """Raise for the first file that has no place in a model, or when config.json or the weights are
+    missing.
+    """
+    for position, name in enumerate(names):
+        if not is_model_file(name):
+            raise refusal(name, json_pointer("files", position, "path"), ", ".join(MODEL_FILES))
+    for needed, why in (
+        ("config.json", "it names the architecture"),
+        ("*.safetensors", "it holds the weights"),
+    ):
+        if not any(fnmatchcase(name, needed) for name in names):
+            raise Unprocessable(
+                "missing-file",
+                f"A model must have {needed}: {why}. Got {', '.join(sorted(names)) or 'no files'}. "
+                "Send the folder that model.save_pretrained(folder) writes.",
+                pointer="/files",
+                extra={"missing": [needed]},
+            )
+
+
+def calibration_kind(names: Sequence[str]) -> str:
+    """The kind ("safetensors", "text" or "jsonl") of the one file of a calibration set."""
+    if len(names) != 1:
+        raise Unprocessable(
+            "invalid-manifest",
+            f"A calibration set must be exactly one file. Got {len(names)}. "
+            "Put all samples into one safetensors, txt or jsonl file.",
+            pointer="/files",
+        )
+    for pattern, kind in CALIBRATION_FILES.items():
+        if fnmatchcase(names[0].lower(), pattern):
+            return kind
+    raise refusal(names[0], json_pointer("files", 0, "path"), ", ".join(CALIBRATION_FILES))
+
+
+def refusal(name: str, pointer: str, allowed: str) -> ServiceError:
+    """The problem for a file that is not taken: what it is and what to send instead."""
+    lowered = name.lower()
+    if lowered.endswith((".py", ".pyc", ".so", ".dll", ".ipynb")):
+        return Unprocessable(
+            "remote-code",
+            f"A model must be built from classes of the installed transformers library. Got the program file "
+            f"{name!r}. Leave it out, or run bitplan on your own machine with --factory "
+            "package.module:function.",
+            pointer=pointer,
+        )
+    for patterns, what, instead in INSTEAD:
+        if any(fnmatchcase(lowered, pattern) for pattern in patterns):
+            return UnsupportedFile(
+                "unsupported-file",
+                f"A file must be one of {allowed}. Got {name!r}, {what}. {instead}",
+                pointer=pointer,
+            )
+    return UnsupportedFile(
+        "unsupported-file", f"A file must be one of {allowed}. Got {name!r}. Leave it out.", pointer=pointer
+    )

@@ -1,0 +1,63 @@
+"""A model folder on the server itself: only inside the operator's allow-list, only plain files."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from service.errors import NotFound, Unprocessable
+from service.ingest.kinds import is_model_file, refusal
+
+
+def allowed_folder(folder: str, allowed: Sequence[Path]) -> Path:
+    """The folder, which must lie inside one of `allowed` after every link is followed."""
+    if not allowed:
+        raise Unprocessable(
+            "folders-not-offered",
+            "Server-side folders must be allowed by BITPLAN_MODEL_FOLDERS. Got none allowed. Upload the "
+            "model instead.",
+            pointer="/folder",
+        )
+    path = Path(os.path.realpath(folder))
+    if not Path(folder).is_absolute() or not any(
+        path.is_relative_to(os.path.realpath(root)) for root in allowed
+    ):
+        raise Unprocessable(
+            "folder-not-allowed",
+            f"folder must be an absolute path inside {', '.join(map(str, allowed))}. Got {folder[:200]!r}. "
+            "Upload the model instead, or ask the operator.",
+            pointer="/folder",
+        )
+    if not path.is_dir():
+        raise NotFound(
+            "folder-not-found",
+            f"folder must exist on the server. Got {folder[:200]!r}. Check it.",
+            pointer="/folder",
+        )
+    return path
+
+
+def model_files_in(folder: Path) -> tuple[Path, ...]:
+    """The files that take part; links, pipes and programs are refused, other plain files are passed over."""
+    found = sorted(folder.iterdir())
+    for path in found:
+        if not is_model_file(path.name):
+            if path.suffix in {".py", ".bin", ".pt", ".pth"}:
+                raise refusal(path.name, "/folder", "those of a safetensors checkpoint")
+            continue
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise Unprocessable(
+                "invalid-path",
+                f"Files of a model folder must be plain files. Got {path.name!r}, a link or device. Copy "
+                "the file.",
+                pointer="/folder",
+            )
+    return tuple(path for path in found if is_model_file(path.name))
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file that must not have become a link since it was looked at."""
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")

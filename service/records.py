@@ -1,0 +1,227 @@
+"""What the database says, as frozen values: the only form in which rows leave `service.db`.
+
+JSON columns are plain dicts and lists; treat them as read-only. Times are aware datetimes in UTC.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from service.states import TERMINAL, InputState, JobKind, JobState, Stage, UploadState
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The last row of a page: the next page starts behind it."""
+
+    created_at: datetime
+    id: str
+
+
+@dataclass(frozen=True)
+class BlobRecord:
+    """One verified file of a tenant: its digest (lowercase hex) and size in bytes."""
+
+    tenant: str
+    sha256: str
+    size: int
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class UploadRecord:
+    """A manifest `[{path, size, sha256}]` that waits for its blobs, or has them all."""
+
+    id: str
+    tenant: str
+    purpose: str
+    manifest: tuple[Json, ...]
+    state: UploadState
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A model that was sent, and what its verification found."""
+
+    id: str
+    tenant: str
+    source: Json
+    digest: str
+    state: InputState
+    problem: Json | None
+    summary: Json | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """A calibration set that was sent; `kind` is safetensors, text or jsonl."""
+
+    id: str
+    tenant: str
+    source: Json
+    digest: str
+    kind: str
+    state: InputState
+    problem: Json | None
+    summary: Json | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One job as it stood when it was read; `version` grows with every visible change (the ETag)."""
+
+    id: str
+    tenant: str
+    kind: JobKind
+    state: JobState
+    stage: Stage | None
+    done: int
+    total: int
+    eta_seconds: float | None
+    request: Json
+    request_digest: str
+    score_set: str | None
+    summary: Json | None
+    problem: Json | None
+    epoch: int
+    lease_owner: str | None
+    lease_host: str | None
+    lease_pid: int | None
+    lease_process: str | None
+    lease_expires_at: float | None
+    cancel_requested: bool
+    predecessor: str | None
+    version: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True)
+class EventRecord:
+    """One thing that happened to a job; `seq` counts from 1 without gaps."""
+
+    job_id: str
+    seq: int
+    type: str
+    data: Json
+    at: datetime
+
+
+@dataclass(frozen=True)
+class ScoreSetRecord:
+    """The circumstances under which scores are equal; `inspection` is what the worker saw in the model and
+    data.
+    """
+
+    digest: str
+    tenant: str
+    settings: Json
+    inspection: Json | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """What one (layer, scheme) costs in one metric."""
+
+    score_set: str
+    layer: str
+    scheme: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+    unit_key: str
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """One finished unit of work; `artifact` is the digest of its arrays in the store, None when it has
+    none.
+    """
+
+    score_set: str
+    key: str
+    kind: str
+    unit: Json
+    facts: Json
+    artifact: str | None
+    job_id: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class MeasurementRecord:
+    """A whole assignment that was measured on one part of the data; the empty assignment is full precision.
+    """
+
+    score_set: str
+    key: str
+    part: str
+    assignment: tuple[tuple[str, str], ...]
+    facts: Json
+    artifact: str | None
+
+
+@dataclass(frozen=True)
+class FaultRecord:
+    """A repeated unit that gave another result than the one that was kept."""
+
+    id: str
+    score_set: str
+    unit_key: str
+    kept: Json
+    got: Json
+    at: datetime
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """How often a unit of a job has cost a worker its life."""
+
+    job_id: str
+    unit_key: str
+    attempts: int
+    last_failure: Json
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """One solved budget of a job; `document` is None when nothing fits, `evidence` until it was measured."""
+
+    id: str
+    tenant: str
+    job_id: str
+    budget: str
+    settings_digest: str
+    digest: str | None
+    status: str
+    document: Json | None
+    result: Json
+    evidence: Json | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class IdempotencyRecord:
+    """A remembered request: `status` and `body` are None while the first one is still being answered."""
+
+    tenant: str
+    key: str
+    request_digest: str
+    status: int | None
+    body: Json | None
+    headers: Mapping[str, str]
+    created_at: datetime

@@ -1,0 +1,223 @@
+"""What the client gives back: a job or a plan that can be asked again."""
+
+# ruff: noqa: N818 - an error is named after what went wrong
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.budget import BudgetError, parse_budget
+from service.remote.transport import ClientError, JobFailed, Transport
+from service.states import TERMINAL
+
+WAIT_SECONDS = 20
+
+
+class PlanNotFound(ClientError):
+    """The job has no plan for a budget."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one (layer, scheme) costs in one metric."""
+
+    layer: str
+    scheme: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+
+class PlanHandle:
+    """A plan: `resource` is its JSON, `document` the canonical plan (None when nothing fits the budget)."""
+
+    def __init__(self, transport: Transport, resource: Mapping[str, Any]) -> None:
+        self._transport, self.resource = transport, resource
+
+    @property
+    def id(self) -> str:
+        """For example plan_0199..."""
+        return str(self.resource["id"])
+
+    @property
+    def status(self) -> str:
+        """optimal, feasible, infeasible or unknown."""
+        return str(self.resource["status"])
+
+    @property
+    def document(self) -> dict[str, Any] | None:
+        """The plan as stored: layers, totals, digests, certificate."""
+        return self.resource["document"]  # type: ignore[no-any-return]
+
+    @property
+    def evidence(self) -> dict[str, Any] | None:
+        """The measured quality of the plan and its rivals; None until it was measured."""
+        return self.resource["evidence"]  # type: ignore[no-any-return]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan file, byte for byte as the service made it; raises ClientError when there is
+        none.
+        """
+        if self.document is None:
+            least = self.resource.get("least_budget") or {}
+            raise ClientError(
+                f"A plan must fit its budget to be saved. Got {self.status} for {self.resource['budget']!r}. "
+                f"The least budget: "
+                f"{', '.join(f'{name} {value}' for name, value in least.items()) or 'not known'}."
+            )
+        target = Path(path)
+        target.write_bytes(self._transport.send("GET", f"/v1/plans/{self.id}/document").content)
+        return target
+
+    def measure(self) -> JobHandle:
+        """Ask for evidence; wait for the job, then `refresh`."""
+        return JobHandle(self._transport, self._transport.post(f"/v1/plans/{self.id}/measure"))
+
+    def refresh(self) -> PlanHandle:
+        """The same plan as it is now."""
+        return PlanHandle(self._transport, self._transport.get(f"/v1/plans/{self.id}"))
+
+
+class JobHandle:
+    """A job on the server; `resource` is its JSON when it was last asked."""
+
+    def __init__(self, transport: Transport, resource: Mapping[str, Any]) -> None:
+        self._transport, self.resource = transport, resource
+        self._etag: str | None = None
+
+    @property
+    def id(self) -> str:
+        """For example job_0199..."""
+        return str(self.resource["id"])
+
+    @property
+    def state(self) -> str:
+        """queued, running, cancelling, succeeded, failed, cancelled or expired."""
+        return str(self.resource["state"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+    def refresh(self, wait_seconds: int = 0) -> JobHandle:
+        """Ask again; with `wait_seconds` the server answers when something changed, or after that time."""
+        headers = {"If-None-Match": self._etag} if self._etag else {}
+        if wait_seconds:
+            headers["Prefer"] = f"wait={wait_seconds}"
+        response = self._transport.send("GET", self._path(), headers=headers)
+        if response.status_code != 304:
+            self.resource, self._etag = response.json(), response.headers.get("ETag")
+        return self
+
+    def wait(
+        self,
+        on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> JobHandle:
+        """Wait for the end; raises JobFailed unless it succeeded, TimeoutError after `timeout` seconds.
+
+        `on_progress` gets the job's JSON after each change.
+        """
+        started = time.monotonic()
+        while True:
+            before = self._etag
+            self.refresh(wait_seconds=WAIT_SECONDS if before else 0)
+            if on_progress and self._etag != before:
+                on_progress(self.resource)
+            if self.finished:
+                break
+            if timeout is not None and time.monotonic() - started > timeout:
+                raise TimeoutError(
+                    f"Job {self.id} must end within {timeout:g} s. Got {self.state}. Wait longer."
+                )
+            if before and self._etag == before:
+                self._transport.pause(0.2)
+        if self.state != "succeeded":
+            raise JobFailed(self.resource)
+        return self
+
+    def plan(self, budget: str) -> PlanHandle:
+        """The plan of one of the job's budgets, in any spelling; raises PlanNotFound with those there are."""
+        plans = self.plans()
+        for plan in plans:
+            if _same_budget(plan.resource["budget"], budget):
+                return plan
+        there = ", ".join(repr(plan.resource["budget"]) for plan in plans) or "none"
+        raise PlanNotFound(
+            f"The budget must be one of the job's plans: {there}. Got {budget!r}. "
+            "Ask for another with job.solve([budget])."
+        )
+
+    def plans(self) -> list[PlanHandle]:
+        """All plans, the oldest first."""
+        found = self._transport.pages(f"{self._path()}/plans")
+        return [PlanHandle(self._transport, resource) for resource in found][::-1]
+
+    def solve(
+        self,
+        budgets: Sequence[str],
+        *,
+        limits: Sequence[str] | None = None,
+        pins: Mapping[str, str] | None = None,
+        ties: Sequence[Sequence[str]] | None = None,
+        metric: str | None = None,
+        time_limit_seconds: float = 10.0,
+        gap: float = 1e-9,
+    ) -> list[PlanHandle]:
+        """Plan other budgets from the stored scores, in milliseconds; None means "as the job has it"."""
+        body: dict[str, Any] = {
+            "budgets": list(budgets),
+            "limits": None if limits is None else list(limits),
+            "pins": None if pins is None else dict(pins),
+            "ties": None if ties is None else [list(tie) for tie in ties],
+            "metric": metric,
+            "time_limit_seconds": time_limit_seconds,
+            "gap": gap,
+        }
+        answer = self._transport.post(f"{self._path()}/plans", body)
+        return [PlanHandle(self._transport, resource) for resource in answer["items"]]
+
+    def scores(self, metric: str | None = None) -> list[Score]:
+        """The stored scores, of one metric or all."""
+        query = {"metric": metric} if metric else {}
+        return [Score(**row) for row in self._transport.pages(f"{self._path()}/scores", query)]
+
+    def frontier(self, resource: str = "bytes") -> list[dict[str, Any]]:
+        """The Pareto-optimal plans over a resource, predicted from stored scores."""
+        return list(self._transport.get(f"{self._path()}/frontier", {"resource": resource})["items"])
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to the job, in order."""
+        return list(self._transport.pages(f"{self._path()}/events"))
+
+    def cancel(self) -> JobHandle:
+        """Stop the job; its scores are kept."""
+        self.resource = self._transport.post(f"{self._path()}/cancel")
+        self._etag = None
+        return self
+
+    def resume(self) -> JobHandle:
+        """A new job that goes on from the stored scores of this one."""
+        return JobHandle(self._transport, self._transport.post(f"{self._path()}/resume"))
+
+    def delete(self) -> None:
+        """Remove a finished job and its plans; scores stay for other jobs."""
+        self._transport.send("DELETE", self._path())
+
+    def _path(self) -> str:
+        return f"/v1/jobs/{self.id}"
+
+
+def _same_budget(one: str, other: str) -> bool:
+    """Whether two spellings state the same limits."""
+    try:
+        return set(parse_budget(one).limits) == set(parse_budget(other).limits)
+    except BudgetError:
+        return one == other

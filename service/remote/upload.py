@@ -1,0 +1,122 @@
+"""Sending files: only what the server does not have, and from where a broken connection left off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from service.ingest.kinds import is_foreign, is_model_file
+from service.remote.transport import BUSY, ConnectionFailed, ProblemError, Transport, backoff, raise_problem
+
+CHUNK = 1 << 20
+OnBytes = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to send, with its digest."""
+
+    path: Path
+    name: str
+    size: int
+    sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Its line of the manifest."""
+        return {"path": self.name, "size": self.size, "sha256": self.sha256}
+
+
+def model_files(folder: Path) -> tuple[LocalFile, ...]:
+    """The files of a Hugging Face folder that the service takes; others (README, pictures) stay at home."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"A model must be a folder with config.json and *.safetensors, or a model's id. Got {folder}."
+        )
+    files = [path for path in folder.iterdir() if path.is_file()]
+    taken = [path for path in files if is_model_file(path.name)]
+    if not any(path.name.endswith(".safetensors") for path in taken):
+        taken += [path for path in files if is_foreign(path.name)]  # the server says what to send instead
+    return tuple(local_file(path) for path in sorted(taken))
+
+
+def local_file(path: Path) -> LocalFile:
+    """A file with its size and SHA-256, read once in pieces."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in _chunks(path, 0):
+        digest.update(chunk)
+        size += len(chunk)
+    return LocalFile(path, path.name, size, digest.hexdigest())
+
+
+def upload(
+    transport: Transport, purpose: str, files: Sequence[LocalFile], on_bytes: OnBytes | None = None
+) -> dict[str, Any]:
+    """Send the files and give the resource that they became; `on_bytes(done, total)` reports."""
+    manifest = {"purpose": purpose, "files": [file.as_json() for file in files]}
+    resource = transport.post("/v1/uploads", manifest)
+    by_digest = {file.sha256: file for file in files}
+    total = sum(blob["size"] for blob in resource["missing"])
+    done = 0
+    for blob in resource["missing"]:
+        path = f"/v1/uploads/{resource['id']}/blobs/{blob['sha256']}"
+        _send_blob(transport, path, by_digest[blob["sha256"]])
+        done += blob["size"]
+        if on_bytes:
+            on_bytes(done, total)
+    completed: dict[str, Any] = transport.post(f"/v1/uploads/{resource['id']}/complete")
+    return completed
+
+
+def _send_blob(transport: Transport, path: str, file: LocalFile) -> None:
+    """PATCH from the server's offset; after each broken connection ask for the offset again."""
+    for attempt in range(transport.retries + 1):
+        head = transport.send("HEAD", path)
+        if head.headers.get("Upload-Complete") == "?1":
+            return
+        try:
+            response = _patch(transport, path, file, int(head.headers["Upload-Offset"]))
+        except httpx2.TransportError as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if _accepted(response):
+                return
+            problem = f"HTTP status {response.status_code}"
+        transport.pause(backoff(attempt))
+    raise ConnectionFailed(
+        f"{file.name} must reach the server. Got {problem} after {transport.retries + 1} attempts. "
+        "Run the same command again: it goes on from the bytes that arrived."
+    )
+
+
+def _accepted(response: httpx2.Response) -> bool:
+    """Whether the blob is complete; a busy server or a moved offset is worth another try."""
+    if response.status_code in BUSY:
+        return False
+    try:
+        raise_problem(response)
+    except ProblemError as problem:
+        if problem.slug == "wrong-offset":
+            return False
+        raise
+    return response.headers.get("Upload-Complete") == "?1"
+
+
+def _patch(transport: Transport, path: str, file: LocalFile, offset: int) -> httpx2.Response:
+    headers: Mapping[str, str] = {
+        "Upload-Offset": str(offset),
+        "Content-Length": str(file.size - offset),
+        "Content-Type": "application/octet-stream",
+    }
+    return transport.http.request("PATCH", path, content=_chunks(file.path, offset), headers=headers)
+
+
+def _chunks(path: Path, offset: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while chunk := file.read(CHUNK):
+            yield chunk

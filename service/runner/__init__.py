@@ -1,0 +1,1 @@
+"""The runner: claims jobs, runs their handlers, writes rows under a lease."""

@@ -1,0 +1,39 @@
+"""A runner as a process of its own: ``bitplan runner``."""
+
+import signal
+from types import FrameType
+
+import structlog
+
+from service.db import migrate
+from service.db.engine import Database
+from service.runner.catalog import load_handlers
+from service.runner.loop import Runner
+from service.settings import Settings
+
+log = structlog.get_logger()
+
+
+def run(settings: Settings) -> None:
+    """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue.
+
+    Raises `DatabaseTooNew` and `DatabaseNotReady`.
+    """
+    database = Database(settings.database_url)
+    try:
+        migrate.check(database)
+        runner = Runner(settings, database, load_handlers())
+        _stop_on_signals(runner)
+        log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)
+        runner.run()
+        log.info("runner.stopped")
+    finally:
+        database.close()
+
+
+def _stop_on_signals(runner: Runner) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        runner.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)

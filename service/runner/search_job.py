@@ -1,0 +1,241 @@
+"""The handler of searches: look at the model, score, solve every budget, measure, store the plans.
+
+Everything it measures is stored unit by unit, so a search that died goes on where it stopped, and a search
+that asks for what another one measured measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant.costs import latency_from_mapping
+from quant.digest import digest
+from quant.layers import Inventory
+from quant.plan import Digests
+from quant.schemes import parse_scheme
+from search.pairwise import factor_of
+from search.refine import Measured, Refined, refine
+from search.solve import solve
+from sensitivity.catalog import SCORERS
+from sensitivity.gram import gram_matrix
+from service.db.repositories import calibrations, models, plans
+from service.failpoints import failpoint
+from service.planning import (
+    Ask,
+    PlanningInputs,
+    compile_ask,
+    expand_pins,
+    plan_of,
+    plan_result,
+    score_table,
+    table_schemes,
+)
+from service.runner.context import JobContext, JobFailed
+from service.runner.evidence import measured_evidence
+from service.runner.inputs import session_spec
+from service.runner.lab import Choices, Lab, inventory_of
+from service.runner.rivals import candidates, screen
+from service.states import InputState, Stage
+from service.wire import JobRequest
+
+INTERACTIONS = "gram_output"
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A search after scoring: what each budget is planned from."""
+
+    request: JobRequest
+    inputs: PlanningInputs
+    factor: NDArray[np.float64] | None
+    inspection: Mapping[str, Any]
+
+
+def run_search(context: JobContext) -> Mapping[str, Any]:
+    """Run one search to its end and give the job's summary."""
+    request = JobRequest.model_validate(dict(context.job.request))
+    with open_lab(context, request) as lab:
+        search = scored(context, lab, request)
+        asks = asks_of(request)
+        statuses = [_plan(context, lab, search, ask) for ask in asks]
+    return _summary(search, lab, statuses)
+
+
+def open_lab(context: JobContext, request: JobRequest) -> Lab:
+    """The measurements of this request's model and data. Raises JobFailed when either cannot be used any
+    more.
+    """
+    with context.database.read() as session:
+        model = models.get(session, request.model, context.job.tenant)
+        calibration = calibrations.get(session, request.calibration, context.job.tenant)
+    if model is None or model.state in (InputState.DELETED, InputState.REJECTED):
+        why = "deleted" if model is None else f"{model.state}: {(model.problem or {}).get('detail', '')}"
+        raise JobFailed(
+            "model-not-usable", f"The model must be usable. Got {request.model}, {why}. Send it again."
+        )
+    if calibration is None or calibration.state == InputState.DELETED:
+        raise JobFailed(
+            "calibration-not-usable", f"The calibration must exist. Got {request.calibration}. Send it again."
+        )
+    return Lab(context, session_spec(request, model, calibration, context.store))
+
+
+def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
+    """Score whatever is missing, and gather what planning needs."""
+    inspection = lab.inspect()
+    inventory = inventory_of(inspection)
+    metrics = wanted_metrics(request, inspection)
+    choices = offered_choices(inventory, request)
+    lab.score(choices, metrics, int(inspection["samples"]["scoring"]))
+    schemes = table_schemes(request.schemes, request.pins)
+    latency = None if request.latency_ns is None else latency_from_mapping(request.latency_ns)
+    inputs = PlanningInputs(
+        inventory=inventory,
+        table=score_table(inventory, schemes, lab.scores(metrics), metrics, latency),
+        menu=table_schemes(request.schemes, {}),
+        digests=Digests(lab.spec.model.digest, lab.spec.calibration.digest, lab.score_set),
+    )
+    factor = interactions(lab, inputs, choices) if INTERACTIONS in metrics else None
+    return Search(request, inputs, factor, inspection)
+
+
+def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[str]:
+    """The metrics of the request and, unless it declines, the interactions. Raises JobFailed for one not
+    offered.
+    """
+    offered = inspection["available_metrics"]
+    for metric in request.metrics:
+        if metric not in offered:
+            needs = ", ".join(sorted(SCORERS[metric].needs)) or "another task"
+            raise JobFailed(
+                "metric-not-offered",
+                f"A metric must suit the task {inspection['task']} and the data: {', '.join(offered)}. "
+                f"Got {metric!r}, which needs {needs}. Pick another metric.",
+            )
+    extra = [INTERACTIONS] if request.interactions and INTERACTIONS in offered else []
+    return list(dict.fromkeys((*request.metrics, *extra)))
+
+
+def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
+    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those its format refuses."""
+    pinned = expand_pins(inventory, request.pins)
+    menu = table_schemes(request.schemes, {})
+    found = {}
+    for layer in inventory.layers:
+        names = dict.fromkeys((*menu, pinned[layer.name]) if layer.name in pinned else menu)
+        found[layer.name] = tuple(
+            name for name in names if parse_scheme(name).weight.refuses(layer.matrix) is None
+        )
+    return found
+
+
+def interactions(lab: Lab, inputs: PlanningInputs, choices: Choices) -> NDArray[np.float64]:
+    """The factor (layers, schemes, d) whose inner products are the interactions; zeros where nothing is
+    offered.
+    """
+    table = inputs.table
+    sketches = lab.sketches(choices)
+    cells = [(layer, scheme) for layer in table.layer_names for scheme in table.schemes]
+    empty = np.zeros_like(next(iter(sketches.values())))
+    gram = gram_matrix(np.stack([sketches.get(cell, empty) for cell in cells]))
+    return factor_of(gram, len(table.layers), len(table.schemes))
+
+
+def asks_of(request: JobRequest) -> list[Ask]:
+    """One question per budget of the request."""
+    return [
+        Ask(
+            budget=budget,
+            limits=tuple(request.limits),
+            pins=dict(request.pins),
+            ties=tuple(tuple(tie) for tie in request.ties),
+            metric=request.metrics[0],
+            time_limit_seconds=request.time_limit_seconds,
+            gap=request.gap,
+        )
+        for budget in request.budgets
+    ]
+
+
+def _plan(context: JobContext, lab: Lab, search: Search, ask: Ask) -> str:
+    """Solve, refine, prove and store the plan of one budget; its status."""
+    settings = digest(["search", ask.settings_digest(search.inputs.menu), search.request.evaluations])
+    with context.database.read() as session:
+        known = plans.find(session, context.job.id, ask.budget, settings)
+    if known is not None:
+        return known.status
+    compiled = compile_ask(search.inputs, ask)
+    context.check()
+    solution = solve(compiled.problem, gap=ask.gap, time_limit=ask.time_limit_seconds)
+    plan, evidence = None, None
+    tried: tuple[dict[str, Any], ...] = ()
+    if solution.choice is not None:
+        refined = refine(
+            compiled,
+            candidates(search.inputs, ask, compiled, solution, search.factor),
+            lambda assignments: _choose(lab, assignments),
+            predicted=screen(search.inputs, ask, compiled, search.factor),
+            evaluations=search.request.evaluations,
+        )
+        plan = plan_of(
+            search.inputs, ask, compiled, refined.assignment, solution=solution, source=refined.source
+        )
+        evidence = measured_evidence(lab, search.inputs, ask, refined.assignment, search.inspection)
+        tried = _candidates_json(refined)
+    failpoint("runner.writing_plan")
+    context.write(
+        lambda session: plans.insert(
+            session,
+            job_id=context.job.id,
+            budget=ask.budget,
+            settings_digest=settings,
+            status=str(solution.status),
+            digest=None if plan is None else plan.digest,
+            document=None if plan is None else plan.as_json(),
+            result=plan_result(ask, compiled, solution, plan, tried),
+            evidence=evidence,
+            tenant=context.job.tenant,
+        )
+    )
+    return str(solution.status)
+
+
+def _choose(lab: Lab, assignments: Any) -> list[Measured]:
+    measured = lab.measure(assignments, "choosing", Stage.SOLVING)
+    failpoint("runner.choosing")
+    return measured
+
+
+def _candidates_json(refined: Refined) -> tuple[dict[str, Any], ...]:
+    """What was measured on the choosing part, in order: the named candidates, then each accepted move."""
+    return tuple(
+        {
+            "source": step.source,
+            "predicted": step.predicted,
+            "measured": {"mean": step.measured.mean, "stderr": step.measured.stderr},
+            "accepted": step.accepted,
+        }
+        for step in refined.trace
+        if step.accepted or step.source != "local search"
+    )
+
+
+def _summary(search: Search, lab: Lab, statuses: list[str]) -> dict[str, Any]:
+    inspection = search.inspection
+    return {
+        "inventory": search.inputs.inventory.as_json(),
+        "task": inspection["task"],
+        "samples": dict(inspection["samples"]),
+        "divergence": inspection["divergence"],
+        "metrics": list(search.inputs.table.metrics),
+        "plans": [
+            {"budget": budget, "status": status}
+            for budget, status in zip(search.request.budgets, statuses, strict=True)
+        ],
+        "score_set": lab.score_set,
+    }

@@ -1,0 +1,19 @@
+"""What stops a handler from outside: exceptions that it must let pass."""
+
+from service.db.repositories.leases import LeaseLost
+
+__all__ = ["Cancelled", "Interruption", "LeaseLost", "ShuttingDown"]
+
+
+class Interruption(BaseException):
+    """Base of what stops a handler and is no failure. Not an `Exception`: ``except Exception`` lets it
+    pass.
+    """
+
+
+class Cancelled(Interruption):
+    """Somebody asked for the job to be cancelled: what was measured stays, the job ends cancelled."""
+
+
+class ShuttingDown(Interruption):
+    """The runner stops: the job goes back to the queue."""

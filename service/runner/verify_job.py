@@ -1,0 +1,43 @@
+"""The handler of verifications: a worker builds the model, and says what of it can be quantized or what is
+wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sensitivity.spec import NO_DATA, SessionSpec
+from sensitivity.units import InspectUnit
+from service.db.repositories import models
+from service.runner.context import JobContext, JobFailed
+from service.runner.dispatch import run_alone
+from service.runner.inputs import model_source
+from service.states import InputState
+
+MODEL_CHECK = "sensitivity.model_check:ModelCheck"
+
+
+def run_verification(context: JobContext) -> Mapping[str, Any]:
+    """Build the model once: it becomes ready with its inventory, or rejected with the reason."""
+    model_id = str(context.job.request["model"])
+    with context.database.read() as session:
+        model = models.get(session, model_id, context.job.tenant)
+    if model is None or model.state != InputState.VERIFYING:
+        return {"model": model_id, "state": "gone" if model is None else str(model.state)}
+    spec = SessionSpec(model=model_source(model, context.store), calibration=NO_DATA)
+    outcome = run_alone(context, spec, InspectUnit(), session_factory=MODEL_CHECK)
+    if outcome.failure is not None:
+        problem = {
+            "type": "model-rejected",
+            "title": "The model cannot be used",
+            "detail": outcome.failure.message,
+        }
+        context.write(
+            lambda session: models.set_state(session, model_id, InputState.REJECTED, problem=problem)
+        )
+        raise JobFailed("model-rejected", outcome.failure.message)
+    assert outcome.result is not None
+    summary = {**(model.summary or {}), **outcome.result.facts}
+    context.write(lambda session: models.set_state(session, model_id, InputState.READY, summary=summary))
+    return {"model": model_id, "state": str(InputState.READY)}

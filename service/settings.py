@@ -1,0 +1,79 @@
+"""Settings of every Bitplan process: defaults, then environment variables that start with BITPLAN_."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def default_data_dir() -> Path:
+    """Where blobs, logs and the SQLite file live unless told otherwise."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(home) / "bitplan"
+
+
+def default_workers() -> int:
+    """One worker per usable core, at most four."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, 4)
+
+
+class Settings(BaseSettings):
+    """What an operator may choose.
+
+    ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
+    `model_folders` is an allow-list, separated like PATH. The lease must outlive at least two heartbeats.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="BITPLAN_", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    data_dir: Path = Field(default_factory=default_data_dir)
+    database_url: str = ""
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    workers: int = Field(default_factory=default_workers, ge=1, le=256)
+    executor: str = "local_pool"
+    session_factory: str = "sensitivity.session:Session"
+    lease_seconds: float = Field(default=60.0, gt=0)
+    heartbeat_seconds: float = Field(default=15.0, gt=0)
+    poll_seconds: float = Field(default=1.0, gt=0)
+    grace_seconds: float = Field(default=10.0, ge=0)
+    max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
+    model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("data_dir")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("model_folders", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Settings":
+        if not self.database_url:
+            object.__setattr__(self, "database_url", f"sqlite:///{self.data_dir / 'bitplan.db'}")
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError(
+                "heartbeat_seconds must be at most half of lease_seconds. "
+                f"Got {self.heartbeat_seconds} and {self.lease_seconds}. Raise BITPLAN_LEASE_SECONDS."
+            )
+        return self
+
+    def as_environment(self) -> dict[str, str]:
+        """The environment variables that give another process these same settings."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        values["model_folders"] = os.pathsep.join(str(folder) for folder in self.model_folders)
+        return {f"BITPLAN_{name.upper()}": str(value) for name, value in values.items()}

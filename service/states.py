@@ -1,0 +1,82 @@
+"""The states of things, and the one table of legal transitions of a job."""
+
+# ruff: noqa: N818 - an error is named after what went wrong
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class JobState(StrEnum):
+    """Where a job stands; the last four are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Stage(StrEnum):
+    """What a running job is doing."""
+
+    LOADING = "loading"
+    SCORING = "scoring"
+    SOLVING = "solving"
+    MEASURING = "measuring"
+    PACKAGING = "packaging"
+
+
+class JobKind(StrEnum):
+    """What a job is for; each has a handler in the runner."""
+
+    SEARCH = "search"
+    VERIFY_MODEL = "verify_model"
+    MEASURE_PLAN = "measure_plan"
+
+
+class UploadState(StrEnum):
+    """An upload is open until every blob of its manifest was verified."""
+
+    OPEN = "open"
+    COMPLETE = "complete"
+
+
+class InputState(StrEnum):
+    """The states of a model and of a calibration set."""
+
+    VERIFYING = "verifying"
+    READY = "ready"
+    REJECTED = "rejected"
+    DELETED = "deleted"
+
+
+TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLING, JobState.EXPIRED}),
+    JobState.RUNNING: frozenset(
+        {JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLING, JobState.EXPIRED}
+    ),
+    JobState.CANCELLING: frozenset({JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+    JobState.EXPIRED: frozenset(),
+}
+
+
+class IllegalTransition(ValueError):
+    """A job was asked to go where its state does not lead."""
+
+    def __init__(self, job_id: str, old: JobState, new: JobState):
+        allowed = ", ".join(sorted(TRANSITIONS[old])) or "nothing: the state is final"
+        super().__init__(f"Job {job_id} must go from {old} to one of: {allowed}. Got {new}.")
+        self.job_id, self.old, self.new = job_id, old, new
+
+
+def check_transition(job_id: str, old: JobState, new: JobState) -> None:
+    """Raise `IllegalTransition` unless `new` may follow `old`."""
+    if new not in TRANSITIONS[old]:
+        raise IllegalTransition(job_id, old, new)

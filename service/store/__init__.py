@@ -1,0 +1,1 @@
+"""Content-addressed files: blobs, partial uploads, read-only folders, arrays."""

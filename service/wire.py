@@ -1,0 +1,220 @@
+"""What requests may say. Unknown members, NaN and infinity are refused; every bound is written here once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from quant.schemes import parse_scheme
+from search.budget import BudgetError, parse_budget
+from sensitivity.catalog import SCORERS, TASKS
+
+DEFAULT_SCHEMES = ("w2", "w3", "w4", "w5", "w6", "w8")
+LARGEST_SEED = 2**53 - 1
+MOST_BUDGETS, MOST_SCHEMES, MOST_PATTERNS, MOST_FILES = 64, 64, 1000, 10_000
+
+WILDCARDS = frozenset("*?")
+
+_T = TypeVar("_T")
+
+
+def _problem(slug: str, message: str) -> PydanticCustomError:
+    """A fault with its own slug; pydantic's own kinds have no dash in their names."""
+    return PydanticCustomError(slug, "{message}", {"message": message})
+
+
+def _scheme(text: str) -> str:
+    try:
+        return parse_scheme(text).name
+    except ValueError as error:
+        raise _problem("unknown-scheme", str(error)) from None
+
+
+def _budget(text: str) -> str:
+    try:
+        parse_budget(text)
+    except BudgetError as error:
+        raise _problem("invalid-budget", str(error)) from None
+    return text.strip()
+
+
+def _one_of(kind: str, names: Any) -> Callable[[str], str]:
+    """A validator that knows the catalog when it is called, so that a new entry needs no line here."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise _problem(
+                f"unknown-{kind}",
+                f"A {kind} must be one of {', '.join(names)}. Got {name!r}. Pick one of them.",
+            )
+        return name
+
+    return check
+
+
+def _number(value: Any) -> Any:
+    """Numbers may come as 64 or 64.0, not as text or booleans."""
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+def _distinct(values: list[_T]) -> list[_T]:
+    if repeated := next((value for n, value in enumerate(values) if value in values[:n]), None):
+        raise _problem("repeated-value", f"Entries must be distinct. Got {repeated!r} twice. Leave one out.")
+    return values
+
+
+Name = Annotated[str, Field(min_length=1, max_length=500)]
+Text = Annotated[str, Field(min_length=1, max_length=2000)]
+Scheme = Annotated[Text, AfterValidator(_scheme)]
+BudgetText = Annotated[Text, AfterValidator(_budget)]
+Metric = Annotated[Name, AfterValidator(_one_of("metric", SCORERS))]
+Task = Annotated[Name, AfterValidator(_one_of("task", ("auto", *TASKS)))]
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Patterns = Annotated[list[Text], Field(max_length=MOST_PATTERNS)]
+Budgets = Annotated[
+    list[BudgetText],
+    Field(
+        min_length=1,
+        max_length=MOST_BUDGETS,
+        description='Alternatives, each gives a plan: "3.5 bpw", "7 GiB", "bytes<=2 MiB,latency<=12 ms".',
+        examples=[["3.5 bpw"]],
+    ),
+]
+Limits = Annotated[
+    list[BudgetText],
+    Field(max_length=MOST_BUDGETS, description="Limits that hold together with every budget."),
+]
+Pins = Annotated[
+    dict[Text, Scheme],
+    Field(max_length=MOST_PATTERNS, description="Layer name or pattern -> the scheme it must get."),
+]
+Ties = Annotated[
+    list[Annotated[list[Text], Field(min_length=1, max_length=MOST_PATTERNS)]],
+    Field(max_length=MOST_PATTERNS, description="Sets of layer names or patterns that get one scheme."),
+]
+TimeLimit = Annotated[Number, Field(gt=0, le=3600, description="Seconds for one solve.")]
+Gap = Annotated[Number, Field(ge=0, le=1, description="Proven relative gap to stop at.")]
+
+
+class WireModel(BaseModel):
+    """The rules that hold for every request."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+class ManifestFile(WireModel):
+    """One file that will be sent."""
+
+    path: str = Field(description="Plain file name, for example model.safetensors.", max_length=4096)
+    size: Annotated[Integer, Field(ge=0, le=2**50)] = Field(description="Bytes.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the content, lowercase hex.")
+
+
+class UploadRequest(WireModel):
+    """The files of a model or of a calibration set."""
+
+    purpose: Literal["model", "calibration"] = Field(description="What the files become.")
+    files: list[ManifestFile] = Field(
+        min_length=1, max_length=MOST_FILES, description="Every file, each once."
+    )
+
+
+class ModelRequest(WireModel):
+    """Where a model comes from: exactly one of the members."""
+
+    upload: Name | None = Field(None, description="Id of an upload whose blobs have all arrived.")
+    folder: Text | None = Field(None, description="A folder of the server inside BITPLAN_MODEL_FOLDERS.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelRequest:
+        if (self.upload is None) == (self.folder is None):
+            raise _problem(
+                "invalid-source",
+                "A model must come from either upload or folder. Got both or none. Name one of them.",
+            )
+        return self
+
+
+class CalibrationRequest(WireModel):
+    """Where a calibration set comes from."""
+
+    upload: Name = Field(description="Id of an upload whose blobs have all arrived.")
+
+
+class JobRequest(WireModel):
+    """A search: measure what each layer loses in each scheme, then plan every budget."""
+
+    model: Name = Field(description="Id of a model.", examples=["model_0199a0..."])
+    calibration: Name = Field(description="Id of a calibration set.", examples=["cal_0199a0..."])
+    budgets: Budgets
+    schemes: Annotated[
+        list[Scheme], Field(min_length=1, max_length=MOST_SCHEMES), AfterValidator(_distinct)
+    ] = Field(
+        default=list(DEFAULT_SCHEMES),
+        description="The menu. Short names mean per output channel, symmetric, float16 scales, MSE-clipped.",
+    )
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=32), AfterValidator(_distinct)] = Field(
+        default=["output_kl"], description="What to measure; the first decides."
+    )
+    interactions: bool = Field(
+        default=True, description="Also measure gram_output and try quadratic models of the plan's loss."
+    )
+    task: Task = Field(default="auto", description="What the model is for.")
+    limits: Limits = []
+    pins: Pins = {}
+    ties: Ties = []
+    include: Patterns = Field(default=[], description="Embeddings or heads that take part too (patterns).")
+    exclude: Patterns = Field(default=[], description="Layers that keep their precision (patterns).")
+    samples: Integer = Field(
+        default=64, ge=8, le=100_000, description="At most this many per calibration part."
+    )
+    sequence_length: Integer = Field(default=512, ge=2, le=131_072, description="Tokens per sample of text.")
+    seed: Integer = Field(default=0, ge=0, le=LARGEST_SEED, description="Seed of parts, probes and searches.")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the workers measure.")
+    relative_error: Number = Field(
+        default=0.1, gt=0, le=1, description="Relative standard error at which a Hessian trace is done."
+    )
+    max_probes: Integer = Field(
+        default=128, ge=2, le=100_000, description="Most Hutchinson probes per layer."
+    )
+    batch_size: Integer = Field(default=8, ge=1, le=4096, description="Samples per forward pass.")
+    evaluations: Integer = Field(
+        default=40, ge=0, le=10_000, description="Measured plans of the local search, per budget."
+    )
+    time_limit_seconds: TimeLimit = 60.0
+    gap: Gap = 1e-9
+    latency_ns: dict[Text, dict[Text, Annotated[Number, Field(ge=0)]]] | None = Field(
+        default=None, description="Layer -> scheme -> nanoseconds, for limits on latency."
+    )
+    labels: dict[Name, Annotated[str, Field(max_length=500)]] = Field(
+        default={}, max_length=64, description="Your own words; returned as they are."
+    )
+    name: Annotated[str, Field(max_length=200)] | None = Field(default=None, description="For people.")
+
+    @property
+    def takes_part(self) -> tuple[str, ...]:
+        """The patterns of `include`, and every pin that names a layer outright: a pinned head takes part."""
+        named = [pattern for pattern in self.pins if not WILDCARDS & set(pattern)]
+        return tuple(dict.fromkeys((*self.include, *named)))
+
+
+class PlansRequest(WireModel):
+    """An instant re-solve from stored scores; limits, pins and ties that are left out are those of the
+    job.
+    """
+
+    budgets: Budgets
+    limits: Limits | None = None
+    pins: Pins | None = None
+    ties: Ties | None = None
+    metric: Metric | None = Field(
+        default=None, description="A metric of the job; its first one when left out."
+    )
+    time_limit_seconds: Annotated[Number, Field(gt=0, le=60, description="Seconds for one solve.")] = 10.0
+    gap: Gap = 1e-9

@@ -1,0 +1,186 @@
+"""Tiny models with random weights and data to go with them, built once per run and only when asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = tuple(f"{first}{second}" for first in "bdfgklmnp" for second in ("a", "e", "i", "o", "u"))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model (folder or factory), its calibration file, and what it is for."""
+
+    name: str
+    task: str
+    model_kind: str
+    location: str
+    data: Path
+    data_kind: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.location)
+
+    def spec(self, **changes: Any) -> Any:
+        """A session spec with six samples per part and uneven micro-batches."""
+        from sensitivity.spec import DataSource, ModelSource, SessionSpec
+
+        spec = SessionSpec(
+            ModelSource(self.model_kind, self.location, f"model-{self.name}"),  # type: ignore[arg-type]
+            DataSource(str(self.data), self.data_kind, f"data-{self.name}"),  # type: ignore[arg-type]
+            samples=6,
+            sequence_length=12,
+            batch_size=4,
+            max_probes=32,
+        )
+        return replace(spec, **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """tiny("llama" | "bert" | "resnet" | "mlp"): built on first use."""
+    built: dict[str, Tiny] = {}
+
+    def build(name: str) -> Tiny:
+        if name not in built:
+            import torch
+
+            torch.set_num_threads(1)
+            torch.manual_seed(7)
+            built[name] = BUILDERS[name](tmp_path_factory.mktemp(name))
+        return built[name]
+
+    return build
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Seeded sentences of 5 to 16 known words."""
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(5, 16))) for _ in range(count)]
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A word-level tokenizer with padding and end tokens; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[EOS]", "[UNK]", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
+    )
+    wrapped.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def _llama(folder: Path) -> Tiny:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=save_tokenizer(folder),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    data = folder / "text.txt"
+    data.write_text("\n".join(sentences(40)) + "\n", encoding="utf-8")
+    return Tiny("llama", "causal_lm", "folder", str(folder), data, "text")
+
+
+def _bert(folder: Path) -> Tiny:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=save_tokenizer(folder),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(folder)
+    data = folder / "rows.jsonl"
+    rows = (json.dumps({"text": text}) for text in sentences(21))
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return Tiny("bert", "sequence_embedding", "folder", str(folder), data, "jsonl")
+
+
+def _resnet(folder: Path) -> Tiny:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=8,
+        hidden_sizes=[8, 12],
+        depths=[1, 1],
+        layer_type="basic",
+        num_labels=5,
+    )
+    ResNetForImageClassification(config).save_pretrained(folder)
+    data = folder / "images.safetensors"
+    labels = torch.randint(0, 5, (20,))
+    save_file({"pixel_values": torch.randn(20, 1, 16, 16), "labels": labels}, data)
+    return Tiny("resnet", "image_classification", "folder", str(folder), data, "safetensors")
+
+
+FACTORY = '''
+import torch
+from torch import nn
+
+
+def build():
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 2
+    return model
+
+
+def build_double():
+    return build().double()
+
+
+def not_a_model():
+    return 3
+
+
+def fails():
+    raise KeyError("weights")
+'''
+
+
+def _mlp(folder: Path) -> Tiny:
+    import torch
+    from safetensors.torch import save_file
+
+    (folder / "tiny_factory.py").write_text(FACTORY, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    data = folder / "inputs.safetensors"
+    save_file({"x": torch.randn(22, 6)}, data)
+    return Tiny("mlp", "generic", "factory", "tiny_factory:build", data, "safetensors")
+
+
+BUILDERS: dict[str, Callable[[Path], Tiny]] = {"llama": _llama, "bert": _bert, "resnet": _resnet, "mlp": _mlp}

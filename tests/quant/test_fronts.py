@@ -1,0 +1,47 @@
+"""The fronts of quant load without torch, and what their docstrings show is true."""
+
+import doctest
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from pkgutil import walk_packages
+
+import pytest
+
+import quant
+
+FRONTS = (
+    "catalog",
+    "costs",
+    "digest",
+    "formats",
+    "integer",
+    "layers",
+    "patterns",
+    "plan",
+    "planning",
+    "reading",
+    "safetensors_header",
+    "schemes",
+    "storage",
+)
+MODULES = sorted(found.name for found in walk_packages(quant.__path__, "quant."))
+
+
+def test_fronts_do_not_load_torch():
+    lines = [f"import quant.{name}" for name in FRONTS]
+    check = "import sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", "\n".join([*lines, check])], check=True)
+
+
+def test_every_module_is_a_front_or_needs_torch():
+    backs = [name for name in MODULES if name.removeprefix("quant.") not in FRONTS]
+    for name in backs:
+        source = Path(import_module(name).__file__).read_text(encoding="utf-8")
+        assert "import torch" in source or "from torch" in source or name == "quant.quantizers", name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    assert doctest.testmod(import_module(name)).failed == 0

@@ -1,0 +1,91 @@
+import pytest
+
+from quant.formats import IntegerFormat
+from quant.schemes import Scheme, SchemeError, parse_scheme, parse_schemes
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "spelled"),
+    [
+        ("w4", "w4", "w4-channel-sym-float16-mse_clip"),
+        (" W4-Channel ", "w4", "w4-channel-sym-float16-mse_clip"),
+        ("w4-channel-sym-float16-mse_clip", "w4", "w4-channel-sym-float16-mse_clip"),
+        ("w2-tensor-asym", "w2-tensor-asym", "w2-tensor-asym-float16-mse_clip"),
+        ("rtn-asym-w3-bfloat16-g7", "w3-g7-asym-bfloat16-rtn", "w3-g7-asym-bfloat16-rtn"),
+        ("w8-float32", "w8-float32", "w8-channel-sym-float32-mse_clip"),
+    ],
+)
+def test_one_canonical_name_and_one_full_spelling(text, name, spelled):
+    scheme = parse_scheme(text)
+    assert (scheme.name, scheme.spelled) == (name, spelled)
+    assert parse_scheme(name) == parse_scheme(spelled) == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w4a8", "activation formats are not offered by this version. Got 'w4a8'. Use 'w4'"),
+        ("w1", "Weight bits must be 2 to 8. Got 1"),
+        ("w9", "Weight bits must be 2 to 8. Got 9"),
+        ("w16", "Weight bits must be 2 to 8"),
+        ("w4-g0", "Group size must be at least 1. Got 0"),
+        ("w4-w5", "must name its bits once"),
+        ("w4-g32-channel", "must name its granularity once"),
+        ("w4-rtn-mse_clip", "must name its quantizer once"),
+        ("w4-gptq", "unknown part 'gptq'"),
+        ("w4-", "unknown part ''"),
+        ("int4", "must be spelled w<bits>"),
+        ("fp8", "must be spelled w<bits>"),
+        ("", "short text"),
+        ("w4" + "-sym" * 50, "short text"),
+        (4, "short text"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_what_is_offered(text, message):
+    with pytest.raises(SchemeError) as raised:
+        parse_scheme(text)
+    assert message in str(raised.value)
+
+
+def test_the_whole_scheme_is_in_the_message():
+    with pytest.raises(SchemeError, match="In scheme 'w4-g32-g64'"):
+        parse_scheme("w4-g32-g64")
+
+
+def test_menus_keep_their_order_and_hold_everything_once():
+    assert [scheme.name for scheme in parse_schemes("w4, w2,w8-tensor")] == ["w4", "w2", "w8-tensor"]
+    assert parse_schemes(["w4", "w2"]) == parse_schemes("w4,w2")
+    with pytest.raises(SchemeError, match="Got w4 more than once"):
+        parse_schemes("w4,w4-channel")
+    with pytest.raises(SchemeError, match="at least one scheme"):
+        parse_schemes(" , ")
+
+
+def test_a_scheme_needs_a_listed_quantizer():
+    with pytest.raises(SchemeError, match="Quantizer must be one of mse_clip, rtn. Got 'none'"):
+        Scheme(IntegerFormat(4), "none")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"granularity": "row"}, "Granularity must be"),
+        ({"granularity": "group"}, "Group size must be given for groups"),
+        ({"group_size": 32}, "Group size must be given for groups"),
+        ({"scale_type": "float8"}, "Scale type must be one of"),
+    ],
+)
+def test_formats_check_their_fields(fields, message):
+    with pytest.raises(SchemeError, match=message):
+        IntegerFormat(4, **fields)
+
+
+def test_as_json_names_everything_a_score_depends_on():
+    assert parse_scheme("w3-g64").as_json() == {
+        "name": "w3-g64",
+        "spelled": "w3-g64-sym-float16-mse_clip",
+        "weight_bits": 3,
+        "quantizer": "mse_clip",
+        "quantizer_version": 1,
+        "activation": None,
+    }

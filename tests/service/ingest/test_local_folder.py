@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from service.ingest.local_folder import allowed_folder, model_files_in, open_plain
+
+
+@pytest.fixture
+def root(tmp_path, sound_model):
+    folder = tmp_path / "models" / "good"
+    folder.mkdir(parents=True)
+    for name, data in sound_model.items():
+        (folder / name).write_bytes(data)
+    (folder / "README.md").write_text("read me")
+    return tmp_path / "models"
+
+
+def test_a_folder_inside_the_allow_list_is_found(root):
+    assert allowed_folder(str(root / "good"), [root]) == root / "good"
+    assert [path.name for path in model_files_in(root / "good")] == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("folder", ["/etc", "relative", "{root}/../..", "{root}x", "{root}/link"])
+def test_other_folders_are_refused(root, problem_of, folder):
+    (root / "link").symlink_to("/etc")
+    problem = problem_of(allowed_folder, folder.format(root=root), [root])
+    assert problem.slug == "folder-not-allowed"
+
+
+def test_nothing_is_allowed_by_default(root, problem_of):
+    assert problem_of(allowed_folder, str(root / "good"), []).slug == "folders-not-offered"
+
+
+def test_a_missing_folder_is_named(root, problem_of):
+    assert problem_of(allowed_folder, str(root / "none"), [root]).status == 404
+
+
+def test_links_and_pipes_are_refused(root, problem_of):
+    (root / "good" / "tokenizer.json").symlink_to("/etc/hostname")
+    assert problem_of(model_files_in, root / "good").slug == "invalid-path"
+    (root / "good" / "tokenizer.json").unlink()
+    os.mkfifo(root / "good" / "vocab.json")
+    assert problem_of(model_files_in, root / "good").slug == "invalid-path"
+
+
+def test_programs_and_pickles_beside_the_weights_are_refused(root, problem_of):
+    (root / "good" / "modeling.py").write_text("")
+    assert problem_of(model_files_in, root / "good").slug == "remote-code"
+    (root / "good" / "modeling.py").unlink()
+    (root / "good" / "pytorch_model.bin").write_bytes(b"")
+    assert problem_of(model_files_in, root / "good").status == 415
+
+
+def test_a_file_that_became_a_link_is_not_followed(root):
+    path = root / "good" / "vocab.json"
+    path.symlink_to("/etc/hostname")
+    with pytest.raises(OSError):
+        open_plain(path)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from service.ingest.model_folder import check_model
+
+INDEX = "model.safetensors.index.json"
+
+
+def with_config(files, **members):
+    return files | {"config.json": json.dumps(json.loads(files["config.json"]) | members).encode()}
+
+
+def test_a_sound_model_gives_its_facts(sound_model, on_disk):
+    facts = check_model(on_disk(sound_model))
+    assert facts.as_json() == {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "tensors": 2,
+        "parameters": 36,
+        "weight_bytes": 144,
+    }
+
+
+@pytest.mark.parametrize(
+    ("members", "slug", "pointer"),
+    [
+        ({"model_type": None}, "invalid-config", "/model_type"),
+        ({"model_type": 3}, "invalid-config", "/model_type"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "remote-code", "/auto_map"),
+        ({"text_config": {"auto_map": {}}}, "remote-code", "/text_config/auto_map"),
+        ({"trust_remote_code": True}, "remote-code", "/trust_remote_code"),
+        ({"_attn_implementation_internal": "x"}, "remote-code", "/_attn_implementation_internal"),
+        ({"_attn_implementation": "someone/kernel"}, "remote-code", "/_attn_implementation"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already-quantized", "/quantization_config"),
+        ({"quantization": {"bits": 4}}, "already-quantized", "/quantization"),
+        ({"hidden_size": 10**12}, "invalid-config", "/hidden_size"),
+        ({"hidden_size": -5}, "invalid-config", "/hidden_size"),
+        ({"num_hidden_layers": 1_000_000}, "invalid-config", "/num_hidden_layers"),
+        ({"vision_config": {"num_channels": 10**9}}, "invalid-config", "/vision_config/num_channels"),
+    ],
+)
+def test_a_bad_config_is_refused_with_the_member(sound_model, on_disk, problem_of, members, slug, pointer):
+    problem = problem_of(check_model, on_disk(with_config(sound_model, **members)))
+    assert (problem.slug, problem.pointer, problem.status) == (slug, pointer, 422)
+
+
+def test_usual_configs_pass(sound_model, on_disk):
+    check_model(
+        on_disk(
+            with_config(
+                sound_model,
+                num_hidden_layers=80,
+                vocab_size=256_000,
+                sliding_window=None,
+                n_positions=-1,
+                num_labels=10,
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "config", [b"[]", b"", b"{", b'{"model_type": "a", "model_type": "b"}', b"{}" + b" " * 2**20]
+)
+def test_a_config_that_is_no_object_is_refused(sound_model, on_disk, problem_of, config):
+    problem = problem_of(check_model, on_disk(sound_model | {"config.json": config}))
+    assert problem.slug == "invalid-config"
+    assert "config.json" in problem.detail
+
+
+def sharded(make_safetensors, make_floats, weight_map):
+    return {
+        "config.json": b'{"model_type": "llama"}',
+        "m-1.safetensors": make_safetensors({"a.weight": make_floats(2, 2)}),
+        "m-2.safetensors": make_safetensors({"b.weight": make_floats(2, 2)}),
+        INDEX: json.dumps({"weight_map": weight_map}).encode(),
+    }
+
+
+GOOD = {"a.weight": "m-1.safetensors", "b.weight": "m-2.safetensors"}
+
+
+def test_a_sharded_model_passes(make_safetensors, make_floats, on_disk):
+    assert check_model(on_disk(sharded(make_safetensors, make_floats, GOOD))).tensors == 2
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "slug", "words"),
+    [
+        (
+            GOOD | {"a.weight": "../m-1.safetensors"},
+            "shard-not-in-manifest",
+            "'../m-1.safetensors' for tensor",
+        ),
+        (GOOD | {"c.weight": "m-3.safetensors"}, "shard-not-in-manifest", "m-3.safetensors"),
+        (GOOD | {"c.weight": "m-1.safetensors"}, "invalid-shard-index", "does not hold"),
+        (GOOD | {"a.weight": "m-2.safetensors"}, "invalid-shard-index", "does not hold"),
+        (GOOD | {"a.weight": 7}, "invalid-shard-index", "weight_map"),
+        (["a"], "invalid-shard-index", "weight_map"),
+    ],
+)
+def test_an_index_names_only_what_is_there(
+    make_safetensors, make_floats, on_disk, problem_of, weight_map, slug, words
+):
+    problem = problem_of(check_model, on_disk(sharded(make_safetensors, make_floats, weight_map)))
+    assert problem.slug == slug
+    assert words in problem.detail
+
+
+def test_shards_without_an_index_are_refused(make_safetensors, make_floats, on_disk, problem_of):
+    files = sharded(make_safetensors, make_floats, GOOD)
+    del files[INDEX]
+    assert problem_of(check_model, on_disk(files)).extra == {"missing": [INDEX]}
+
+
+def test_a_tensor_in_two_shards_is_refused(make_safetensors, make_floats, on_disk, problem_of):
+    files = sharded(make_safetensors, make_floats, {"a.weight": "m-1.safetensors"})
+    files["m-2.safetensors"] = files["m-1.safetensors"]
+    assert "'a.weight'" in problem_of(check_model, on_disk(files)).detail
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [("a.weight", "I8", 1), ("a.weight", "F8_E4M3", 1), ("a.weight", "U8", 1), ("a.qweight", "I32", 4)],
+)
+def test_quantized_weights_are_refused(sound_model, make_safetensors, on_disk, problem_of, name, dtype, size):
+    weights = make_safetensors({name: (dtype, [2, 2], b"\0" * 4 * size)})
+    problem = problem_of(check_model, on_disk(sound_model | {"model.safetensors": weights}))
+    assert problem.slug == "already-quantized"
+    assert "Send the original model" in problem.detail
+
+
+def test_integer_buffers_are_no_quantized_weights(sound_model, make_safetensors, make_floats, on_disk):
+    weights = {"a.weight": make_floats(2, 2), "attn.bias": ("U8", [2, 2], b"\1" * 4)}
+    check_model(on_disk(sound_model | {"model.safetensors": make_safetensors(weights)}))
+
+
+def test_a_model_without_matrices_has_nothing_to_quantize(
+    sound_model, make_safetensors, make_floats, on_disk, problem_of
+):
+    weights = make_safetensors({"norm.weight": make_floats(8)})
+    problem = problem_of(check_model, on_disk(sound_model | {"model.safetensors": weights}))
+    assert problem.slug == "nothing-to-quantize"
