@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
@@ -85,7 +86,18 @@ def folder_digest(path: Path | str) -> tuple[str, tuple[ManifestEntry, ...]]:
     folder = Path(path)
     names = sorted({*weight_files(folder), *_companions(folder)})
     manifest = tuple(_entry(folder, name) for name in names)
-    return digest(manifest), manifest
+    return manifest_digest(manifest), manifest
+
+
+def manifest_digest(manifest: Iterable[Mapping[str, Any]]) -> str:
+    """Digest of a model from the path, size and sha256 of each of its files, in any order.
+
+    >>> one, two = ({"path": name, "size": 1, "sha256": "ab"} for name in ("config.json", "model.safetensors"))
+    >>> manifest_digest([one, two]) == manifest_digest([two, one])
+    True
+    """
+    entries = [{key: entry[key] for key in ("path", "size", "sha256")} for entry in manifest]
+    return digest(sorted(entries, key=lambda entry: str(entry["path"])))
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:

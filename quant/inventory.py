@@ -33,7 +33,7 @@ class NothingToQuantize(InventoryError):  # noqa: N818 - says what the model is
     """A model without a layer that takes part."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
     """A tensor that could be a layer: its first use by a known module type, and all other uses' paths."""
 

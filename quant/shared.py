@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
     """One place where a parameter stands: its module, the module's path, and its name there."""
 
@@ -23,7 +23,7 @@ class Use:
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
 
-@dataclass
+@dataclass(eq=False)
 class Shared:
     """One stored tensor and all its uses, in the model's order. `overlaps` names another tensor's use."""
 

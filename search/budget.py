@@ -21,11 +21,14 @@ BYTE_UNITS = {
 }
 TIME_UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9}
 BPW_UNITS = {"bpw": 1}
-EXAMPLES = '"3.5 bpw", "7 GiB", "bytes<=2 MiB", "latency<=12 ms", "bops<=4e9", "bytes<=0.25 of range"'
+EXAMPLES = (
+    '"3.5 bpw", "7 GiB", "uniform w4", "bytes<=2 MiB", "latency<=12 ms", "bops<=4e9", "bytes<=0.25 of range"'
+)
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,9})?"
 _VALUE = re.compile(rf"(?P<number>{_NUMBER})\s*(?P<unit>%|[A-Za-zµ]+)?(?P<range>\s+of\s+range)?")
 _LIMIT = re.compile(r"(?P<resource>[A-Za-z_][\w.\-]*)\s*(?P<relation><=|>=|≤|≥)\s*(?P<value>.*)", re.DOTALL)
+_UNIFORM = re.compile(r"uniform\s+(?P<scheme>[\w.\-]+)")
 _SUFFIXED = re.compile(r"(?P<name>.*[a-z])_(?:ns|us|ms|s|bytes|bits)")
 
 
@@ -39,13 +42,14 @@ class Limit:
 
     With `of_range` the value is a ratio r from 0 to 1 and stands for low + r (high - low), where low and
     high are the smallest and largest totals that ties and pins leave possible (HAWQ-V3's way to state a
-    limit).
+    limit). With `uniform`, the limit is the total of the plan that gives every layer that scheme.
     """
 
     resource: str
     relation: Relation
     value: Fraction
     of_range: bool = False
+    uniform: str = ""
 
     def __post_init__(self) -> None:
         if self.of_range and not 0 <= self.value <= 1:
@@ -57,6 +61,8 @@ class Limit:
             )
 
     def __str__(self) -> str:
+        if self.uniform:
+            return f"{self.resource}{self.relation}uniform {self.uniform}"
         return f"{self.resource}{self.relation}{_shown(self.value)}{' of range' if self.of_range else ''}"
 
 
@@ -73,10 +79,10 @@ def parse_budget(text: str) -> Budget:
 
     A bare amount takes its resource from its unit: `bpw` limits stored bits per weight, byte units limit
     `bytes`, time units limit `latency_ns`. KB, MB, GB, TB are powers of 1000 and KiB, MiB, GiB, TiB powers
-    of 1024. Raises BudgetError.
+    of 1024. "uniform w4" is the bytes of the plan that gives every layer w4. Raises BudgetError.
 
     >>> parse_budget("bytes<=2 MiB, latency<=12.5 ms").limits[1]
-    Limit(resource='latency_ns', relation='<=', value=Fraction(12500000, 1), of_range=False)
+    Limit(resource='latency_ns', relation='<=', value=Fraction(12500000, 1), of_range=False, uniform='')
     """
     if not isinstance(text, str) or not text.strip():
         _refuse("A budget must not be empty.", text)
@@ -92,19 +98,24 @@ def parse_limit(text: str) -> Limit:
     """Reads one limit, such as `bytes<=2 MiB`, `accuracy>=0.7` or `3.5 bpw`. Raises BudgetError.
 
     >>> parse_limit("3.5 bpw")
-    Limit(resource='bits_per_weight', relation='<=', value=Fraction(7, 2), of_range=False)
+    Limit(resource='bits_per_weight', relation='<=', value=Fraction(7, 2), of_range=False, uniform='')
     """
     stripped = text.strip()
     named = _LIMIT.fullmatch(stripped)
     if named is None:
         return _bare_limit(stripped)
     relation: Relation = "<=" if named["relation"] in ("<=", "≤") else ">="
+    if uniform := _UNIFORM.fullmatch(named["value"].strip()):
+        resource = {"bpw": BITS_PER_WEIGHT, "latency": "latency_ns"}.get(named["resource"], named["resource"])
+        return Limit(resource, relation, Fraction(1), uniform=uniform["scheme"])
     value, unit, of_range = _amount(named["value"].strip(), stripped)
     resource, factor = _named_resource(named["resource"], unit, stripped)
     return Limit(resource, relation, value * factor, of_range)
 
 
 def _bare_limit(text: str) -> Limit:
+    if uniform := _UNIFORM.fullmatch(text):
+        return Limit("bytes", "<=", Fraction(1), uniform=uniform["scheme"])
     value, unit, of_range = _amount(text, text)
     if of_range:
         _refuse("A part of the range must name its resource, as in bytes<=0.25 of range.", text)

@@ -96,6 +96,7 @@ def compile_problem(
     group_offered = np.array([offered[list(layers)].all(axis=0) for layers in groups])
     costs = np.array([_group_costs(table.metrics[name], layers) for layers in groups])
     costs[~group_offered] = np.nan
+    limits = tuple(_absolute(table, limit) for limit in limits)
     rows = tuple(_row(table, limit, groups, group_offered) for limit in _tightest(limits))
     problem = Problem(
         costs,
@@ -197,6 +198,33 @@ def _group_costs(metric: MetricTable, layers: tuple[int, ...]) -> list[float]:
     return [math.nan if np.isnan(column).any() else math.fsum(column) for column in columns]
 
 
+def _absolute(table: ScoreTable, limit: Limit) -> Limit:
+    """A limit "uniform SCHEME" with the number it stands for; any other one as it is."""
+    if not limit.uniform:
+        return limit
+    column = _index(limit.uniform, table.schemes, "scheme of a uniform limit")
+    source = _source(table, limit.resource)
+    cells = [row[column] for row in table.resources[source]]
+    if None in cells:
+        layer = table.layer_names[cells.index(None)]
+        raise CompileError(
+            f"The scheme of a uniform limit must be offered for every layer. Got {limit.uniform}, which {layer} "
+            "does not offer. Write the limit as a number."
+        )
+    total = sum((Fraction(cell) for cell in cells if cell is not None), Fraction(0))
+    value = 8 * total / table.parameters if limit.resource == BITS_PER_WEIGHT else total
+    return Limit(limit.resource, limit.relation, value)
+
+
+def _source(table: ScoreTable, resource: str) -> str:
+    """The table's resource that a limit is on: bits per weight are counted in bytes."""
+    source = "bytes" if resource == BITS_PER_WEIGHT else resource
+    if source not in table.resources:
+        known = close_names(resource, table.resources) if table.resources else "The table has no resources."
+        raise BudgetError(f"A limit must be on a resource of the table. Got {resource!r}. {known}")
+    return source
+
+
 def _tightest(limits: Iterable[Limit]) -> list[Limit]:
     """Limits without repeats: of several absolute ones on a resource and side, the tightest."""
     kept: dict[tuple[str, str, bool], Limit] = {}
@@ -221,11 +249,7 @@ def _usage(
     table: ScoreTable, resource: str, groups: tuple[tuple[int, ...], ...]
 ) -> tuple[IntMatrix, Fraction]:
     """Integers per (group, scheme) and the resource one integer stands for."""
-    source = "bytes" if resource == BITS_PER_WEIGHT else resource
-    if source not in table.resources:
-        known = close_names(resource, table.resources) if table.resources else "The table has no resources."
-        raise BudgetError(f"A limit must be on a resource of the table. Got {resource!r}. {known}")
-    rows = table.resources[source]
+    rows = table.resources[_source(table, resource)]
     numbers = [[Fraction(value or 0) for value in row] for row in rows]
     scale = math.lcm(*(value.denominator for row in numbers for value in row))
     whole = [[value.numerator * (scale // value.denominator) for value in row] for row in numbers]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sensitivity.calibration_check import LABELS, check_calibration, require_enough_samples
 from sensitivity.errors import BadCalibration
-from sensitivity.spec import PARTS, DataSource, SessionSpec
+from sensitivity.spec import ALL, PARTS, DataSource, SessionSpec
 from sensitivity.tasks.task import Batch
 from sensitivity.text import tokenized_samples
 
@@ -79,14 +79,15 @@ def load_samples(spec: SessionSpec, task: str, model: nn.Module) -> Samples:
 
 
 def split_parts(count: int, most: int, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Rows of the three parts: disjoint, equally long, at most `most` each; a function of the arguments.
+    """Rows of the three parts: disjoint, equally long, at most `most` each; "all" holds every row, at most `most`.
 
     >>> {name: len(rows) for name, rows in split_parts(10, 64, 0).items()}
-    {'scoring': 3, 'choosing': 3, 'reporting': 3}
+    {'scoring': 3, 'choosing': 3, 'reporting': 3, 'all': 10}
     """
     size = min(most, count // len(PARTS))
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
-    return {part: order[index * size : (index + 1) * size] for index, part in enumerate(PARTS)}
+    parts = {part: order[index * size : (index + 1) * size] for index, part in enumerate(PARTS)}
+    return {**parts, ALL: order[:most]}
 
 
 def _read_tensors(source: DataSource) -> dict[str, Tensor]:
@@ -108,7 +109,7 @@ def _token_or_value(name: str, tensor: Tensor) -> Tensor:
 
 
 def _positional_input(tensors: Mapping[str, Tensor], model: nn.Module) -> str | None:
-    """None when `forward` knows every name; the only tensor's name when it does not. Raises BadCalibration."""
+    """None when `forward` knows every name, else the name of the only tensor. Raises BadCalibration."""
     if not tensors:
         raise BadCalibration("calibration data must hold the model's inputs. Got only labels.")
     kinds = {name: p.kind for name, p in inspect.signature(model.forward).parameters.items()}

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
 Need = Literal["labels", "logits", "double_backward"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much is asked for: layers, (layer, scheme) choices, samples, and at most `probes` per layer."""
+
+    layers: int
+    choices: int
+    samples: int
+    probes: int
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,7 @@ class Metric:
     direction  which values are better
     additive   the sum over layers estimates the divergence of a whole plan
     cost       model passes, in words
+    forwards   the same as a number: forward passes of one sample, at most (a backward counts 2)
     version    grows when the metric returns other numbers than before
     """
 
@@ -31,6 +44,7 @@ class Metric:
     cost: str
     source: str
     summary: str
+    forwards: Callable[[Workload], int]
     version: int = 1
 
     def load(self) -> Any:
@@ -65,6 +79,23 @@ def _metric(
     return Metric(name, f"sensitivity.scorers.{name}:{class_name}", unit, frozenset(needs), **rest)
 
 
+def _pass_per_choice(work: Workload) -> int:
+    return work.choices * work.samples
+
+
+def _no_pass(work: Workload) -> int:
+    return 0
+
+
+def _backward_per_sample(work: Workload) -> int:
+    return 3 * work.samples
+
+
+def _product_per_probe(work: Workload) -> int:
+    """Forward, backward and a backward through the backward, on one micro-batch."""
+    return 7 * work.layers * work.probes * min(work.batch_size, work.samples)
+
+
 SCORERS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -73,36 +104,42 @@ SCORERS: dict[str, Metric] = {
             cost="one pass over the scoring part per layer and scheme",
             source="ZeroQ, Cai et al. 2020",
             summary="Divergence of the outputs from the full-precision ones with this one layer quantized.",
+            forwards=_pass_per_choice,
         ),
         _metric(
             "output_mse", "OutputMse", "choice", set(), direction="min", additive=True,
             cost="one pass over the scoring part per layer and scheme, shared with output_kl",
             source="squared error of the outputs",
             summary="Mean squared change of the model's outputs with this one layer quantized.",
+            forwards=_pass_per_choice,
         ),
         _metric(
             "sqnr", "Sqnr", "choice", set(), direction="max", additive=False,
             cost="one pass over the scoring part per layer and scheme, shared with output_kl",
             source="MixDQ, Zhao et al. 2024",
             summary="Signal to quantization noise at the model's output in decibels.",
+            forwards=_pass_per_choice,
         ),
         _metric(
             "weight_error", "WeightError", "choice", set(), direction="min", additive=True,
             cost="no model pass",
             source="squared error of the weights",
             summary="Squared error of the quantized weights, without data.",
+            forwards=_no_pass,
         ),
         _metric(
             "gram_output", "GramOutput", "choice", set(), direction="min", additive=True,
             cost="none beyond output_kl; keeps a sketch of 256 KiB per layer and scheme",
             source="Bitplan, docs/metrics.md",
             summary="Change of the outputs in their own metric; inner products model any plan's divergence.",
+            forwards=_pass_per_choice,
         ),
         _metric(
             "fisher", "Fisher", "block", set(), direction="min", additive=True,
             cost="one backward pass per sample for all layers and schemes",
             source="natural gradient, Amari 1998; labels sampled from the model",
             summary="Half the mean squared directional derivative along the weight error, labels sampled.",
+            forwards=_backward_per_sample,
         ),
         _metric(
             "hessian_trace", "HessianTrace", "block", {"labels", "double_backward"}, direction="min",
@@ -110,6 +147,7 @@ SCORERS: dict[str, Metric] = {
             cost="one Hessian-vector product on one micro-batch per layer and probe, none per scheme",
             source="HAWQ-V2, Dong et al. 2020; Hutchinson 1990",
             summary="Average Hessian trace of the layer times the squared weight error.",
+            forwards=_product_per_probe,
         ),
     )
 }  # fmt: skip

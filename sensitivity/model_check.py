@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from quant.inventory import AlreadyQuantized, NothingToQuantize, take_inventory
 
+from quant.inventory import AlreadyQuantized, NothingToQuantize, take_inventory
 from quant.patterns import PatternError
 from sensitivity.calibration import placement
 from sensitivity.catalog import TASKS
 from sensitivity.errors import BadPattern, BadUnit, ModelAlreadyQuantized, ModelHasNothingToQuantize
-from sensitivity.model_loading import load_model
+from sensitivity.model_loading import load_model, model_digest
 from sensitivity.spec import SessionSpec
 from sensitivity.units import InspectUnit, Unit, UnitResult
 
@@ -26,7 +26,7 @@ class ModelCheck:
         self._model, self._task = loaded.model, loaded.task
 
     def run(self, unit: Unit) -> UnitResult:
-        """Facts: inventory (no MACs: those need data), task, dtype."""
+        """Facts: inventory (without MACs: those need data), task, divergence, dtype, digest."""
         if not isinstance(unit, InspectUnit):
             raise BadUnit(f"a model check must be asked to inspect. Got {unit.key!r}.")
         try:
@@ -42,5 +42,6 @@ class ModelCheck:
             "task": self._task,
             "divergence": TASKS[self._task].divergence,
             "dtype": str(placement(self._model)[1]).removeprefix("torch."),
+            "digest": model_digest(self._model),
         }
         return UnitResult((), {}, facts)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def require_finite_weights(model: nn.Module) -> None:
             raise NonFiniteWeights(
                 f"weights must be finite. Got NaN or infinity in {name!r}. Export them again."
             )
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's modules as printed and of all its parameters and buffers, by name.
+
+    >>> first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> model_digest(first) == model_digest(first), model_digest(first) == model_digest(second)
+    (True, False)
+    """
+    state = sha256(repr(model).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        state.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(memoryview(values.numpy()))
+    return state.hexdigest()
 
 
 # -- folder ---------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from quant.inventory import AlreadyQuantized, NothingToQuantize, take_inventory
 from torch import Tensor
 
+from quant.inventory import AlreadyQuantized, NothingToQuantize, take_inventory
 from quant.layers import Inventory
 from quant.patterns import PatternError
 from sensitivity.calibration import Samples, load_samples, placement
@@ -204,7 +204,10 @@ class Session:
         self.task.check(self._everything())
         try:
             with torch.inference_mode():
-                self._width = self.task.outputs(self.model, self._first_batch()).rows.shape[-1]
+                rows = self.task.outputs(self.model, self._first_batch()).rows
+            self._width = rows.shape[-1]
+            if not bool(torch.isfinite(rows).all()):
+                raise NonFiniteScore("output at full precision", "", "", "NaN or infinity")
         except SessionError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:

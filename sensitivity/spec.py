@@ -18,6 +18,9 @@ SCORES_VERSION = 1
 """Raised when calibration, tasks or the session itself change what every metric returns."""
 
 PARTS = ("scoring", "choosing", "reporting")
+ALL = "all"
+"""Every sample, for measuring a plan on data that did nothing else."""
+
 Part = Literal["scoring", "choosing", "reporting"]
 DataKind = Literal["safetensors", "text", "jsonl"]
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sensitivity.calibration_check import iterate_rows, require_enough_samples
+from sensitivity.calibration_check import require_enough_samples
 from sensitivity.errors import BadCalibration
 from sensitivity.spec import PARTS, SessionSpec
+from sensitivity.text_rows import iterate_rows
 
 SURPLUS = 8
 """At most so many times the samples that are needed are read, so a huge file costs no more."""
@@ -63,8 +64,8 @@ def usable_length(wanted: int, tokenizer: Any, model: nn.Module) -> int:
 def pack(token_lists: Iterable[list[int]], length: int, most: int) -> Tensor:
     """Whole sequences (n, length) cut from the concatenated lists; a remainder is dropped.
 
-    >>> pack([[1, 2, 3], [4, 5]], 2, 9).tolist()
-    [[1, 2], [3, 4]]
+    >>> pack([[1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13]], 2, 9).tolist()
+    [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10], [11, 12]]
     """
     stream: list[int] = []
     for tokens in token_lists:

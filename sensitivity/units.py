@@ -71,11 +71,11 @@ class MeasureUnit:
     """The quality of one whole plan on one part; `()` measures the full-precision model."""
 
     assignment: tuple[tuple[str, str], ...]
-    part: Literal["choosing", "reporting"]
+    part: Literal["choosing", "reporting", "all"]
 
     def __post_init__(self) -> None:
-        if self.part not in ("choosing", "reporting"):
-            raise ValueError(f"part must be choosing or reporting. Got {self.part!r}.")
+        if self.part not in ("choosing", "reporting", "all"):
+            raise ValueError(f"part must be choosing, reporting or all. Got {self.part!r}.")
         ordered = tuple(sorted((str(layer), str(scheme)) for layer, scheme in self.assignment))
         object.__setattr__(self, "assignment", ordered)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from quant.apply import ApplyError, NonFinite, quantized_weight
 from torch import Tensor, nn
 
+from quant.apply import ApplyError, NonFinite, quantized_weight
 from quant.layers import Inventory, Layer
 from quant.schemes import Scheme, SchemeError, parse_scheme
 from quant.shared import shared_parameters

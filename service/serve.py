@@ -39,8 +39,9 @@ def require_local(host: str) -> None:
         local = False
     if not local:
         raise BindRefused(
-            f"host must be a loopback address (127.0.0.1, ::1 or localhost). Got {host!r}. Access control does not "
-            "exist yet, so everybody who can connect could use the service: use an SSH tunnel to reach it from elsewhere."
+            f"host must be a loopback address (127.0.0.1, ::1 or localhost). Got {host!r}. Access control "
+            "does not exist yet, so everybody who can connect could use the service. Reach it from elsewhere "
+            "through an SSH tunnel."
         )
 
 

@@ -146,7 +146,7 @@ def _resnet(folder: Path) -> Tiny:
     return Tiny("resnet", "image_classification", "folder", str(folder), data, "safetensors")
 
 
-FACTORY = '''
+FACTORY = """
 import torch
 from torch import nn
 
@@ -169,7 +169,7 @@ def not_a_model():
 
 def fails():
     raise KeyError("weights")
-'''
+"""
 
 
 def _mlp(folder: Path) -> Tiny:

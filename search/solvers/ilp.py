@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -46,39 +47,44 @@ class Raw:
     infeasible: bool
 
 
+Backend = Callable[[Any, Deadline], Raw]
+"""Solves a PuLP program until a deadline."""
+
+
 def solve_ilp_highs(core: Core, bound: Lagrangian, incumbent: Choice | None, deadline: Deadline) -> Outcome:
     """Finishes a core with HiGHS."""
-    return _solve(core, bound, incumbent, deadline, run_highs)
+    return finish_with(run_highs, core, bound, incumbent, deadline)
 
 
 def solve_ilp_cbc(core: Core, bound: Lagrangian, incumbent: Choice | None, deadline: Deadline) -> Outcome:
     """Finishes a core with CBC. Raises BackendMissingError where PuLP finds none."""
-    return _solve(core, bound, incumbent, deadline, run_cbc)
+    return finish_with(run_cbc, core, bound, incumbent, deadline)
 
 
-def _solve(
-    core: Core, bound: Lagrangian, incumbent: Choice | None, deadline: Deadline, backend: Any
+def finish_with(
+    backend: Backend, core: Core, bound: Lagrangian, incumbent: Choice | None, deadline: Deadline
 ) -> Outcome:
+    """Solves the integer program of a core; answers that break a limit exactly are cut off, again and
+    again."""
+    if int(core.open.sum(axis=1).max()) == 1:
+        only = core.best([tuple(int(scheme) for scheme in core.open.argmax(axis=1))])
+        return Outcome(only, proven=only is not None, infeasible=only is None)
     model = _Model(core, bound, incumbent)
-    best = incumbent
     for cuts in range(MOST_CUTS):
-        raw: Raw = backend(model.program, deadline)
+        raw = backend(model.program, deadline)
         note = f"ilp: bound {raw.bound:.9g} of {RANGE:g}, {cuts} cuts"
         if raw.infeasible:
-            return Outcome(best, proven=best is not None, infeasible=best is None, log=(note,))
-        choice = model.choice(raw.values)
-        lower = model.lower(raw.bound)
+            return Outcome(incumbent, infeasible=incumbent is None, log=(note, "ilp: infeasible"))
+        choice, lower = model.choice(raw.values), model.lower(raw.bound)
         if choice is None:
-            return Outcome(best, lower, log=(note, "ilp: stopped without an answer"))
+            return Outcome(incumbent, lower, log=(note, "ilp: stopped without an answer"))
         if core.feasible(choice):
-            best = core.best([choice] if best is None else [choice, best])
+            best = core.best([choice] if incumbent is None else [choice, incumbent])
             return Outcome(best, lower, log=(note,))
         if deadline.passed():
-            return Outcome(
-                best, lower, log=(note, "ilp: the answer breaks a limit by less than the tolerance")
-            )
+            break
         model.forbid(choice)
-    return Outcome(best, lower, log=(note, "ilp: too many answers broke a limit by less than the tolerance"))
+    return Outcome(incumbent, lower, log=(note, "ilp: its answers break a limit by less than its tolerance"))
 
 
 class _Model:
@@ -212,10 +218,10 @@ def run_cbc(program: Any, deadline: Deadline) -> Raw:
     infeasible = "proven infeasible" in text or "problem is infeasible" in text.lower()
     values = {variable.name: variable.value() for variable in program.variables()}
     found = not infeasible and all(value is not None for value in values.values())
-    return Raw(values if found else {}, _cbc_bound(text), infeasible)
+    return Raw(values if found else {}, cbc_bound(text), infeasible)
 
 
-def _cbc_bound(text: str) -> float:
+def cbc_bound(text: str) -> float:
     """CBC's bound: the "Lower bound" it prints when stopped, else the objective of a search it completed."""
     stopped = re.search(r"^Lower bound:\s+(\S+)", text, re.MULTILINE)
     if stopped:

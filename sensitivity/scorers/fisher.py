@@ -7,6 +7,7 @@ Kunstner et al. 2019, arXiv:1905.12558). One backward pass per sample serves all
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,6 +83,9 @@ def _sample_values(
     with session.gradients(unit.layers, contract):
         outputs = session.differentiable_outputs("scoring", index)
         generator = keyed_generator((session.spec.seed, NAME, index))
-        session.backward(session.task.sampled_objective(outputs, generator))
+        objective = session.task.sampled_objective(outputs, generator)
+        if not math.isfinite(float(objective.detach())):
+            raise NonFiniteScore(f"{NAME} on sample {index}", "", "", str(float(objective.detach())))
+        session.backward(objective)
     session.spend(3)
     return values

@@ -32,7 +32,7 @@ HVP_FORWARDS = 4
 
 
 class HessianTrace:
-    """Per layer: blocks of probes (`forms`, z'Hz) and one block of weight errors; traces serve all schemes."""
+    """Per layer: blocks of probes (`forms`, z'Hz), for all schemes, and one block of weight errors."""
 
     def blocks(self, plan: BlockPlan, done: Done) -> tuple[BlockUnit, ...]:
         """Missing blocks up to the next look; a layer is finished when a look meets the relative error.

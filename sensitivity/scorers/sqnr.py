@@ -40,6 +40,8 @@ def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[f
     (200.0, 0.0)
     """
     total_signal, total_noise = float(signal.sum()), float(noise.sum())
+    if not math.isfinite(total_signal + total_noise):
+        return math.nan, math.nan
     if total_noise == 0 or total_signal / total_noise >= 10 ** (LOSSLESS_DB / 10):
         return LOSSLESS_DB, 0.0
     if total_signal == 0:

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query
 
 from service.api.context import Ctx
 from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
+from service.api.job_resources import Frontier, FrontierPoint
 from service.api.jobs import JobId
 from service.api.lookup import find_job
-from service.api.resources import Frontier, FrontierPoint
 from service.planning import Ask, frontier_of
 from service.wire import Metric
 

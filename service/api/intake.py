@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from quant.digest import digest
+from quant.digest import digest, manifest_digest
 from sensitivity.calibration_check import check_calibration
 from service.api.context import Context
 from service.api.lookup import find_upload
@@ -37,8 +37,8 @@ class CheckedModel:
 
     @property
     def digest(self) -> str:
-        """Identifies the content: names and digests of the files, in any order."""
-        return digest(sorted([file["path"], file["sha256"]] for file in self.files))
+        """Identifies the content, as `folder_digest` does for the same files in a folder."""
+        return manifest_digest(self.files)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from service.api.conditional import IfNoneMatch, Prefer, matches, not_modified, 
 from service.api.context import After, Context, Ctx, Limit
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
+from service.api.job_resources import Event, Job
 from service.api.lookup import find_job
 from service.api.pages import page_of, position
-from service.api.resources import Event, Job, Page
+from service.api.resources import Page
 from service.db.repositories import events, jobs
 from service.errors import Conflict
 from service.records import JobRecord

@@ -12,10 +12,11 @@ from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import After, Context, Ctx, Limit
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
+from service.api.job_resources import Job, Plan, Plans
 from service.api.jobs import JobId, accepted
 from service.api.lookup import find_job, find_plan
 from service.api.pages import page_of, position
-from service.api.resources import Job, Page, Plan, Plans
+from service.api.resources import Page
 from service.db.repositories import jobs, plans
 from service.errors import Conflict, NotFound
 from service.planning import Answer as Solved

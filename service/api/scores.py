@@ -12,9 +12,10 @@ from fastapi.responses import StreamingResponse
 
 from service.api.context import LARGEST_PAGE, After, Context, Ctx, Limit
 from service.api.job_inputs import search_job
+from service.api.job_resources import Score
 from service.api.jobs import JobId
 from service.api.lookup import find_job
-from service.api.resources import Page, Score
+from service.api.resources import Page
 from service.db.repositories import scores
 from service.db.repositories.scores import ScoreKey
 from service.errors import Unprocessable

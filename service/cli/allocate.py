@@ -44,7 +44,7 @@ DEFAULT_SECONDS = 60.0
 Verbose = Annotated[bool, typer.Option("--verbose", help="Tell on standard error what the solver did.")]
 
 
-def allocate(  # noqa: PLR0917
+def allocate(
     table: TableFile,
     limit: TableLimits = None,
     tie: Ties = None,

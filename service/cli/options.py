@@ -67,6 +67,9 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per
 NoInteractions = Annotated[
     bool, typer.Option("--no-interactions", help="Leave out gram_output and the quadratic candidates.")
 ]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Plan file; a folder when there are several budgets.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on standard output.")]
 Server = Annotated[str, typer.Option("--server", envvar="BITPLAN_SERVER", help="Address of the service.")]
 DataDir = Annotated[

@@ -196,7 +196,7 @@ def show_plans(plans: Sequence[Json], *, as_json: bool) -> None:
 
 
 def certificates_table(plans: Sequence[Json]) -> Table:
-    """What was proven about each budget: status, size, objective, gap; for infeasible ones the least budget."""
+    """What was proven about each budget: status, size, objective, gap, or the least budget."""
     table = Table("budget", "status", "bytes", "bits/weight", "objective", "gap", "found by")
     for plan in plans:
         used = plan.get("resources") or {}

@@ -11,16 +11,13 @@ from rich.table import Table
 
 from service.cli import options
 from service.cli.exits import CommandError, Exit, exits, plan_exit
-from service.cli.output import JobProgress, console, plans_table, print_json, show_plans
+from service.cli.output import JobProgress, console, print_json, show_plans
 from service.cli.request import file_of, job_parameters
 from service.client import Client
 from service.remote.handles import JobHandle, PlanHandle
 
 JobId = Annotated[str, typer.Argument(help="Id of a job, as `bitplan jobs` lists it.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay, show progress, and print the plans at the end.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Plan file; a folder when there are several budgets.")
-]
 
 
 def submit(
@@ -47,7 +44,7 @@ def submit(
     max_probes: options.MaxProbes = 128,
     batch_size: options.BatchSize = 8,
     no_interactions: options.NoInteractions = False,
-    output: Output = None,
+    output: options.Output = None,
     watch: Watch = False,
     server: options.Server = options.DEFAULT_SERVER,
     as_json: options.Json = False,
@@ -57,8 +54,8 @@ def submit(
         parameters = job_parameters(
             budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
             sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
-            include=include, latency_table=latency_table, time_limit=time_limit, gap=gap, evaluations=evaluations,
-            relative_error=relative_error, max_probes=max_probes, batch_size=batch_size,
+            include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
+            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes, batch_size=batch_size,
             no_interactions=no_interactions,
         )  # fmt: skip
         job = Client(server).submit(model=model, calibration=calibration, **parameters)
@@ -145,7 +142,7 @@ def plan(
     metric: Annotated[str | None, typer.Option("--metric", help="A stored metric of the job.")] = None,
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
-    output: Output = None,
+    output: options.Output = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure evidence for the new plans too.")
     ] = False,
@@ -223,6 +220,3 @@ def _table(columns: Sequence[str], rows: Sequence[Any]) -> None:
     for row in rows:
         table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
     console().print(table)
-
-
-__all__ = ["cancel", "jobs", "models", "plan", "plans_table", "resume", "scores", "status", "submit", "watch"]

@@ -10,7 +10,7 @@ from service.errors import ServiceError, Unprocessable, UnsupportedFile, json_po
 MODEL_FILES: tuple[str, ...] = (
     "config.json",
     "*.safetensors",
-    "*.safetensors.index.json",
+    "model.safetensors.index.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -60,15 +60,6 @@ def is_model_file(name: str) -> bool:
     (True, False)
     """
     return any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)
-
-
-def is_foreign(name: str) -> bool:
-    """Whether a file holds weights or data in a form that is refused, such as a pickle.
-
-    >>> is_foreign("pytorch_model.bin"), is_foreign("README.md")
-    (True, False)
-    """
-    return any(fnmatchcase(name.lower(), pattern) for patterns, _, _ in INSTEAD for pattern in patterns)
 
 
 def check_model_files(names: Sequence[str]) -> None:

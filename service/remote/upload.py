@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from service.ingest.kinds import is_foreign, is_model_file
+from quant.digest import folder_digest
 from service.remote.transport import BUSY, ConnectionFailed, ProblemError, Transport, backoff, raise_problem
 
 CHUNK = 1 << 20
@@ -32,16 +32,14 @@ class LocalFile:
 
 
 def model_files(folder: Path) -> tuple[LocalFile, ...]:
-    """The files of a Hugging Face folder that the service takes; others (README, pictures) stay at home."""
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"A model must be a folder with config.json and *.safetensors, or a model's id. Got {folder}."
-        )
-    files = [path for path in folder.iterdir() if path.is_file()]
-    taken = [path for path in files if is_model_file(path.name)]
-    if not any(path.name.endswith(".safetensors") for path in taken):
-        taken += [path for path in files if is_foreign(path.name)]  # the server says what to send instead
-    return tuple(local_file(path) for path in sorted(taken))
+    """The files that decide what the model computes; others (README, pictures, other data) stay at home.
+
+    Raises FolderError for a folder without config.json or safetensors weights.
+    """
+    _, manifest = folder_digest(folder)
+    return tuple(
+        LocalFile(folder / entry["path"], entry["path"], entry["size"], entry["sha256"]) for entry in manifest
+    )
 
 
 def local_file(path: Path) -> LocalFile:

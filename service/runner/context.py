@@ -221,7 +221,7 @@ def passing(error: DBAPIError) -> bool:
 
 
 class _Pace:
-    """Decides when progress is worth a write, and guesses the time that is left from the pace of the stage."""
+    """Decides when progress is worth a write, and guesses the time left from the pace of the stage."""
 
     def __init__(self) -> None:
         self._stage: Stage | None = None

@@ -17,11 +17,11 @@ log = structlog.get_logger()
 def run(settings: Settings) -> None:
     """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue.
 
-    Raises `DatabaseTooNew` and `DatabaseNotReady`.
+    The database is migrated first. Raises `DatabaseTooNew`.
     """
+    migrate.upgrade(settings.database_url)
     database = Database(settings.database_url)
     try:
-        migrate.check(database)
         runner = Runner(settings, database, load_handlers())
         _stop_on_signals(runner)
         log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)

@@ -13,21 +13,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.costs import latency_from_mapping
+from quant.costs import CostError, latency_from_mapping
 from quant.digest import digest
 from quant.layers import Inventory
+from quant.patterns import PatternError
 from quant.plan import Digests
 from quant.schemes import parse_scheme
+from search.budget import BudgetError
+from search.compile import CompileError
 from search.pairwise import factor_of
 from search.refine import Measured, Refined, refine
 from search.solve import solve
 from sensitivity.catalog import SCORERS
 from sensitivity.gram import gram_matrix
+from sensitivity.units import ScoreRow
 from service.db.repositories import calibrations, models, plans
+from service.errors import Unprocessable
 from service.failpoints import failpoint
 from service.planning import (
     Ask,
     PlanningInputs,
+    ScoresMissing,
     compile_ask,
     expand_pins,
     plan_of,
@@ -90,6 +96,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     inspection = lab.inspect()
     inventory = inventory_of(inspection)
     metrics = wanted_metrics(request, inspection)
+    check_asks(inventory, request)
     choices = offered_choices(inventory, request)
     lab.score(choices, metrics, int(inspection["samples"]["scoring"]))
     schemes = table_schemes(request.schemes, request.pins)
@@ -104,6 +111,23 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     return Search(request, inputs, factor, inspection)
 
 
+def check_asks(inventory: Inventory, request: JobRequest) -> None:
+    """Raise Unprocessable for what a budget, pin or tie names and the model lacks, before measuring."""
+    metric = request.metrics[0]
+    schemes = table_schemes(request.schemes, request.pins)
+    try:
+        latency = None if request.latency_ns is None else latency_from_mapping(request.latency_ns)
+        blank = [
+            ScoreRow(layer.name, name, metric, 0.0, None, 0) for layer in inventory.layers for name in schemes
+        ]
+        table = score_table(inventory, schemes, blank, [metric], latency)
+        inputs = PlanningInputs(inventory, table, table_schemes(request.schemes, {}))
+        for ask in asks_of(request):
+            compile_ask(inputs, ask)
+    except (BudgetError, CompileError, CostError, PatternError, ScoresMissing) as error:
+        raise Unprocessable("invalid-request", str(error)) from error
+
+
 def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[str]:
     """The metrics of the request and, unless it declines, the interactions. Raises JobFailed for one not
     offered.
@@ -112,7 +136,7 @@ def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[s
     for metric in request.metrics:
         if metric not in offered:
             needs = ", ".join(sorted(SCORERS[metric].needs)) or "another task"
-            raise JobFailed(
+            raise Unprocessable(
                 "metric-not-offered",
                 f"A metric must suit the task {inspection['task']} and the data: {', '.join(offered)}. "
                 f"Got {metric!r}, which needs {needs}. Pick another metric.",

@@ -10,9 +10,10 @@ from typing import Any
 from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import InspectUnit
 from service.db.repositories import models
-from service.runner.context import JobContext, JobFailed
+from service.runner.context import JobContext
 from service.runner.dispatch import run_alone
 from service.runner.inputs import model_source
+from service.runner.problems import problem_of_failure
 from service.states import InputState
 
 MODEL_CHECK = "sensitivity.model_check:ModelCheck"
@@ -28,15 +29,12 @@ def run_verification(context: JobContext) -> Mapping[str, Any]:
     spec = SessionSpec(model=model_source(model, context.store), calibration=NO_DATA)
     outcome = run_alone(context, spec, InspectUnit(), session_factory=MODEL_CHECK)
     if outcome.failure is not None:
-        problem = {
-            "type": "model-rejected",
-            "title": "The model cannot be used",
-            "detail": outcome.failure.message,
-        }
+        rejected = problem_of_failure(outcome.failure, {})
+        problem = rejected.as_json()
         context.write(
             lambda session: models.set_state(session, model_id, InputState.REJECTED, problem=problem)
         )
-        raise JobFailed("model-rejected", outcome.failure.message)
+        raise rejected
     assert outcome.result is not None
     summary = {**(model.summary or {}), **outcome.result.facts}
     context.write(lambda session: models.set_state(session, model_id, InputState.READY, summary=summary))

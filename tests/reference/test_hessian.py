@@ -1,4 +1,4 @@
-"""Hutchinson and HAWQ-V2's omega against the exact Hessian of a small trained CNN (../shared/reference/hessian)."""
+"""Hutchinson and HAWQ-V2's omega against the exact Hessian of a small trained CNN."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from quant.formats import IntegerFormat
 from quant.packing import decode
@@ -43,13 +42,13 @@ def data() -> dict[str, Tensor]:
 
 def loss_of(data: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the CNN that expected.json describes, in float64."""
-    hidden = F.conv2d(data["X"], data["conv1.weight"], data["conv1.bias"], stride=2, padding=1)
+    hidden = nn.functional.conv2d(data["X"], data["conv1.weight"], data["conv1.bias"], stride=2, padding=1)
     statistics = (data["bn.running_mean"], data["bn.running_var"])
-    hidden = F.softplus(F.batch_norm(hidden, *statistics, data["bn.weight"], data["bn.bias"]))
-    hidden = F.softplus(F.conv2d(hidden, data["conv2.weight"], data["conv2.bias"], stride=2, padding=1))
-    hidden = F.adaptive_avg_pool2d(hidden, 2).flatten(1)
-    hidden = torch.tanh(F.linear(hidden, data["fc1.weight"], data["fc1.bias"]))
-    return F.cross_entropy(F.linear(hidden, data["fc2.weight"], data["fc2.bias"]), data["Y"])
+    hidden = nn.functional.softplus(nn.functional.batch_norm(hidden, *statistics, data["bn.weight"], data["bn.bias"]))
+    hidden = nn.functional.softplus(nn.functional.conv2d(hidden, data["conv2.weight"], data["conv2.bias"], stride=2, padding=1))
+    hidden = nn.functional.adaptive_avg_pool2d(hidden, 2).flatten(1)
+    hidden = torch.tanh(nn.functional.linear(hidden, data["fc1.weight"], data["fc1.bias"]))
+    return nn.functional.cross_entropy(nn.functional.linear(hidden, data["fc2.weight"], data["fc2.bias"]), data["Y"])
 
 
 def block(data: dict[str, Tensor], name: str) -> BlockHessian:
@@ -87,7 +86,9 @@ def test_products_give_the_exact_block(name: str, data: dict[str, Tensor], expec
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_intervals_cover_the_exact_trace(name: str, data: dict[str, Tensor], expected: dict[str, Any]) -> None:
+def test_intervals_cover_the_exact_trace(
+    name: str, data: dict[str, Tensor], expected: dict[str, Any]
+) -> None:
     known = expected["per_parameter"][name]
     forms = forms_of_all_seeds(data, name)
     estimates = [mean_estimate(of_seed) for of_seed in forms]
@@ -104,7 +105,9 @@ def test_the_variance_of_a_masked_probe_is_twice_the_squares_off_the_diagonal(
     for name in PARAMETERS:
         hessian = exact_block(data, name)
         variance = 2 * (hessian.square().sum() - hessian.diagonal().square().sum())
-        assert variance.item() == pytest.approx(expected["per_parameter"][name]["rademacher_variance"], rel=1e-7)
+        assert variance.item() == pytest.approx(
+            expected["per_parameter"][name]["rademacher_variance"], rel=1e-7
+        )
 
 
 def test_hutchinson_in_batches_is_hutchinson_at_once(data: dict[str, Tensor]) -> None:
@@ -132,7 +135,9 @@ def test_our_quantizer_gives_the_published_errors(
     """Scales are stored as float32, so errors agree to about seven digits."""
     matrix = data[name].flatten(1).float()
     for bits, known in expected["omega"][name].items():
-        fmt = IntegerFormat(int(bits), symmetric=True, granularity="channel", group_size=None, scale_type="float32")
+        fmt = IntegerFormat(
+            int(bits), symmetric=True, granularity="channel", group_size=None, scale_type="float32"
+        )
         error = decode(quantize(matrix, fmt)).double() - matrix.double()
         assert error.square().sum().item() == pytest.approx(known["delta_sq"], rel=1e-4)
 

@@ -30,7 +30,8 @@ def _case(index: int) -> dict[str, Any]:
 
 
 def _table(case: dict[str, Any]) -> dict[str, Any]:
-    """Layers have different numbers of candidates: what a layer lacks is null. One resource per limit (memory cut)."""
+    """Layers have different numbers of candidates: what a layer lacks is null. One resource per limit
+    (memory cut)."""
     layers = case["sensitivity"]
     width = max(map(len, layers.values()))
     usage = iter(case["ru"])

@@ -40,7 +40,8 @@ def table() -> Callable[..., ScoreTable]:
 
 @pytest.fixture
 def knapsack() -> Callable[..., Problem]:
-    """A realistic problem: costs fall and bytes rise with the bits; `rows` limits, bytes at `fill` of the range."""
+    """A realistic problem: costs fall and bytes rise with the bits; `rows` limits, bytes at `fill` of the
+    range."""
 
     def build(groups: int, schemes: int, rows: int = 1, *, seed: int = 0, fill: float = 0.4) -> Problem:
         rng = np.random.default_rng(seed)
@@ -65,7 +66,8 @@ def knapsack() -> Callable[..., Problem]:
 
 @pytest.fixture
 def random_case() -> Callable[[int], Problem]:
-    """Seeded small problems of every kind: mixed scales, nulls, both relations, limits on the edge, both directions."""
+    """Seeded small problems of every kind: mixed scales, nulls, both relations, limits on the edge, both
+    directions."""
     return _random_case
 
 

@@ -97,10 +97,9 @@ def test_what_cannot_mean_anything_is_refused(text: str, words: str) -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         limits = parse_budget(text).limits
-    except BudgetError as error:
-        assert "Got" in str(error)
-    else:
-        assert all(limit.of_range or limit.value > 0 for limit in limits)
+    except BudgetError:
+        limits = ()
+    assert all(limit.of_range or limit.value > 0 for limit in limits)
 
 
 @given(st.decimals(min_value="0.0001", max_value="1e15", allow_nan=False))

@@ -114,7 +114,7 @@ def test_pins_to_what_is_not_offered_are_refused(table: Build) -> None:
 
 
 def test_limits_must_be_on_resources_of_the_table(table: Build) -> None:
-    with pytest.raises(BudgetError, match="Got 'byte'. Close names: bytes"):
+    with pytest.raises(BudgetError, match=r"Got 'byte'\. Close names: bytes"):
         compile_problem(table(VALUES, {"bytes": BYTES}), limits=[parse_limit("byte<=3")])
     with pytest.raises(BudgetError, match="no resources"):
         compile_problem(table(VALUES), limits=[parse_limit("3 bpw")])

@@ -37,7 +37,9 @@ def _case(seed: int) -> Case:
         "schema": "bitplan.table/1",
         "layers": [_layer(rng, name) for name in names],
         "schemes": [f"s{c}" for c in range(schemes)],
-        "metrics": {"m": {"direction": rng.choice(["min", "max"]), "values": _matrix(rng, layers, schemes, _value)}},
+        "metrics": {
+            "m": {"direction": rng.choice(["min", "max"]), "values": _matrix(rng, layers, schemes, _value)}
+        },
         "resources": {f"r{k}": _matrix(rng, layers, schemes, _usage) for k in range(rng.randint(1, 3))},
     }
     for row in document["metrics"]["m"]["values"]:
@@ -80,7 +82,8 @@ def _limits(rng: random.Random, resources: dict[str, list[list[float]]]) -> tupl
 
 
 def _everything(case: Case) -> np.ndarray:
-    """Every assignment of schemes to layers that ties, groups, pins and nulls allow: (assignments, layers)."""
+    """Every assignment of schemes to layers that ties, groups, pins and nulls allow: (assignments,
+    layers)."""
     table = case.table
     shape = (len(table.schemes),) * len(table.layers)
     choices = np.indices(shape).reshape(len(table.layers), -1).T
@@ -108,7 +111,11 @@ def _feasible(case: Case, choices: np.ndarray) -> np.ndarray:
         totals = _quarters(case, limit.resource)[layers, choices].sum(axis=1)
         value = 4 * limit.value
         if limit.of_range:
-            value = int(totals.min()) + limit.value * int(totals.max() - totals.min()) if len(totals) else Fraction(0)
+            value = (
+                int(totals.min()) + limit.value * int(totals.max() - totals.min())
+                if len(totals)
+                else Fraction(0)
+            )
         keeps &= totals <= int(value // 1) if limit.relation == "<=" else totals >= -int(-value // 1)
     return choices[keeps]
 

@@ -145,7 +145,7 @@ def test_quadratic_candidates_come_from_the_same_pieces(compiled: Callable[..., 
 def test_candidates_must_be_allowed(compiled: Callable[..., Compiled]) -> None:
     problem = compiled(5)
     truth = Truth(problem, 0)
-    with pytest.raises(CompileError, match="must keep every limit and pin. Got 'uniform w4'"):
+    with pytest.raises(CompileError, match=r"must keep every limit and pin\. Got 'uniform w4'"):
         refine(problem, [Candidate("uniform w4", dict.fromkeys(problem.table.layer_names, "w4"))], truth)
     with pytest.raises(CompileError, match="at least one candidate"):
         refine(problem, [], truth)
@@ -155,5 +155,5 @@ def test_bad_measurements_are_refused(compiled: Callable[..., Compiled]) -> None
     problem = compiled(5)
     with pytest.raises(CompileError, match="must be finite"):
         refine(problem, [_additive(problem)], lambda plans: [Measured(float("nan"), 0.0) for _ in plans])
-    with pytest.raises(CompileError, match="must give 1 results. Got 0"):
+    with pytest.raises(CompileError, match=r"must give 1 results\. Got 0"):
         refine(problem, [_additive(problem)], lambda plans: [])

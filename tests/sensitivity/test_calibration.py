@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,9 @@ def test_the_sequence_length_ends_where_positions_end(tiny: Any) -> None:
 def test_too_little_text_says_how_much_there_is(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("ba be bi\n")
     spec = with_data(tiny("llama").spec(), tmp_path / "x.txt", "text")
-    with pytest.raises(BadCalibration, match=r"at least 6 samples.*4 tokens make 0 sequences of 12: send more text"):
+    with pytest.raises(
+        BadCalibration, match=r"at least 6 samples.*4 tokens make 0 sequences of 12: send more text"
+    ):
         load_samples(spec, "causal_lm", model_of(spec))
 
 
@@ -102,7 +103,9 @@ def test_messages_need_a_chat_template(tiny: Any, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "ba be"}, {"role": "assistant", "content": "bi"}]}
     path.write_text(json.dumps({"text": "ba"}) + "\n" + json.dumps(row))
     spec = with_data(tiny("llama").spec(), path, "jsonl")
-    with pytest.raises(BadCalibration, match=r'row 2 holds "messages".* chat template.*send rows with "text"'):
+    with pytest.raises(
+        BadCalibration, match=r'row 2 holds "messages".* chat template.*send rows with "text"'
+    ):
         load_samples(spec, "causal_lm", model_of(spec))
 
 
@@ -123,10 +126,14 @@ def test_messages_go_through_the_chat_template(
 
 def test_text_needs_a_tokenizer(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("ba be bi\n" * 50)
-    with pytest.raises(BadCalibration, match="tokenizer of a model folder. Got a factory"):
+    with pytest.raises(BadCalibration, match=r"tokenizer of a model folder. Got a factory"):
         load_samples(with_data(tiny("mlp").spec(), tmp_path / "x.txt", "text"), "generic", nn.Linear(2, 2))
     with pytest.raises(BadCalibration, match="image_classification must be given tensors"):
-        load_samples(with_data(tiny("resnet").spec(), tmp_path / "x.txt", "text"), "image_classification", nn.Linear(2, 2))
+        load_samples(
+            with_data(tiny("resnet").spec(), tmp_path / "x.txt", "text"),
+            "image_classification",
+            nn.Linear(2, 2),
+        )
     with pytest.raises(BadCalibration, match="needs a tokenizer in the model folder"):
         load_samples(with_data(tiny("resnet").spec(), tmp_path / "x.txt", "text"), "generic", nn.Linear(2, 2))
 
@@ -135,7 +142,9 @@ def test_tokens_beyond_the_vocabulary_name_the_row(tiny: Any, tmp_path: Path) ->
     tokens = torch.ones(20, 12, dtype=torch.int32)
     tokens[7, 3] = 48
     spec = tensors_spec(tiny, "llama", tmp_path, input_ids=tokens)
-    with pytest.raises(BadCalibration, match=r"'input_ids' must be below the vocabulary of 48. Got 48 in row 7"):
+    with pytest.raises(
+        BadCalibration, match=r"'input_ids' must be below the vocabulary of 48. Got 48 in row 7"
+    ):
         load_samples(spec, "causal_lm", model_of(spec))
     tokens[7, 3] = -1
     spec = tensors_spec(tiny, "llama", tmp_path, input_ids=tokens)
@@ -151,7 +160,9 @@ def test_floating_tokens_are_refused(tiny: Any, tmp_path: Path) -> None:
 
 def test_unknown_names_list_the_inputs(tiny: Any, tmp_path: Path) -> None:
     spec = tensors_spec(tiny, "resnet", tmp_path, images=torch.zeros(9, 1, 16, 16), extra=torch.zeros(9))
-    with pytest.raises(BadCalibration, match=r"named after the model's inputs \(pixel_values.*Got extra, images"):
+    with pytest.raises(
+        BadCalibration, match=r"named after the model's inputs \(pixel_values.*Got extra, images"
+    ):
         load_samples(spec, "image_classification", model_of(spec))
 
 

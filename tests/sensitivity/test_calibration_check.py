@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sensitivity.calibration_check import check_calibration, detect_kind, iterate_rows
+from sensitivity.calibration_check import check_calibration, detect_kind
 from sensitivity.errors import BadCalibration
+from sensitivity.text_rows import iterate_rows
 
 
 @pytest.fixture
@@ -88,11 +89,20 @@ def test_unusable_tensors(save: Callable[..., Path], tensors: dict[str, np.ndarr
 F32 = {"dtype": "F32", "shape": [8, 1]}
 
 
+TWICE = ", ".join(
+    f'"x": {{"dtype": "F32", "shape": [8, 1], "data_offsets": [{a}, {a + 32}]}}' for a in (0, 32)
+)
+
+
 @pytest.mark.parametrize(
     ("header", "data", "words"),
     [
-        ({"x": {**F32, "dtype": "OBJ", "data_offsets": [0, 32]}}, bytes(32), "dtype of tensor 'x' must be one of"),
-        ({"x": {**F32, "data_offsets": [0, 31]}}, bytes(31), "must fill its bytes"),
+        (
+            {"x": {**F32, "dtype": "OBJ", "data_offsets": [0, 32]}},
+            bytes(32),
+            "dtype of tensor 'x' must be one of",
+        ),
+        ({"x": {**F32, "data_offsets": [0, 31]}}, bytes(31), "must be the 32 bytes of its shape"),
         ({"x": {**F32, "data_offsets": [0, 32]}}, bytes(31), "inside the file"),
         ({"x": {**F32, "data_offsets": [4, 36]}}, bytes(36), "without gap or overlap"),
         (
@@ -100,16 +110,17 @@ F32 = {"dtype": "F32", "shape": [8, 1]}
             bytes(32),
             "without gap or overlap",
         ),
-        ({"x": {**F32, "shape": [2**62, 2**62], "data_offsets": [0, 32]}}, bytes(32), "must fill its bytes"),
-        ({"x": {**F32, "shape": [-1], "data_offsets": [0, 32]}}, bytes(32), "whole numbers"),
+        ({"x": {**F32, "shape": [2**62, 2**62], "data_offsets": [0, 32]}}, bytes(32), "bytes of its shape"),
+        ({"x": {**F32, "shape": [-1], "data_offsets": [0, 32]}}, bytes(32), "integer of at least 0"),
         ({"x": {**F32, "data_offsets": [0]}}, bytes(32), "two offsets"),
-        ({"x": 3}, b"", "dtype of tensor 'x'"),
-        ([1], b"", "must be a JSON object"),
-        (b'{"x": {}, "x": {}}', b"", "unique. Got 'x' twice"),
-        (b"{not json", b"", "header must be JSON"),
-        (b"\xff\xfe{}", b"", "header must be JSON"),
-        (b"[" * 100_000, b"", "header must be JSON"),
-        (b'{"x": {"dtype": "F32", "shape": [' + b"9" * 6000 + b"]}}", b"", "header must be JSON"),
+        ({"x": {**F32, "data_offsets": [0, 32]}}, bytes(33), "Got 1 bytes after them"),
+        ({"x": 3}, b"", "/x must be an object"),
+        ([1], b"", "must be an object"),
+        (f"{{{TWICE}}}".encode(), bytes(64), "'x' must follow the one before, without gap"),
+        (b"{not json", b"", "must be valid safetensors"),
+        (b"\xff\xfe{}", b"", "must be valid safetensors"),
+        (b"[" * 100_000, b"", "must be valid safetensors"),
+        (b'{"x": {"dtype": "F32", "shape": [' + b"9" * 6000 + b"]}}", b"", "must be valid safetensors"),
     ],
 )
 def test_hostile_headers(tmp_path: Path, header: Any, data: bytes, words: str) -> None:
@@ -120,12 +131,12 @@ def test_hostile_headers(tmp_path: Path, header: Any, data: bytes, words: str) -
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (pickle.dumps([1]), "Got a pickle. Save them with safetensors"),
+        (pickle.dumps([1]), "Got a pickle. Save tensors with safetensors"),
         (b"PK\x03\x04" + bytes(60), "Got a zip archive"),
         (b"\x93NUMPY" + bytes(60), "Got a npy file"),
-        (struct.pack("<Q", 2**40) + b"{}", "header of 1099511627776 bytes"),
-        (b"", "must be a safetensors file"),
-        (b"abc", "must be a safetensors file"),
+        (struct.pack("<Q", 2**40) + b"{}", "whose header is longer than the file"),
+        (b"", "must be safetensors"),
+        (b"abc", "must be safetensors"),
     ],
 )
 def test_other_formats(tmp_path: Path, content: bytes, words: str) -> None:
@@ -190,7 +201,7 @@ def test_bad_text(tmp_path: Path, content: bytes, words: str) -> None:
 
 
 def test_missing_files_and_unknown_kinds(tmp_path: Path) -> None:
-    with pytest.raises(BadCalibration, match="must be a file. Got 'nowhere.txt'"):
+    with pytest.raises(BadCalibration, match=r"must be a file. Got 'nowhere.txt'"):
         check_calibration(tmp_path / "nowhere.txt", "text")
     (tmp_path / "x.npz").write_bytes(b"PK")
     with pytest.raises(BadCalibration, match=r"must end in one of .safetensors, .txt, .jsonl. Got 'x.npz'"):

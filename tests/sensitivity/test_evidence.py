@@ -74,7 +74,9 @@ def test_evidence_says_where_the_plan_is_better_for_certain() -> None:
     plan, rival = document["entries"]
     assert plan["difference"] is None
     assert rival["difference"]["low"] > 0
-    assert rival["difference"]["mean"] == pytest.approx(rival["divergence"]["mean"] - plan["divergence"]["mean"])
+    assert rival["difference"]["mean"] == pytest.approx(
+        rival["divergence"]["mean"] - plan["divergence"]["mean"]
+    )
 
 
 def test_a_rival_that_may_be_as_good_is_not_beaten() -> None:

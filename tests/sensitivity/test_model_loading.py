@@ -59,7 +59,9 @@ def test_the_architecture_decides_class_and_task(tiny: Any, name: str, task: str
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_stored_precision_is_kept(copy: Any, dtype: torch.dtype) -> None:
     folder = copy("resnet")
-    edit_weights(folder, lambda w: w.update({k: v.to(dtype) if v.is_floating_point() else v for k, v in w.items()}))
+    edit_weights(
+        folder, lambda w: w.update({k: v.to(dtype) if v.is_floating_point() else v for k, v in w.items()})
+    )
     edit_config(folder, dtype=str(dtype).removeprefix("torch."))
     loaded = load(folder)
     assert {p.dtype for p in loaded.model.parameters()} == {dtype}
@@ -68,7 +70,9 @@ def test_the_stored_precision_is_kept(copy: Any, dtype: torch.dtype) -> None:
 def test_missing_tensors_are_named(copy: Any) -> None:
     folder = copy("llama")
     edit_weights(folder, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(BadModel, match=r"must be in the folder's weights. Got model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(
+        BadModel, match=r"must be in the folder's weights. Got model.layers.1.mlp.up_proj.weight"
+    ):
         load(folder)
 
 
@@ -89,7 +93,9 @@ def test_unexpected_tensors_are_named(copy: Any) -> None:
 def test_mismatched_tensors_are_named(copy: Any) -> None:
     folder = copy("llama")
     edit_config(folder, intermediate_size=20)
-    with pytest.raises(BadModel, match=r"the shape that config.json says. Got model.layers.0.mlp.down_proj.weight"):
+    with pytest.raises(
+        BadModel, match=r"the shape that config.json says. Got model.layers.0.mlp.down_proj.weight"
+    ):
         load(folder)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sensitivity.gradients import gradients
 from sensitivity.operators import BlockHessian
@@ -25,7 +24,7 @@ def test_products_are_those_of_the_explicit_hessian(vectorized: bool) -> None:
     weight = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def loss(w: Tensor) -> Tensor:
-        return F.cross_entropy(torch.tanh(inputs @ w.T), torch.arange(7) % 4)
+        return nn.functional.cross_entropy(torch.tanh(inputs @ w.T), torch.arange(7) % 4)
 
     vectors = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     products = BlockHessian(loss(weight), weight, vectorized=vectorized)(vectors)
@@ -43,7 +42,7 @@ def test_attention_of_a_llama_is_differentiated_twice(tiny: Any) -> None:
 
     def loss(value: Tensor) -> Tensor:
         out = torch.func.functional_call(model, {name: value}, (tokens,))
-        return F.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
     with gradients([weight]):
         products = BlockHessian(loss(weight), weight)(torch.eye(weight.numel()))

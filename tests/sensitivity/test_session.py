@@ -56,11 +56,18 @@ def units_of(session: Session) -> list[Unit]:
     """Units of every kind."""
     first, second, *_ = layer_names(session)
     plan = tuple((name, "w3") for name in layer_names(session))
-    units: list[Unit] = [ScoreUnit(name, scheme, CHOICE_METRICS) for name in (first, second) for scheme in ("w2", "w4")]
-    units += [BlockUnit("fisher", f"samples:{a}:{b}", ("w2", "w4"), (first, second)) for a, b in ((0, 4), (4, 6))]
+    units: list[Unit] = [
+        ScoreUnit(name, scheme, CHOICE_METRICS) for name in (first, second) for scheme in ("w2", "w4")
+    ]
+    units += [
+        BlockUnit("fisher", f"samples:{a}:{b}", ("w2", "w4"), (first, second)) for a, b in ((0, 4), (4, 6))
+    ]
     units += [MeasureUnit(plan, "choosing"), MeasureUnit((), "reporting"), MeasureUnit(plan[:1], "reporting")]
     if "hessian_trace" in session.run(InspectUnit()).facts["available_metrics"]:
-        units += [BlockUnit("hessian_trace", f"layer:{first}:probes:{a}:{b}", (), (first,)) for a, b in ((0, 3), (3, 8))]
+        units += [
+            BlockUnit("hessian_trace", f"layer:{first}:probes:{a}:{b}", (), (first,))
+            for a, b in ((0, 3), (3, 8))
+        ]
         units += [BlockUnit("hessian_trace", f"layer:{first}:errors", ("w2", "w4"), (first,))]
     return units
 
@@ -174,7 +181,9 @@ def test_forwards_are_counted(session: Callable[[str], Session]) -> None:
     assert kept.run(ScoreUnit(first, "w2", ("weight_error",))).facts["forwards"] == 0
     assert kept.run(MeasureUnit((), "choosing")).facts["forwards"] == 6
     assert kept.run(BlockUnit("fisher", "samples:0:4", ("w2",), (first,))).facts["forwards"] == 12
-    one_batch = kept.run(BlockUnit("hessian_trace", f"layer:{first}:probes:0:1", (), (first,))).facts["forwards"]
+    one_batch = kept.run(BlockUnit("hessian_trace", f"layer:{first}:probes:0:1", (), (first,))).facts[
+        "forwards"
+    ]
     assert one_batch in (4 * 7, 2 * 7)
 
 
@@ -183,7 +192,10 @@ def test_unknown_things_are_refused(session: Callable[[str], Session]) -> None:
     for unit, words in (
         (ScoreUnit("nowhere", "w2", ("output_kl",)), "layer must be one that takes part. Got 'nowhere'"),
         (ScoreUnit("0", "v2", ("output_kl",)), "Got 'v2'"),
-        (ScoreUnit("0", "w2", ("fisher",)), "metric of a choice unit must be one of output_kl.* Got 'fisher'"),
+        (
+            ScoreUnit("0", "w2", ("fisher",)),
+            "metric of a choice unit must be one of output_kl.* Got 'fisher'",
+        ),
         (BlockUnit("output_kl", "samples:0:1", (), ()), "metric of a block unit must be one of fisher"),
         (MeasureUnit((("nowhere", "w2"),), "choosing"), "Got 'nowhere'"),
         (BlockUnit("fisher", "samples:0:1", ("v2",), ("0",)), "Got 'v2'"),
@@ -194,7 +206,9 @@ def test_unknown_things_are_refused(session: Callable[[str], Session]) -> None:
 
 def test_metrics_that_need_more_than_there_is_are_refused(tiny: Any, tmp_path: Path) -> None:
     save_file({"pixel_values": torch.randn(20, 1, 16, 16)}, tmp_path / "x.safetensors")
-    spec = replace(tiny("resnet").spec(), calibration=DataSource(str(tmp_path / "x.safetensors"), "safetensors", "d"))
+    spec = replace(
+        tiny("resnet").spec(), calibration=DataSource(str(tmp_path / "x.safetensors"), "safetensors", "d")
+    )
     unlabeled = Session(spec)
     facts = unlabeled.run(InspectUnit()).facts
     assert facts["has_labels"] is False
@@ -221,6 +235,7 @@ class Explodes(nn.Module):
 
 
 def test_infinity_never_becomes_a_score(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("mlp")
     import tiny_factory
 
     monkeypatch.setattr(tiny_factory, "explodes", Explodes, raising=False)
@@ -234,12 +249,34 @@ def test_infinity_never_becomes_a_score(tiny: Any, monkeypatch: pytest.MonkeyPat
     exploding = Session(spec)
     assert exploding.run(ScoreUnit("first", "w2", ("output_kl",))).scores[0].value > 0
     for metric in ("output_kl", "output_mse", "sqnr", "gram_output"):
-        with pytest.raises(NonFiniteScore, match=rf"{metric} of layer 'second' with scheme 'w2' must be finite") as e:
+        with pytest.raises(
+            NonFiniteScore, match=rf"{metric} of layer 'second' with scheme 'w2' must be finite"
+        ) as e:
             exploding.run(ScoreUnit("second", "w2", (metric,)))
-        assert (e.value.kind, e.value.layer, e.value.scheme, e.value.metric) == ("non_finite", "second", "w2", metric)
+        assert (e.value.kind, e.value.layer, e.value.scheme, e.value.metric) == (
+            "non_finite",
+            "second",
+            "w2",
+            metric,
+        )
     with pytest.raises(NonFiniteScore, match="plan of 2 layers"):
         exploding.run(MeasureUnit((("first", "w2"), ("second", "w2")), "choosing"))
     assert exploding.run(MeasureUnit((), "choosing")).facts["divergence"]["mean"] == 0
+
+
+def test_a_model_without_finite_outputs_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("mlp")
+    import tiny_factory
+
+    def overflowing() -> nn.Module:
+        model = tiny_factory.build()
+        model[4].weight.data.fill_(3e38)
+        return model
+
+    monkeypatch.setattr(tiny_factory, "overflowing", overflowing, raising=False)
+    spec = replace(tiny("mlp").spec(), model=ModelSource("factory", "tiny_factory:overflowing", "m"))
+    with pytest.raises(NonFiniteScore, match="output at full precision of the model must be finite"):
+        Session(spec)
 
 
 def test_inputs_that_the_model_does_not_take(tiny: Any, tmp_path: Path) -> None:
@@ -256,7 +293,7 @@ def test_labels_beyond_the_classes_name_the_row(tiny: Any, tmp_path: Path) -> No
     path = tmp_path / "x.safetensors"
     save_file({"pixel_values": torch.randn(20, 1, 16, 16), "labels": labels}, path)
     spec = replace(tiny("resnet").spec(), calibration=DataSource(str(path), "safetensors", "d"))
-    with pytest.raises(BadCalibration, match="from 0 to 4. Got 5 in row 11"):
+    with pytest.raises(BadCalibration, match=r"from 0 to 4. Got 5 in row 11"):
         Session(spec)
 
 

@@ -133,7 +133,9 @@ def test_no_change_is_exactly_zero(task: str) -> None:
 
 def test_embeddings_are_means_over_real_tokens() -> None:
     inputs, other = text_batch(), noisy(LOGITS, 0.4)
-    reference, outputs = (rows_of("sequence_embedding", {"last_hidden_state": x}, inputs) for x in (LOGITS, other))
+    reference, outputs = (
+        rows_of("sequence_embedding", {"last_hidden_state": x}, inputs) for x in (LOGITS, other)
+    )
     mask = inputs.inputs["attention_mask"].bool()
     means = [torch.stack([x[b][mask[b]].double().mean(0) for b in range(3)]) for x in (LOGITS, other)]
     expected = 1 - nn.functional.cosine_similarity(*means)
@@ -156,7 +158,10 @@ def test_half_the_squared_change_is_the_divergence_to_second_order(task: str) ->
     inputs = text_batch() if task == "causal_lm" else batch()
     output = LOGITS if task in ("causal_lm", "sequence_embedding") else LOGITS[:, 0]
     loaded = TASKS[task].load()
-    reference, outputs = rows_of(task, output.double(), inputs), rows_of(task, noisy(output.double(), 1e-4), inputs)
+    reference, outputs = (
+        rows_of(task, output.double(), inputs),
+        rows_of(task, noisy(output.double(), 1e-4), inputs),
+    )
     halves = reference.sums(loaded.change(reference, outputs).square().sum(-1)) / 2
     np.testing.assert_allclose(halves, loaded.divergence(reference, outputs), rtol=1e-3)
 
@@ -167,7 +172,10 @@ def test_the_sampled_objective_has_the_divergence_as_its_mean_square(task: str) 
     inputs = text_batch() if task == "causal_lm" else batch()
     output = (LOGITS if task in ("causal_lm", "sequence_embedding") else LOGITS[:, 0]).double()[:1]
     one = Batch({name: value[:1] for name, value in inputs.inputs.items()}, None, None, 1)
-    loaded, step = TASKS[task].load(), 1e-3 * torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
+    loaded, step = (
+        TASKS[task].load(),
+        1e-3 * torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64),
+    )
     moved = output.clone().requires_grad_(True)
     reference = rows_of(task, output, one)
     squares = []

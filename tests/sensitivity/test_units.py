@@ -42,7 +42,9 @@ def test_keys_never_change() -> None:
 
 
 def test_the_order_of_an_assignment_does_not_matter() -> None:
-    assert MeasureUnit((("b", "w4"), ("a", "w2")), "choosing") == MeasureUnit((("a", "w2"), ("b", "w4")), "choosing")
+    assert MeasureUnit((("b", "w4"), ("a", "w2")), "choosing") == MeasureUnit(
+        (("a", "w2"), ("b", "w4")), "choosing"
+    )
 
 
 def test_layers_and_schemes_are_part_of_a_blocks_key() -> None:

@@ -64,7 +64,11 @@ def test_the_error_is_the_difference(model: nn.Sequential) -> None:
 
 
 def test_the_cache_is_bounded_and_changes_nothing(model: nn.Sequential) -> None:
-    kept, small, none = weights_of(model), weights_of(model, cache_bytes=300), weights_of(model, cache_bytes=0)
+    kept, small, none = (
+        weights_of(model),
+        weights_of(model, cache_bytes=300),
+        weights_of(model, cache_bytes=0),
+    )
     for _ in range(2):
         for name in ("0", "2"):
             for scheme in ("w2", "w4"):

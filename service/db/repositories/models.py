@@ -65,6 +65,14 @@ def find_by_digest(session: Session, digest: str, tenant: str = "default") -> Mo
     return None if row is None else _record(row)
 
 
+def list_by_digest(session: Session, digest: str, tenant: str = "default") -> tuple[ModelRecord, ...]:
+    """The tenant's ready models with this content, the oldest first."""
+    query = select(ModelRow).where(
+        ModelRow.tenant == tenant, ModelRow.digest == digest, ModelRow.state == InputState.READY.value
+    )
+    return tuple(_record(row) for row in session.scalars(query.order_by(ModelRow.created_at, ModelRow.id)))
+
+
 def set_state(
     session: Session,
     ident: str,

@@ -7,10 +7,10 @@ from dataclasses import fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, and_, literal_column, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningInsert
 
 from service.db.tables import Base, CalibrationRow, JobRow, ModelRow, PlanRow
 from service.records import Cursor
@@ -50,6 +50,7 @@ def insert_or_keep(session: Session, table: type[Base], values: Mapping[str, Any
     """Insert a row, or keep the one that already has its key. True if the row is new."""
     dialect = session.get_bind().dialect.name
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    result = session.execute(insert(table).values(**values).on_conflict_do_nothing())
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+    statement: ReturningInsert[tuple[Any]] = (
+        insert(table).values(**values).on_conflict_do_nothing().returning(literal_column("1"))
+    )
+    return session.execute(statement).first() is not None

@@ -1,0 +1,167 @@
+"""What answers look like: jobs and what comes out of them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import ConfigDict, Field
+
+from service.api.resources import Json, Resource, as_json, links_of, without_inventory
+from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord
+
+
+class Progress(Resource):
+    """Units of work of the present stage."""
+
+    done: int
+    total: int
+    eta_seconds: float | None = None
+
+
+class Job(Resource):
+    """A job as it stands."""
+
+    id: str
+    kind: str = Field(description="search, verify_model, measure_plan")
+    name: str | None = Field(description="As the request has it.")
+    labels: dict[str, str]
+    state: str = Field(description="queued, running, cancelling, succeeded, failed, cancelled, expired")
+    stage: str | None = Field(description="loading, scoring, solving, measuring, packaging")
+    progress: Progress
+    request: Json
+    summary: Json | None
+    problem: Json | None = Field(description="Why it failed.")
+    score_set: str | None = Field(description="Jobs that name the same score set share its scores.")
+    predecessor: str | None = Field(description="The job that this one resumes.")
+    cancel_requested: bool
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    links: dict[str, str]
+
+    @classmethod
+    def of(cls, record: JobRecord) -> Job:
+        """From the record."""
+        return cls(
+            id=record.id,
+            kind=record.kind,
+            name=record.request.get("name"),
+            labels=dict(record.request.get("labels") or {}),
+            state=record.state,
+            stage=record.stage,
+            progress=Progress(done=record.done, total=record.total, eta_seconds=record.eta_seconds),
+            request=dict(record.request),
+            summary=without_inventory(record.summary),
+            problem=as_json(record.problem),
+            score_set=record.score_set,
+            predecessor=record.predecessor,
+            cancel_requested=record.cancel_requested,
+            created_at=record.created_at,
+            started_at=record.started_at,
+            finished_at=record.finished_at,
+            links=links_of(
+                f"/v1/jobs/{record.id}", "events", "scores", "plans", "frontier", "cancel", "resume"
+            ),
+        )
+
+
+class Event(Resource):
+    """One thing that happened to a job; `seq` counts from 1."""
+
+    seq: int
+    type: str
+    data: Json
+    at: datetime
+
+    @classmethod
+    def of(cls, record: EventRecord) -> Event:
+        """From the record."""
+        return cls(seq=record.seq, type=record.type, data=dict(record.data), at=record.at)
+
+
+class Score(Resource):
+    """What one (layer, scheme) costs in one metric."""
+
+    layer: str
+    scheme: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+    @classmethod
+    def of(cls, record: ScoreRecord) -> Score:
+        """From the record."""
+        return cls(
+            layer=record.layer,
+            scheme=record.scheme,
+            metric=record.metric,
+            value=record.value,
+            stderr=record.stderr,
+            samples=record.samples,
+        )
+
+
+class Plan(Resource):
+    """The answer to one budget, with its certificate."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    job: str
+    budget: str
+    status: str = Field(description="optimal, feasible, infeasible, unknown")
+    metric: str | None = None
+    objective: float | None = None
+    bound: float | None = None
+    gap: float | None = Field(
+        None, description="(objective - bound) / max(1e-12, |objective|), sign adjusted."
+    )
+    source: str | None = Field(None, description="Which candidate this is.")
+    candidates: list[Json] = Field([], description="What was measured on the choosing part.")
+    least_budget: Json = Field({}, description="When infeasible: the least budget per limit.")
+    resources: Json = Field({}, description="Exact totals.")
+    digest: str | None = Field(None, description="SHA-256 of the plan document.")
+    document: Json | None = Field(None, description="The plan; null when nothing fits.")
+    evidence: Json | None = Field(None, description="Measured quality; null until measured.")
+    created_at: datetime
+    links: dict[str, str]
+
+    @classmethod
+    def of(cls, record: PlanRecord) -> Plan:
+        """From the record."""
+        own = {
+            "id": record.id,
+            "job": record.job_id,
+            "budget": record.budget,
+            "status": record.status,
+            "digest": record.digest,
+            "document": as_json(record.document),
+            "evidence": as_json(record.evidence),
+            "created_at": record.created_at,
+            "links": links_of(f"/v1/plans/{record.id}", "document", "measure")
+            | {"job": f"/v1/jobs/{record.job_id}"},
+        }
+        return cls.model_validate({**record.result, **own})
+
+
+class Plans(Resource):
+    """The plans of one re-solve, in the order of the budgets."""
+
+    items: list[Plan]
+
+
+class FrontierPoint(Resource):
+    """One plan that no other beats in both the metric and the resource."""
+
+    objective: float = Field(description="The metric summed over the layers.")
+    resources: Json = Field(description="Exact totals, bits_per_weight among them.")
+    layers: dict[str, str] | None = Field(None, description="Layer -> scheme, when asked for.")
+
+
+class Frontier(Resource):
+    """Pareto-optimal plans over one resource, the smallest first, predicted from stored scores."""
+
+    resource: str
+    metric: str
+    items: list[FrontierPoint]

@@ -1,0 +1,139 @@
+"""What every line of SCORERS must do, on every task that offers it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sensitivity.catalog import SCORERS, TASKS, Metric, offered_metrics
+from sensitivity.errors import BadUnit, MetricNotOffered
+from sensitivity.session import Session
+from sensitivity.units import BlockPlan, BlockUnit, ScoreRow, ScoreUnit, unit_from_json
+
+MODELS = {
+    "causal_lm": "llama",
+    "sequence_embedding": "bert",
+    "image_classification": "resnet",
+    "generic": "mlp",
+}
+SCHEMES = ("w2", "w3", "w4", "w6", "w8")
+HAS_LABELS = {"image_classification"}
+PAIRS = [(metric, task) for metric in SCORERS for task in TASKS]
+OFFERED = [(m, t) for m, t in PAIRS if m in offered_metrics(t, has_labels=t in HAS_LABELS)]
+REFUSED = [pair for pair in PAIRS if pair not in OFFERED]
+
+
+def test_every_task_has_a_model_here() -> None:
+    assert set(MODELS) == set(TASKS)
+
+
+@pytest.fixture(scope="module")
+def scores(tiny: Any) -> Callable[..., tuple[ScoreRow, ...]]:
+    """All rows of a metric on a task, measured in a session of its own; the first run is kept."""
+    kept: dict[tuple[str, str], tuple[ScoreRow, ...]] = {}
+
+    def measure(metric: str, task: str, *, again: bool = False) -> tuple[ScoreRow, ...]:
+        if again or (metric, task) not in kept:
+            rows = rows_of(Session(tiny(MODELS[task]).spec()), SCORERS[metric], reverse=again)
+            if again:
+                return rows
+            kept[metric, task] = rows
+        return kept[metric, task]
+
+    return measure
+
+
+def plan_of(session: Session) -> BlockPlan:
+    layers = tuple(layer.name for layer in session.inventory.layers)
+    return BlockPlan(layers, SCHEMES, len(session.samples.parts["scoring"]), session.spec)
+
+
+def rows_of(session: Session, metric: Metric, *, reverse: bool) -> tuple[ScoreRow, ...]:
+    """Every (layer, scheme), through units that went through JSON, in one order or the other."""
+    plan = plan_of(session)
+    if metric.unit == "block":
+        return block_rows(session, metric, plan, reverse=reverse)
+    units = [ScoreUnit(layer, scheme, (metric.name,)) for layer in plan.layers for scheme in SCHEMES]
+    results = {unit.key: session.run(unit) for unit in (reversed(units) if reverse else units)}
+    return tuple(row for unit in units for row in results[unit.key].scores)
+
+
+def block_rows(session: Session, metric: Metric, plan: BlockPlan, *, reverse: bool) -> tuple[ScoreRow, ...]:
+    scorer, done = metric.load(), {}
+    while units := scorer.blocks(plan, done):
+        assert len({unit.key for unit in units}) == len(units)
+        for unit in units[::-1] if reverse else units:
+            assert unit.key not in done
+            result = session.run(unit_from_json(json.loads(json.dumps(unit.as_json()))))
+            assert result.arrays
+            assert all(np.isfinite(array).all() for array in result.arrays.values())
+            done[unit.key] = result.arrays
+    return scorer.combine(plan, done)
+
+
+@pytest.mark.parametrize(("metric", "task"), OFFERED)
+def test_every_choice_gets_one_finite_row(metric: str, task: str, tiny: Any, scores: Any) -> None:
+    rows = scores(metric, task)
+    layers = [layer.name for layer in Session(tiny(MODELS[task]).spec()).inventory.layers]
+    assert sorted((row.layer, row.scheme) for row in rows) == sorted((x, s) for x in layers for s in SCHEMES)
+    for row in rows:
+        assert row.metric == metric
+        assert math.isfinite(row.value)
+        assert row.stderr is None or (math.isfinite(row.stderr) and row.stderr >= 0)
+        assert (row.stderr is None) == (row.samples == 0)
+
+
+@pytest.mark.parametrize(("metric", "task"), OFFERED)
+def test_another_session_in_another_order_gives_the_same_rows(metric: str, task: str, scores: Any) -> None:
+    assert scores(metric, task, again=True) == scores(metric, task)
+
+
+@pytest.mark.parametrize(("metric", "task"), OFFERED)
+def test_more_bits_are_better_on_average(metric: str, task: str, scores: Any) -> None:
+    """Single layers may be out of order; the mean over layers that matter is not."""
+    by_scheme = {
+        scheme: [abs(r.value) for r in scores(metric, task) if r.scheme == scheme] for scheme in SCHEMES
+    }
+    means = [float(np.mean(by_scheme[scheme])) for scheme in SCHEMES]
+    expected = sorted(means, reverse=SCORERS[metric].direction == "min")
+    assert means == expected
+    assert len(set(means)) == len(SCHEMES)
+
+
+@pytest.mark.parametrize(("metric", "task"), REFUSED)
+def test_a_metric_is_refused_where_it_cannot_be_measured(metric: str, task: str, tiny: Any) -> None:
+    session = Session(tiny(MODELS[task]).spec())
+    layer = session.inventory.layers[0].name
+    if SCORERS[metric].unit == "choice":
+        unit: Any = ScoreUnit(layer, "w4", (metric,))
+    else:
+        unit = SCORERS[metric].load().blocks(plan_of(session), {})[0]
+    with pytest.raises(MetricNotOffered, match=f"{metric} needs .* Offered are output_kl"):
+        session.run(unit)
+
+
+@pytest.mark.parametrize("metric", SCORERS)
+def test_a_metric_is_refused_in_the_wrong_kind_of_unit(metric: str, tiny: Any) -> None:
+    session = Session(tiny("mlp").spec())
+    wrong: Any = ScoreUnit("0", "w4", (metric,))
+    if SCORERS[metric].unit == "choice":
+        wrong = BlockUnit(metric, "samples:0:2", ("w4",), ("0",))
+    with pytest.raises(BadUnit, match=f"Got '{metric}'"):
+        session.run(wrong)
+
+
+@pytest.mark.parametrize("metric", SCORERS.values(), ids=SCORERS)
+def test_a_scorer_has_the_parts_of_its_kind(metric: Metric) -> None:
+    wanted = {"choice": ("score",), "block": ("blocks", "measure", "combine")}[metric.unit]
+    scorer = metric.load()
+    for name in wanted:
+        assert inspect.getdoc(getattr(scorer, name)), name
+    for text in (metric.summary, metric.source, metric.cost, inspect.getdoc(scorer)):
+        assert text
+    assert metric.version >= 1

@@ -1,0 +1,315 @@
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from service.db.engine import Database
+from service.db.repositories import events, jobs, leases
+from service.db.repositories.leases import LeaseLost, Owner
+from service.errors import Unprocessable
+from service.records import JobRecord
+from service.runner import loop
+from service.runner.context import JobContext, Progress
+from service.runner.identity import host_name
+from service.runner.loop import Handler, Runner
+from service.settings import Settings
+from service.states import JobKind, JobState, Stage
+
+NewJob = Callable[..., JobRecord]
+Current = Callable[[JobRecord], JobRecord]
+PATIENCE_SECONDS = 20
+
+
+@pytest.fixture
+def runner(settings: Settings, database: Database) -> Callable[[Handler], Runner]:
+    return lambda handler: Runner(settings, database, {JobKind.SEARCH: handler})
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def history(database: Database, job: JobRecord) -> list[str]:
+    with database.read() as session:
+        return [event.type for event in events.list_after(session, job.id)]
+
+
+def test_a_job_succeeds_with_its_summary(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    job = new_job()
+    done = runner(lambda context: {"answer": 42}).run_one()
+    assert done is not None
+    assert (done.id, done.state, done.summary) == (job.id, JobState.SUCCEEDED, {"answer": 42})
+    assert history(database, job) == ["queued", "running", "succeeded"]
+
+
+def test_nothing_to_do(runner: Callable[[Handler], Runner], new_job: NewJob) -> None:
+    assert runner(lambda context: None).run_one() is None
+    new_job(JobKind.VERIFY_MODEL)
+    assert runner(lambda context: None).run_one() is None
+
+
+def test_a_problem_fails_the_job_with_its_document(
+    runner: Callable[[Handler], Runner], new_job: NewJob
+) -> None:
+    def handler(context: JobContext) -> None:
+        raise Unprocessable("bad-model", "The model must load. Got none.", extra={"layer": "a"})
+
+    new_job()
+    done = runner(handler).run_one()
+    assert done is not None
+    assert done.state == JobState.FAILED
+    assert done.problem == {
+        "type": "urn:bitplan:problem:bad-model",
+        "title": "Unprocessable",
+        "status": 422,
+        "detail": "The model must load. Got none.",
+        "layer": "a",
+    }
+
+
+def test_an_unexpected_error_fails_the_job_by_its_name(
+    runner: Callable[[Handler], Runner], new_job: NewJob
+) -> None:
+    def handler(context: JobContext) -> None:
+        raise KeyError("surprise")
+
+    new_job()
+    done = runner(handler).run_one()
+    assert done is not None
+    assert done.problem is not None
+    assert done.problem["type"].endswith("internal-error")
+    assert "KeyError: 'surprise'" in done.problem["detail"]
+
+
+def test_a_cancelled_job_ends_cancelled(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database, settings: Settings
+) -> None:
+    def handler(context: JobContext) -> None:
+        with database.write() as session:
+            jobs.request_cancel(session, context.job.id)
+        context.wait(PATIENCE_SECONDS)
+
+    job = new_job()
+    done = runner(handler).run_one()
+    assert done is not None
+    assert done.state == JobState.CANCELLED
+    assert history(database, job) == ["queued", "running", "cancelling", "cancelled"]
+
+
+def test_a_write_notices_the_cancellation_at_once(new_context: Any, database: Database) -> None:
+    context = new_context()
+    context.check()
+    with database.write() as session:
+        jobs.request_cancel(session, context.job.id)
+    context.event("note", {})
+    with pytest.raises(loop.Cancelled):
+        context.check()
+
+
+def test_a_job_that_ends_while_it_is_cancelled_is_cancelled(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    def handler(context: JobContext) -> Mapping[str, Any]:
+        with database.write() as session:
+            jobs.request_cancel(session, context.job.id)
+        return {"too": "late"}
+
+    new_job()
+    done = runner(handler).run_one()
+    assert done is not None
+    assert (done.state, done.problem) == (JobState.CANCELLED, None)
+
+
+def test_stopping_gives_the_job_back_at_once(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    job = new_job()
+    first = runner(lambda context: context.wait(PATIENCE_SECONDS))
+    thread = threading.Thread(target=first.run)
+    thread.start()
+    wait_for(lambda: "running" in history(database, job))
+    first.stop()
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+    assert history(database, job) == ["queued", "running", "queued"]
+    done = runner(lambda context: {"epoch": context.epoch}).run_one()
+    assert done is not None
+    assert done.summary == {"epoch": 2}
+
+
+def test_ctrl_c_gives_the_job_back(
+    runner: Callable[[Handler], Runner], new_job: NewJob, current: Current
+) -> None:
+    def handler(context: JobContext) -> None:
+        raise KeyboardInterrupt
+
+    job = new_job()
+    with pytest.raises(KeyboardInterrupt):
+        runner(handler).run_job(job.id)
+    assert current(job).state == JobState.QUEUED
+
+
+def test_a_runner_that_was_overtaken_writes_nothing(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    def handler(context: JobContext) -> Mapping[str, Any]:
+        with database.write() as session:
+            leases.heartbeat(session, context.job.id, context.epoch, -1)
+            assert leases.claim(session, Owner("other", "elsewhere", 1, "p"), 3600) is not None
+        return {"winner": "nobody"}
+
+    new_job()
+    left = runner(handler).run_one()
+    assert left is not None
+    assert (left.state, left.epoch, left.summary) == (JobState.RUNNING, 2, None)
+
+
+def test_a_lost_lease_stops_every_further_call(new_context: Any, database: Database) -> None:
+    context = new_context()
+    with database.write() as session:
+        leases.heartbeat(session, context.job.id, context.epoch, -1)
+        leases.claim(session, Owner("other", "elsewhere", 1, "p"), 3600)
+    for _ in range(2):
+        with pytest.raises(LeaseLost):
+            context.event("note", {})
+        with pytest.raises(LeaseLost):
+            context.check()
+    with pytest.raises(LeaseLost):
+        context.heartbeat()
+
+
+def test_heartbeats_keep_the_lease_while_the_handler_works(
+    new_job: NewJob, database: Database, settings: Settings
+) -> None:
+    quick = settings.model_copy(update={"lease_seconds": 0.8, "heartbeat_seconds": 0.1})
+
+    def handler(context: JobContext) -> Mapping[str, Any]:
+        context.wait(1.6)
+        with database.write() as session:
+            return {"stolen": leases.claim(session, Owner("other", "x", 1, "p"), 1) is not None}
+
+    new_job()
+    done = Runner(quick, database, {JobKind.SEARCH: handler}).run_one()
+    assert done is not None
+    assert (done.state, done.summary) == (JobState.SUCCEEDED, {"stolen": False})
+
+
+def test_without_heartbeats_the_lease_counts_as_lost(
+    new_context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = new_context()
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 61)
+    with pytest.raises(LeaseLost, match="no heartbeat"):
+        context.check()
+
+
+def test_progress_is_written_with_its_stage(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    seen: list[Progress] = []
+
+    def handler(context: JobContext) -> None:
+        for done in range(101):
+            context.report_progress(Stage.SCORING, done, 100)
+        context.report_progress(Stage.SOLVING, 0, 1)
+
+    job = new_job()
+    done = runner(handler).run_one(on_progress=seen.append)
+    assert done is not None
+    assert (done.stage, done.done, done.total) == (Stage.SOLVING, 0, 1)
+    assert [(progress.stage, progress.done) for progress in seen] == [
+        (Stage.SCORING, 0),
+        (Stage.SCORING, 100),
+        (Stage.SOLVING, 0),
+    ]
+    assert seen[1].eta_seconds == 0
+    assert history(database, job) == ["queued", "running", "stage", "stage", "succeeded"]
+
+
+def test_run_job_runs_that_job_and_returns_finished_ones(
+    runner: Callable[[Handler], Runner], new_job: NewJob, current: Current
+) -> None:
+    older, wanted = new_job(), new_job()
+    one = runner(lambda context: {"n": 1})
+    assert one.run_job(wanted.id).state == JobState.SUCCEEDED
+    assert current(older).state == JobState.QUEUED
+    assert one.run_job(wanted.id).epoch == 1
+
+
+def test_run_job_waits_for_the_runner_that_holds_it(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    job = new_job()
+    with database.write() as session:
+        held = leases.claim(session, Owner("other", "elsewhere", 1, "p"), 3600)
+    assert held is not None
+
+    def finish() -> None:
+        time.sleep(0.2)
+        with database.write() as session:
+            leases.finish(session, job.id, held.epoch, JobState.SUCCEEDED, summary={"by": "other"})
+
+    threading.Thread(target=finish).start()
+    assert runner(lambda context: {"by": "me"}).run_job(job.id).summary == {"by": "other"}
+
+
+@pytest.mark.parametrize("cancelling", [False, True])
+def test_jobs_of_a_dead_process_of_this_host_are_taken_back_at_once(
+    runner: Callable[[Handler], Runner],
+    new_job: NewJob,
+    database: Database,
+    current: Current,
+    cancelling: bool,
+) -> None:
+    job = new_job()
+    with database.write() as session:
+        leases.claim(session, Owner("dead", host_name(), 2**22 + 1, "boot/1"), 3600)
+        if cancelling:
+            jobs.request_cancel(session, job.id)
+    one = runner(lambda context: None)
+    assert one.run_one() is None
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    wait_for(lambda: current(job).finished)
+    one.stop()
+    thread.join(PATIENCE_SECONDS)
+    assert current(job).state == (JobState.CANCELLED if cancelling else JobState.SUCCEEDED)
+
+
+def test_jobs_of_living_processes_and_other_hosts_are_left_alone(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    one = runner(lambda context: None)
+    for owner in (one.owner, Owner("far", "elsewhere", 2**22 + 1, "boot/1")):
+        new_job()
+        with database.write() as session:
+            leases.claim(session, owner, 3600)
+    assert one.take_back() == 0
+
+
+def test_a_wake_up_ends_the_pause(
+    new_job: NewJob, database: Database, settings: Settings, current: Current
+) -> None:
+    sleepy = Runner(
+        settings.model_copy(update={"poll_seconds": 3600.0}), database, {JobKind.SEARCH: lambda context: None}
+    )
+    thread = threading.Thread(target=sleepy.run)
+    thread.start()
+    job = new_job()
+
+    def woken() -> bool:
+        sleepy.wake()
+        return current(job).finished
+
+    wait_for(woken)
+    sleepy.stop()
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
