@@ -17,10 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
-from examples.train_demo_models import train_cnn, train_lm
+from examples.train_demo_models import THREADS, train_cnn, train_lm
 from service.cli.output import JobProgress, plans_table
+from service.cli.output import console as tall_console
 from service.client import Client, JobHandle
 
 BUDGETS = ("2.5 bpw", "3.5 bpw", "uniform w4")
@@ -42,7 +45,7 @@ class Demo:
 def main() -> None:
     """Train, serve, submit, watch, download, apply, show."""
     options = _options()
-    console = Console(highlight=False)
+    console = tall_console()
     demos = _train(options.out, options.seed, console)
     with _service(options.out, console) as (url, log):
         client = Client(url)
@@ -65,8 +68,11 @@ def _train(out: Path, seed: int, console: Console) -> tuple[Demo, ...]:
     models = out / "models"
     if not (models / ".trained").exists():
         console.print("Training two small models on real data: handwritten digits, and Python's own manual.")
-        train_cnn(models, seed)
-        train_lm(models, seed)
+        torch.set_num_threads(THREADS)
+        disable_progress_bar()
+        for train in (train_cnn, train_lm):
+            trained = train(models, seed)
+            console.print(f"  {trained.folder.name}: {trained.metric} {trained.value:.4g}")
         (models / ".trained").touch()
     cnn, lm = models / "digits-resnet", models / "topics-llama"
     return (

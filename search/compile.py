@@ -83,8 +83,7 @@ def compile_problem(
     pins: Mapping[str, str] | None = None,
     schemes: Collection[str] | None = None,
 ) -> Compiled:
-    """Builds the problem: layers of one `group` or tie become one row, pins and `schemes` restrict what is
-    offered.
+    """Builds the problem. Layers of one `group` or tie become one row; pins and `schemes` restrict the menu.
 
     Ties and pins that leave a group without any scheme give a problem that is infeasible, not an error.
     Raises CompileError for unknown metrics, layers, schemes and resources, and for a pin to a scheme that
@@ -167,8 +166,7 @@ def _restricted(
 
 
 def _groups(table: ScoreTable, ties: Iterable[Collection[str]]) -> tuple[tuple[int, ...], ...]:
-    """Layer indices that share one decision, by union-find over `group` and ties, in order of first
-    appearance."""
+    """Layer indices that share one decision: union-find over `group` and ties, by first appearance."""
     parent = list(range(len(table.layers)))
 
     def root(i: int) -> int:
@@ -208,8 +206,8 @@ def _absolute(table: ScoreTable, limit: Limit) -> Limit:
     if None in cells:
         layer = table.layer_names[cells.index(None)]
         raise CompileError(
-            f"The scheme of a uniform limit must be offered for every layer. Got {limit.uniform}, which {layer} "
-            "does not offer. Write the limit as a number."
+            "The scheme of a uniform limit must be offered for every layer. "
+            f"Got {limit.uniform}, which {layer} does not offer. Write the limit as a number."
         )
     total = sum((Fraction(cell) for cell in cells if cell is not None), Fraction(0))
     value = 8 * total / table.parameters if limit.resource == BITS_PER_WEIGHT else total

@@ -113,8 +113,7 @@ def drop_loose_rows(core: Core) -> None:
 
 
 def drop_dominated(core: Core) -> None:
-    """Closes a cell when another of its group costs no more and uses no more of anything (first of equals
-    stays)."""
+    """Closes cells that another of their group equals or beats in everything; the first of equals stays."""
     ranks = [_ranks(core.cost), *map(_ranks, core.usage)]
     for kept in range(core.cost.shape[1]):
         for other in range(core.cost.shape[1]):
@@ -141,8 +140,7 @@ def most_open(values: IntMatrix, opened: Mask) -> NDArray[Any]:
 
 
 def unit_floats(values: NDArray[Any], opened: Mask) -> tuple[FloatMatrix, int]:
-    """Open values less their group's smallest, divided by the largest difference (returned too); closed
-    cells 0."""
+    """Open values from 0 to 1: less the group's smallest, by the largest difference (returned too)."""
     above = np.where(opened, values - least_open(values, opened)[:, None], 0)
     largest = int(above.max()) or 1
     return (above.astype(object) / largest).astype(np.float64), largest

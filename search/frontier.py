@@ -29,8 +29,7 @@ class FrontierPoint:
 
 
 def frontier(compiled: Compiled, resource: str, *, most: int = 200) -> tuple[FrontierPoint, ...]:
-    """Supported plans from the smallest total of `resource` up, at most `most` of them, the two ends
-    included.
+    """Supported plans by rising total of `resource`: at most `most` of them, both ends included.
 
     Ties, pins and limits on other resources hold; limits on `resource` itself are ignored. Without other
     limits all supported plans are known at once (every group's convex hull, edges sorted by slope) and are
@@ -86,8 +85,7 @@ def _slope(costs: NDArray[np.float64], usage: NDArray[np.int64], a: int, b: int)
 
 
 def _by_solves(problem: Problem, row: Row, most: int) -> list[Choice]:
-    """Bisects the curve: between two neighbors, the price at which both are equal finds what lies below
-    their line."""
+    """Bisects the curve: the price at which two neighbors are equal finds what lies below their line."""
     ends = _ends(problem, row)
     if ends is None:
         return []

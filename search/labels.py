@@ -29,16 +29,14 @@ TIE = 1e-12
 
 @dataclass(frozen=True)
 class Searched:
-    """`complete`: every choice with an excess up to the threshold was considered. `choice`: the best one
-    found."""
+    """`complete`: every choice with an excess up to the threshold was considered; `choice`: the best."""
 
     complete: bool
     choice: Choice | None
 
 
 def search_labels(core: Core, bound: Lagrangian, incumbent: Choice | None, deadline: Deadline) -> Searched:
-    """The cheapest feasible choice (better than the incumbent, if there is one), or proof that there is
-    none."""
+    """The cheapest feasible choice better than the incumbent (if any), or proof that there is none."""
     layers = _Layers(core, bound, incumbent)
     for threshold in layers.thresholds():
         found = layers.run(threshold, deadline)

@@ -31,8 +31,7 @@ class Room:
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """Every change of one group to another open cell, seen from `choice`. Arrays have one entry per
-    change."""
+    """Every change of one group to another open cell, seen from `choice`: one array entry per change."""
 
     choice: Choice
     group: NDArray[np.int64]

@@ -11,8 +11,7 @@ from search.problem import Choice, Problem, Solution, Status, answered
 
 @dataclass(frozen=True)
 class Outcome:
-    """`lower`: no choice costs less (cost units of the core, exact). `proven`: the choice is a cheapest
-    one."""
+    """`lower`: no choice costs less (exact, in the core's units). `proven`: the choice is a cheapest one."""
 
     choice: Choice | None = None
     lower: Fraction | None = None

@@ -151,8 +151,7 @@ def integer_matrix(rows: Sequence[Sequence[int]]) -> IntMatrix:
 def answered(
     problem: Problem, choice: Choice, bound: float, target: float, *, proven: bool = False
 ) -> Solution:
-    """A feasible answer with its certificate; `proven` says that an exhaustive search found nothing
-    better."""
+    """A feasible answer with its certificate; `proven`: an exhaustive search found nothing better."""
     objective = problem.objective(choice)
     if proven:
         bound = objective

@@ -25,8 +25,7 @@ LONGEST_LIST = 2000
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The measured quality of one plan, smaller is better: mean over samples, its standard error, the
-    samples."""
+    """The measured quality of one plan, smaller is better: mean, its standard error, every sample."""
 
     mean: float
     stderr: float

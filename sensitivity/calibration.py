@@ -79,7 +79,8 @@ def load_samples(spec: SessionSpec, task: str, model: nn.Module) -> Samples:
 
 
 def split_parts(count: int, most: int, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Rows of the three parts: disjoint, equally long, at most `most` each; "all" holds every row, at most `most`.
+    """Rows of the three parts: disjoint, equally long, at most `most` each. "all" holds the first `most` rows
+    of the same order: it is for evaluating a finished plan, and overlaps the parts.
 
     >>> {name: len(rows) for name, rows in split_parts(10, 64, 0).items()}
     {'scoring': 3, 'choosing': 3, 'reporting': 3, 'all': 10}

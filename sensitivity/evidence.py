@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sensitivity.spec import Json
 
+SHARES = frozenset({"accuracy"})
 GEOMETRIC = frozenset({"perplexity"})
 """Qualities whose mean over samples is geometric: perplexity is the exponential of the mean loss."""
 
@@ -62,12 +63,31 @@ def mean_interval(values: ArrayLike) -> Interval:
 
 
 def quality_interval(name: str, values: ArrayLike) -> Interval:
-    """As `mean_interval`; perplexities are averaged geometrically (stderr by the delta method)."""
+    """As `mean_interval`; perplexities are averaged geometrically (stderr by the delta method), shares of
+    right answers have Wilson's interval, which stays within 0 and 1.
+    """
+    if name in SHARES:
+        return share_interval(values)
     if name not in GEOMETRIC:
         return mean_interval(values)
     logs = mean_interval(np.log(np.asarray(values, dtype=np.float64)))
     mean = math.exp(logs.mean)
     return Interval(mean, mean * logs.stderr, math.exp(logs.low), math.exp(logs.high), logs.n)
+
+
+def share_interval(values: ArrayLike) -> Interval:
+    """Share of ones among zeros and ones (n,) with Wilson's 95 % interval (Wilson 1927).
+
+    >>> interval = share_interval([1.0] * 20)
+    >>> interval.mean, round(interval.low, 3), interval.high
+    (1.0, 0.839, 1.0)
+    """
+    plain = mean_interval(values)
+    z = NormalDist().inv_cdf(0.975)
+    shrink = 1 + z * z / plain.n
+    center = (plain.mean + z * z / (2 * plain.n)) / shrink
+    reach = z / shrink * math.sqrt(plain.mean * (1 - plain.mean) / plain.n + (z / (2 * plain.n)) ** 2)
+    return Interval(plain.mean, plain.stderr, max(0.0, center - reach), min(1.0, center + reach), plain.n)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike) -> Interval:

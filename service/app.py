@@ -9,6 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from service import logs
 from service.api import (
     calibrations,
     catalogs,
@@ -57,7 +58,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        context = open_context(settings or Settings())
+        chosen = settings or Settings()
+        logs.configure(chosen.log_level)
+        context = open_context(chosen)
         app.state.context = context
         try:
             yield

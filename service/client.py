@@ -130,6 +130,13 @@ class Client:
         }
         return JobHandle(self.transport, self.transport.post("/v1/jobs", body))
 
+    def is_ready(self) -> bool:
+        """Whether a server answers and can serve; one attempt, no waiting."""
+        try:
+            return bool(self._http.get("/readyz", timeout=2.0).status_code == 200)
+        except httpx2.TransportError:
+            return False
+
     def job(self, job_id: str) -> JobHandle:
         """A job by its id."""
         return JobHandle(self.transport, self.transport.get(f"/v1/jobs/{job_id}"))

@@ -19,6 +19,7 @@ from sensitivity.calibration_check import check_calibration
 from sensitivity.evidence import quality_interval
 from sensitivity.spec import NO_DATA, ModelSource, SessionSpec
 from sensitivity.units import InspectUnit, MeasureUnit, Unit, UnitResult
+from service import logs
 from service.api.job_resources import Job, Plan
 from service.db import migrate
 from service.db.engine import Database
@@ -48,6 +49,7 @@ class Local:
     """One data directory, used in this process. The user's files stay where they are."""
 
     def __init__(self, settings: Settings) -> None:
+        logs.configure("warning")
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         migrate.upgrade(settings.database_url)
         self.settings = settings

@@ -16,6 +16,7 @@ from types import FrameType
 
 import structlog
 
+from service import logs
 from service.db import migrate
 from service.settings import Settings
 
@@ -51,6 +52,7 @@ def serve(settings: Settings) -> int:
     A runner that dies is started again. An API that dies is too, unless it dies at once (its port is taken,
     for example). Raises `BindRefused` and `DatabaseTooNew`.
     """
+    logs.configure(settings.log_level)
     require_local(settings.host)
     migrate.upgrade(settings.database_url)
     supervisor = Supervisor(settings)

@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from enum import IntEnum
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
+
+from service.errors import ServiceError
+from service.remote.transport import ClientError, JobFailed, ProblemError
 
 
 class Exit(IntEnum):
@@ -46,7 +50,8 @@ def plan_exit(statuses: list[str]) -> Exit:
 def exits(*, as_json: bool = False) -> Iterator[None]:
     """Turn exceptions into a message on standard error and an exit status.
 
-    ValueError and OSError are what users' input causes (status 2); a `CommandError` brings its own status.
+    ValueError, OSError and problems of the 400s are what users' input causes (status 2); a `CommandError`
+    brings its own status; a server that cannot be reached and problems of the 500s are failures (status 1).
     """
     try:
         yield
@@ -58,8 +63,30 @@ def exits(*, as_json: bool = False) -> Iterator[None]:
             Exit.INTERRUPTED,
             as_json=as_json,
         )
+    except ServiceError as error:
+        _leave(error.detail, _blame(error.status), as_json=as_json)
+    except ProblemError as error:
+        _leave(str(error), _blame(error.status), as_json=as_json)
+    except JobFailed as error:
+        problem = error.resource.get("problem") or {}
+        _leave(str(error), _blame(int(problem.get("status", 500))), as_json=as_json)
+    except ClientError as error:
+        _leave(str(error), Exit.FAILED, as_json=as_json)
+    except ValidationError as error:
+        _leave(validation_message(error), Exit.BAD_INPUT, as_json=as_json)
     except (ValueError, OSError) as error:
         _leave(str(error) or type(error).__name__, Exit.BAD_INPUT, as_json=as_json)
+
+
+def validation_message(error: ValidationError) -> str:
+    """Every fault of a request on a line of its own, with the member it is in."""
+    return "\n".join(
+        ".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors(include_url=False)
+    )
+
+
+def _blame(status: int) -> Exit:
+    return Exit.BAD_INPUT if 400 <= status < 500 else Exit.FAILED
 
 
 def _leave(message: str, code: Exit, *, as_json: bool) -> None:

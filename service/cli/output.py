@@ -7,17 +7,19 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 Json = Mapping[str, Any]
-GOOD_DIVERGENCE_DIGITS = 4
+DIGITS = 4
+LEAST_WIDTH = 120
 
 
 def console() -> Console:
-    """The console for people: standard output, no highlighting of numbers."""
-    return Console(highlight=False)
+    """The console for people: standard output, no highlighting of numbers, wide enough for tables."""
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=LEAST_WIDTH)
 
 
 def print_json(value: object) -> None:
@@ -99,58 +101,48 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
-def plans_table(title: str, plans: Sequence[Json]) -> Table:
-    """One table of what was measured on the reporting part: full precision, uniform schemes, the plans.
+def plans_table(title: str, plans: Sequence[Json]) -> Group:
+    """What was measured on the reporting part: full precision, uniform schemes, the plans; then the verdicts.
 
     `plans` are plan resources of one job; only those with evidence have rows.
     """
     measured = [plan for plan in plans if plan.get("evidence")]
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "bytes", "bits/weight"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    if not measured:
-        return table
     evidence = measured[0]["evidence"]
     qualities = sorted(evidence["full_precision"]["quality"])
-    for heading in (f"{evidence['measure']} (95 % interval)", *qualities, "beats every uniform that fits"):
-        table.add_column(heading, justify="right")
-    _add_references(table, measured, qualities)
+    table = Table(title=f"{title} ({evidence['samples']} samples, 95 % intervals)", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("bytes", "bits/weight", evidence["measure"], *qualities):
+        table.add_column(heading, justify="right", no_wrap=True)
+    _add_references(table, evidence, qualities)
     for plan in measured:
-        _add_plan(table, plan, qualities)
-    return table
+        entry = next(row for row in plan["evidence"]["entries"] if row["name"] == "plan")
+        table.add_row(*_measured_cells(f"plan {plan['budget']}", entry, qualities), style="bold")
+    return Group(table, *(_verdict(plan) for plan in measured))
 
 
-def _add_references(table: Table, plans: Sequence[Json], qualities: Sequence[str]) -> None:
-    evidence = plans[0]["evidence"]
+def _add_references(table: Table, evidence: Json, qualities: Sequence[str]) -> None:
     full = evidence["full_precision"]
-    table.add_row(
-        "full precision",
-        _count(full.get("bytes")),
-        _bits(full.get("bits_per_weight")),
-        "0",
-        *_qualities(full, qualities),
-        "",
-    )
+    size_cells = (_count(full["bytes"]), _bits(full["bits_per_weight"]))
+    table.add_row("full precision", *size_cells, "0", *_qualities(full, qualities))
     uniforms = [entry for entry in evidence["entries"] if entry["name"].startswith("uniform ")]
     for entry in sorted(uniforms, key=lambda row: -int(row["bytes"])):
-        table.add_row(*_measured_cells(entry["name"], entry, qualities), "")
+        table.add_row(*_measured_cells(entry["name"], entry, qualities))
 
 
-def _add_plan(table: Table, plan: Json, qualities: Sequence[str]) -> None:
-    evidence = plan["evidence"]
-    entry = next(row for row in evidence["entries"] if row["name"] == "plan")
-    cells = _measured_cells(f"plan {plan['budget']}", entry, qualities)
-    table.add_row(*cells, _verdict(evidence), style="bold")
-
-
-def _verdict(evidence: Json) -> str:
-    fitting = [entry for entry in evidence["entries"] if entry["within_limits"] and entry["name"] != "plan"]
-    if not fitting:
-        return "none fits"
-    nearest = min(fitting, key=lambda entry: float(entry["divergence"]["mean"]))
-    difference = nearest["difference"]
-    answer = "yes" if evidence["verdict"]["beats_all_uniform"] else "not shown"
-    return f"{answer}: {nearest['name']} is {interval(difference)} worse"
+def _verdict(plan: Json) -> str:
+    """One line: what the nearest uniform scheme that fits loses more than the plan, paired sample by sample."""
+    evidence, budget = plan["evidence"], plan["budget"]
+    rivals = [entry for entry in evidence["entries"] if entry["within_limits"] and entry["name"] != "plan"]
+    if not rivals:
+        return f"plan {budget}: no uniform scheme fits"
+    nearest = min(rivals, key=lambda entry: float(entry["divergence"]["mean"]))
+    answer = (
+        "beats every uniform scheme that fits"
+        if evidence["verdict"]["beats_all_uniform"]
+        else "not shown better"
+    )
+    difference = interval(nearest["difference"])
+    return f"plan {budget}: {answer}; {nearest['name']} is {difference} worse"
 
 
 def _measured_cells(name: str, entry: Json, qualities: Sequence[str]) -> tuple[str, ...]:
@@ -173,8 +165,7 @@ def interval(value: Json) -> str:
     >>> interval({"mean": 0.0123456, "low": 0.011, "high": 0.0137})
     '0.01235 [0.011, 0.0137]'
     """
-    digits = GOOD_DIVERGENCE_DIGITS
-    return f"{value['mean']:.{digits}g} [{value['low']:.{digits}g}, {value['high']:.{digits}g}]"
+    return f"{value['mean']:.{DIGITS}g} [{value['low']:.{DIGITS}g}, {value['high']:.{DIGITS}g}]"
 
 
 def _count(value: int | None) -> str:

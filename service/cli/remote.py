@@ -55,8 +55,8 @@ def submit(
             budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
             sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
             include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes, batch_size=batch_size,
-            no_interactions=no_interactions,
+            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
+            batch_size=batch_size, no_interactions=no_interactions,
         )  # fmt: skip
         job = Client(server).submit(model=model, calibration=calibration, **parameters)
         if not (watch or output):

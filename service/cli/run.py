@@ -64,8 +64,8 @@ def run(
             budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
             sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
             include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes, batch_size=batch_size,
-            no_interactions=no_interactions,
+            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
+            batch_size=batch_size, no_interactions=no_interactions,
         )  # fmt: skip
         with Local(local_settings(data_dir)) as local:
             found = _model(local, model, factory)

@@ -5,6 +5,7 @@ from types import FrameType
 
 import structlog
 
+from service import logs
 from service.db import migrate
 from service.db.engine import Database
 from service.runner.catalog import load_handlers
@@ -20,6 +21,7 @@ def run(settings: Settings) -> None:
     The database is migrated first. Raises `DatabaseTooNew`.
     """
     migrate.upgrade(settings.database_url)
+    logs.configure(settings.log_level)
     database = Database(settings.database_url)
     try:
         runner = Runner(settings, database, load_handlers())

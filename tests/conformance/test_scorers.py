@@ -6,12 +6,13 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sensitivity.catalog import SCORERS, TASKS, Metric, offered_metrics
+from sensitivity.catalog import SCORERS, TASKS, Metric, Workload, offered_metrics
 from sensitivity.errors import BadUnit, MetricNotOffered
 from sensitivity.session import Session
 from sensitivity.units import BlockPlan, BlockUnit, ScoreRow, ScoreUnit, unit_from_json
@@ -118,6 +119,12 @@ def test_a_metric_is_refused_where_it_cannot_be_measured(metric: str, task: str,
         session.run(unit)
 
 
+@pytest.mark.parametrize("entry", [*SCORERS, *TASKS])
+def test_the_documentation_has_a_row_for_it(entry: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert f"\n| `{entry}`" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("metric", SCORERS)
 def test_a_metric_is_refused_in_the_wrong_kind_of_unit(metric: str, tiny: Any) -> None:
     session = Session(tiny("mlp").spec())
@@ -126,6 +133,32 @@ def test_a_metric_is_refused_in_the_wrong_kind_of_unit(metric: str, tiny: Any) -
         wrong = BlockUnit(metric, "samples:0:2", ("w4",), ("0",))
     with pytest.raises(BadUnit, match=f"Got '{metric}'"):
         session.run(wrong)
+
+
+@pytest.mark.parametrize(("metric", "task"), OFFERED)
+def test_the_catalog_says_what_a_metric_costs(metric: str, task: str, tiny: Any) -> None:
+    session, entry = Session(tiny(MODELS[task]).spec()), SCORERS[metric]
+    plan = plan_of(session)
+    if entry.unit == "choice":
+        units: list[Any] = [
+            ScoreUnit(layer, scheme, (metric,)) for layer in plan.layers for scheme in SCHEMES
+        ]
+        done = {unit.key: session.run(unit) for unit in units}
+    else:
+        scorer, done = entry.load(), {}
+        while missing := scorer.blocks(plan, {key: result.arrays for key, result in done.items()}):
+            done |= {unit.key: session.run(unit) for unit in missing}
+    spent = sum(result.facts["forwards"] for result in done.values())
+    settings = plan.settings
+    work = Workload(
+        len(plan.layers),
+        len(plan.layers) * len(SCHEMES),
+        plan.samples,
+        settings.max_probes,
+        settings.batch_size,
+    )
+    assert 0 <= spent <= entry.forwards(work)
+    assert spent == entry.forwards(work) or metric == "hessian_trace"
 
 
 @pytest.mark.parametrize("metric", SCORERS.values(), ids=SCORERS)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, cross_entropy, linear, softplus
 
 from quant.formats import IntegerFormat
 from quant.packing import decode
@@ -42,13 +43,13 @@ def data() -> dict[str, Tensor]:
 
 def loss_of(data: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the CNN that expected.json describes, in float64."""
-    hidden = nn.functional.conv2d(data["X"], data["conv1.weight"], data["conv1.bias"], stride=2, padding=1)
+    hidden = conv2d(data["X"], data["conv1.weight"], data["conv1.bias"], stride=2, padding=1)
     statistics = (data["bn.running_mean"], data["bn.running_var"])
-    hidden = nn.functional.softplus(nn.functional.batch_norm(hidden, *statistics, data["bn.weight"], data["bn.bias"]))
-    hidden = nn.functional.softplus(nn.functional.conv2d(hidden, data["conv2.weight"], data["conv2.bias"], stride=2, padding=1))
-    hidden = nn.functional.adaptive_avg_pool2d(hidden, 2).flatten(1)
-    hidden = torch.tanh(nn.functional.linear(hidden, data["fc1.weight"], data["fc1.bias"]))
-    return nn.functional.cross_entropy(nn.functional.linear(hidden, data["fc2.weight"], data["fc2.bias"]), data["Y"])
+    hidden = softplus(batch_norm(hidden, *statistics, data["bn.weight"], data["bn.bias"]))
+    hidden = softplus(conv2d(hidden, data["conv2.weight"], data["conv2.bias"], stride=2, padding=1))
+    hidden = adaptive_avg_pool2d(hidden, 2).flatten(1)
+    hidden = torch.tanh(linear(hidden, data["fc1.weight"], data["fc1.bias"]))
+    return cross_entropy(linear(hidden, data["fc2.weight"], data["fc2.bias"]), data["Y"])
 
 
 def block(data: dict[str, Tensor], name: str) -> BlockHessian:

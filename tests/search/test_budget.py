@@ -49,6 +49,21 @@ def test_parts_of_the_range(text: str, ratio: Fraction) -> None:
     assert limit.value == ratio
 
 
+@pytest.mark.parametrize(
+    ("text", "resource", "relation"),
+    [
+        ("uniform w4", "bytes", "<="),
+        ("bytes<=uniform w4", "bytes", "<="),
+        ("bpw <= uniform w4", "bits_per_weight", "<="),
+        ("latency>=uniform w4", "latency_ns", ">="),
+    ],
+)
+def test_the_total_of_a_uniform_scheme_can_be_the_limit(text: str, resource: str, relation: str) -> None:
+    limit = parse_limit(text)
+    assert (limit.resource, limit.relation, limit.uniform) == (resource, relation, "w4")
+    assert parse_limit(str(limit)) == limit
+
+
 def test_commas_mean_and() -> None:
     budget = parse_budget(" bytes<=2 MiB,latency<=12 ms ")
     assert budget.text == "bytes<=2 MiB,latency<=12 ms"

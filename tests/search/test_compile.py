@@ -64,6 +64,22 @@ def test_a_part_of_the_range_lies_between_the_extremes_ties_and_pins_allow(table
     assert row.limit == 8 + 2 + 2 + 12 // 4
 
 
+@pytest.mark.parametrize(
+    ("text", "total"), [("uniform w3", 12), ("bpw<=uniform w4", 8), ("bytes>=uniform w2", 6)]
+)
+def test_a_uniform_scheme_stands_for_its_total(table: Build, text: str, total: int) -> None:
+    [row] = compile_problem(table(VALUES, {"bytes": BYTES}), limits=[parse_limit(text)]).problem.rows
+    assert row.limit * row.unit == total
+
+
+def test_a_uniform_scheme_must_exist_everywhere(table: Build) -> None:
+    built = table([[1.0, 0.5]], {"bytes": [[1, None]]})
+    with pytest.raises(CompileError, match="Got w3, which l0 does not offer"):
+        compile_problem(built, limits=[parse_limit("uniform w3")])
+    with pytest.raises(CompileError, match="scheme of a uniform limit must be in the table"):
+        compile_problem(built, limits=[parse_limit("uniform w9")])
+
+
 def test_the_tightest_of_repeated_limits_holds(table: Build) -> None:
     limits = parse_limits(["bytes<=14,bytes<=12", "bytes>=3,bytes>=7"])
     rows = compile_problem(table(VALUES, {"bytes": BYTES}), limits=limits).problem.rows

@@ -36,6 +36,8 @@ def tensors_spec(tiny: Any, name: str, tmp_path: Path, **tensors: Tensor) -> Ses
 @pytest.mark.parametrize(("count", "most"), [(6, 64), (7, 64), (100, 64), (1000, 64), (192, 64)])
 def test_parts_are_disjoint_and_equally_long(count: int, most: int) -> None:
     parts = split_parts(count, most, 5)
+    everything = parts.pop("all")
+    assert len(set(everything.tolist())) == min(count, most)
     rows = np.concatenate(list(parts.values()))
     assert len(set(rows.tolist())) == len(rows)
     assert {len(part) for part in parts.values()} == {min(most, count // 3)}

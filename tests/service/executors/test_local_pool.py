@@ -26,11 +26,13 @@ pool.start(SessionSpec(ModelSource("folder", "fine", "aa"), DataSource("none", "
 for index in range(2):
     pool.submit(str(index), ScoreUnit("warm", f"w{index + 2}", ("output_kl",)))
 outcomes = []
-while len(outcomes) < 2 or len(pool.worker_pids) < 2:
+deadline = time.monotonic() + 20
+while time.monotonic() < deadline and (len(outcomes) < 2 or len(pool.worker_pids) < 2):
     outcomes += pool.wait(0.1)
 pool.submit("busy", ScoreUnit("sleep:600", "w4", ("output_kl",)))
 time.sleep(0.3)
 print(*pool.worker_pids, flush=True)
+print(outcomes, pool.worker_pids, file=sys.stderr, flush=True)
 time.sleep(600)
 """
 
