@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 
 from service import logs
 from service.api import (
@@ -24,6 +25,7 @@ from service.api import (
 )
 from service.api.context import Context
 from service.api.cursors import Cursors, load_secret
+from service.api.local_only import LocalOnly
 from service.db import migrate
 from service.db.engine import Database
 from service.settings import Settings
@@ -67,7 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             context.database.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Bitplan",
         version=version("bitplan"),
         description=DESCRIPTION,
@@ -76,6 +78,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     problems.install(app)
+    app.add_middleware(LocalOnly)
     for router in ROUTERS:
         app.include_router(router)
     return app
@@ -84,12 +87,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def open_context(settings: Settings) -> Context:
     """Database, store and secret of a data directory.
 
-    A SQLite database is migrated here; another one must have been (`bitplan serve` does it). Raises
-    `DatabaseTooNew` or `DatabaseNotReady`.
+    The database is migrated first; processes that start together wait in line. Raises `DatabaseTooNew`.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    if settings.database_url.startswith("sqlite"):
-        migrate.upgrade(settings.database_url)
+    migrate.upgrade(settings.database_url)
     database = Database(settings.database_url)
     try:
         migrate.check(database)

@@ -2,6 +2,7 @@
 
     ServiceError            500
       BadRequest            400
+      Forbidden             403
       NotFound              404
       Conflict              409
       PreconditionFailed    412
@@ -67,6 +68,12 @@ class BadRequest(ServiceError):
     """The request itself cannot be read."""
 
     status, title = 400, "Bad request"
+
+
+class Forbidden(ServiceError):
+    """The peer may not do this."""
+
+    status, title = 403, "Forbidden"
 
 
 class NotFound(ServiceError):

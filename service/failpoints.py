@@ -24,9 +24,8 @@ EXIT_STATUS = 70
 
 FAILPOINTS: Mapping[str, str] = {
     "api.blob_written": "a blob is complete in the store, its row is not committed",
-    "api.before_job_insert": "a job request is verified, nothing is written",
-    "api.after_job_insert": "a job is committed, the answer is not sent",
-    "api.after_model_insert": "a model is committed, the answer is not sent",
+    "api.before_commit": "the rows of a POST are written, not committed",
+    "api.after_commit": "the rows of a POST are committed, the answer is not sent",
     "runner.after_claim": "a job is claimed, its handler has not begun",
     "runner.before_store": "a unit's result has come back, nothing is written",
     "runner.artifact_written": "a unit's arrays are in the store, its rows are not committed",

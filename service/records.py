@@ -164,7 +164,7 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class MeasurementRecord:
-    """A whole assignment that was measured on one part of the data; the empty assignment is full precision."""
+    """A whole assignment that was measured on one part of the data; an empty one is full precision."""
 
     score_set: str
     key: str

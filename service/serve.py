@@ -163,7 +163,9 @@ def _run_api(settings: Settings) -> None:
 
 
 def _stop_with_supervisor() -> None:
-    sys.stdin.buffer.read()
+    """Wait for the end of the pipe, below Python's buffers, whose lock the interpreter wants when it exits."""
+    while os.read(0, 4096):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -15,6 +15,7 @@ from quant.digest import digest
 from service.api.context import Context
 from service.db.repositories import idempotency
 from service.errors import Conflict, Unprocessable
+from service.failpoints import failpoint
 from service.records import IdempotencyRecord
 
 IdempotencyKey = Annotated[
@@ -47,7 +48,10 @@ def once(
     """
     if key is None:
         with context.database.write() as session:
-            return _response(action(session))
+            answer = action(session)
+            failpoint("api.before_commit")
+        failpoint("api.after_commit")
+        return _response(answer)
     with context.database.write() as session:
         known = idempotency.begin(session, key, digest([route, request]), tenant=context.tenant)
     if known is not None:
@@ -59,10 +63,12 @@ def once(
             idempotency.finish(
                 session, key, status=answer.status, body=body, headers=answer.headers, tenant=context.tenant
             )
+            failpoint("api.before_commit")
     except BaseException:
         with context.database.write() as session:
             idempotency.forget(session, key, tenant=context.tenant)
         raise
+    failpoint("api.after_commit")
     return _response(answer)
 
 

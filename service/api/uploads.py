@@ -24,6 +24,7 @@ from service.api.models import model_answer
 from service.api.resources import Blob, Calibration, Model, Upload
 from service.db.repositories import uploads
 from service.errors import NotFound, TooLarge, Unprocessable, json_pointer
+from service.failpoints import failpoint
 from service.ingest.kinds import calibration_kind, check_model_files
 from service.ingest.paths import check_paths
 from service.records import UploadRecord
@@ -127,6 +128,7 @@ async def _receive(
 
 
 def _record(context: Context, sha256: str, size: int) -> None:
+    failpoint("api.blob_written")
     with context.database.write() as session:
         uploads.record_blob(session, sha256, size, context.tenant)
 

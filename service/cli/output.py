@@ -130,7 +130,7 @@ def _add_references(table: Table, evidence: Json, qualities: Sequence[str]) -> N
 
 
 def _verdict(plan: Json) -> str:
-    """One line: what the nearest uniform scheme that fits loses more than the plan, paired sample by sample."""
+    """One line: what the best uniform scheme that fits loses more than the plan, in paired samples."""
     evidence, budget = plan["evidence"], plan["budget"]
     rivals = [entry for entry in evidence["entries"] if entry["within_limits"] and entry["name"] != "plan"]
     if not rivals:

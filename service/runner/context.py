@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from sensitivity.spec import SessionSpec
@@ -217,7 +217,13 @@ def passing(error: DBAPIError) -> bool:
     """Whether the database was busy, restarting or away, rather than asked for something impossible."""
     busy = "database is locked" in str(error.orig) or "database is busy" in str(error.orig)
     state = str(getattr(error.orig, "sqlstate", None) or "")
-    return bool(error.connection_invalidated or busy or state.startswith(("08", "40", "57P")))
+    unreachable = not state and type(error.orig).__module__.startswith("psycopg") and _operational(error)
+    return error.connection_invalidated or busy or unreachable or state.startswith(("08", "40", "57P"))
+
+
+def _operational(error: DBAPIError) -> bool:
+    """A connection that cannot be made at all has no SQLSTATE, only this class."""
+    return isinstance(error, OperationalError)
 
 
 class _Pace:

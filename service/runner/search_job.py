@@ -230,9 +230,7 @@ def _plan(context: JobContext, lab: Lab, search: Search, ask: Ask) -> str:
 
 
 def _choose(lab: Lab, assignments: Any) -> list[Measured]:
-    measured = lab.measure(assignments, "choosing", Stage.SOLVING)
-    failpoint("runner.choosing")
-    return measured
+    return lab.measure(assignments, "choosing", Stage.SOLVING)
 
 
 def _candidates_json(refined: Refined) -> tuple[dict[str, Any], ...]:

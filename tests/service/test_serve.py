@@ -15,7 +15,12 @@ from service.serve import BindRefused, require_local
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-SERVE = "import sys; from service.serve import serve; from service.settings import Settings; sys.exit(serve(Settings()))"
+SERVE = """
+import sys
+from service.serve import serve
+from service.settings import Settings
+sys.exit(serve(Settings()))
+"""
 PATIENCE_SECONDS = 60
 
 

@@ -207,7 +207,7 @@ def test_a_number_that_is_not_finite_is_never_stored(new_context: NewContext, sc
             return Outcome(key, result=UnitResult(scores=(row,)))
 
     context = new_context()
-    with pytest.raises(ServiceError, match="output_kl of layer a with w4 must be finite. Got nan"):
+    with pytest.raises(ServiceError, match=r"output_kl of layer a with w4 must be finite\. Got nan"):
         run_units(context, Careless(), score_set, [score("a")], SCORING)
     assert context.scored(score_set) == ()
 

@@ -1,4 +1,4 @@
-"""kill -9 of a runner and of its workers at every named place: the next runner ends the job with the same rows."""
+"""kill -9 of a runner or a worker at every named place: the next runner ends the job with the same rows."""
 
 import os
 import signal
