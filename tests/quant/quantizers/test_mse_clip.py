@@ -76,7 +76,7 @@ def test_within_two_percent_of_brute_force_on_average(kind, bits, symmetric):
     fmt = IntegerFormat(bits, symmetric)
     ratio = errors(mse_clip.quantize, matrix, fmt).reshape(-1) / brute_force(matrix, bits, symmetric)
     assert ratio.mean() < 1.02
-    assert ratio.max() < 1.25
+    assert ratio.max() < 1.35
 
 
 def test_two_bits_of_a_normal_distribution_are_clipped_hard():
