@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -138,14 +139,17 @@ def _run(client: Client, demo: Demo, out: Path, console: Console) -> None:
     with JobProgress() as bar:
         job.wait(on_progress=bar)
     _download(job, demo, out)
-    console.print(plans_table(demo.title, [plan.resource for plan in job.plans()]))
+    plans = [job.plan(budget).resource for budget in BUDGETS]
+    (out / f"{demo.folder.name}.json").write_text(json.dumps(plans, indent=2), encoding="utf-8")
+    console.print(plans_table(demo.title, plans))
     console.print(f"measured, solved and proven in {time.monotonic() - started:.0f} s")
 
 
 def _download(job: JobHandle, demo: Demo, out: Path) -> None:
+    """Save every plan and the checkpoint it gives; those of an earlier run are replaced."""
+    out.mkdir(parents=True, exist_ok=True)
     for budget in BUDGETS:
         stem = f"{demo.folder.name}-{budget.replace(' ', '-')}"
-        out.mkdir(parents=True, exist_ok=True)
         file = out / f"{stem}.plan.json"
         job.plan(budget).save(file)
         command = [
