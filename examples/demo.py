@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,16 +153,8 @@ def _download(job: JobHandle, demo: Demo, out: Path) -> None:
         stem = f"{demo.folder.name}-{budget.replace(' ', '-')}"
         file = out / f"{stem}.plan.json"
         job.plan(budget).save(file)
-        command = [
-            sys.executable,
-            "-m",
-            "service.cli.main",
-            "apply",
-            str(demo.folder),
-            str(file),
-            "-o",
-            str(out / stem),
-        ]
+        shutil.rmtree(out / stem, ignore_errors=True)
+        command = [sys.executable, "-m", "service.cli.main", "apply", demo.folder, file, "-o", out / stem]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)  # noqa: S603 - our own command
 
 

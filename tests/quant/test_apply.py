@@ -50,7 +50,9 @@ def test_weights_are_what_the_formats_store(model):
     weights = snapshot(model)
     with fake_quantized(model, ALL, inventory) as inside:
         assert inside is model
-        conv = decode(mse_clip.quantize(weights["conv.weight"].reshape(6, 18), parse_scheme("w4-g5-asym").weight))
+        conv = decode(
+            mse_clip.quantize(weights["conv.weight"].reshape(6, 18), parse_scheme("w4-g5-asym").weight)
+        )
         assert torch.equal(model.conv.weight, conv.reshape(6, 2, 3, 3).to(model.conv.weight.dtype))
         mix = decode(rtn.quantize(weights["mix.weight"].t(), parse_scheme("w2").weight))
         assert torch.equal(model.mix.weight, mix.t().to(model.mix.weight.dtype))

@@ -131,7 +131,9 @@ def test_a_checkpoint_with_another_prefix(tiny, tmp_path):
     expected = quantized_state(model, plan, inventory)
     for name in plan.layers:
         assert torch.equal(written[f"bert.{name}.weight"], expected[f"{name}.weight"])
-    assert torch.equal(written["bert.encoder.layer.0.output.dense.bias"], stored["encoder.layer.0.output.dense.bias"])
+    assert torch.equal(
+        written["bert.encoder.layer.0.output.dense.bias"], stored["encoder.layer.0.output.dense.bias"]
+    )
 
 
 def test_another_model_is_refused_unless_forced(llama, tmp_path):
