@@ -50,6 +50,8 @@ from service.states import InputState, Stage
 from service.wire import JobRequest
 
 INTERACTIONS = "gram_output"
+CANDIDATES = 8
+"""About so many plans are measured per budget before the local search."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,7 @@ def run_search(context: JobContext) -> Mapping[str, Any]:
     with open_lab(context, request) as lab:
         search = scored(context, lab, request)
         asks = asks_of(request)
+        lab.expect(Stage.SOLVING, len(asks) * (request.evaluations + CANDIDATES))
         statuses = [_plan(context, lab, search, ask) for ask in asks]
     return _summary(search, lab, statuses)
 
