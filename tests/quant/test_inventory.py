@@ -133,6 +133,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(4, 6, 8))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_what_has_no_layer_is_listed_with_its_reason():
     model = nn.ModuleDict(
         {
