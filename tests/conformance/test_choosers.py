@@ -67,6 +67,6 @@ def test_keeps_limits_and_is_never_worse_than_a_candidate(name, seed):
 @pytest.mark.parametrize("name", CHOOSERS)
 def test_a_candidate_that_breaks_the_budget_is_refused(name):
     compiled = problem(0)
-    everything = {layer: "w4" for layer in compiled.table.layer_names}
+    everything = dict.fromkeys(compiled.table.layer_names, "w4")
     with pytest.raises(ValueError, match="must keep every limit and pin"):
         CHOOSERS[name].choose(compiled, [Candidate("uniform w4", everything)], Truth(compiled, 0))
