@@ -22,7 +22,7 @@ class Groups:
         self.element = element
         self.axis = 0 if groups.shape[1] < SHORT else 1
         weights = groups.t().contiguous() if self.axis == 0 else groups
-        top = torch.linalg.vector_norm(weights, ord=torch.inf, dim=self.axis, keepdim=True)
+        top = weights.abs().amax(dim=self.axis, keepdim=True)
         self.unit = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent.clamp(-125, 126))
         self.parts = (
             tuple(part / self.unit for part in torch.split(weights, BLOCK, dim=1))
@@ -37,7 +37,7 @@ class Groups:
             for index, scale in enumerate(scales):
                 steps = self._relative(scale)
                 miss = snap(part / steps, self.element).mul_(steps).sub_(part)
-                found[index] += torch.linalg.vector_norm(miss, dim=self.axis).square()
+                found[index] += miss.square_().sum(dim=self.axis)
         return found
 
     def fitted(self, scales: Tensor) -> Tensor:
