@@ -69,7 +69,7 @@ def _options() -> argparse.Namespace:
 def _train(out: Path, seed: int, console: Console) -> tuple[Demo, ...]:
     models = out / "models"
     if not (models / ".trained").exists():
-        console.print("Training two small models on real data: handwritten digits, and Python's own manual.")
+        console.print("Training two small models on real data (about a minute): digits, and Python's manual.")
         torch.set_num_threads(THREADS)
         disable_progress_bar()
         for train in (train_cnn, train_lm):

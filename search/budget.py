@@ -153,6 +153,8 @@ def _named_resource(name: str, unit: str | None, whole: str) -> tuple[str, int]:
         return name, _factor(BYTE_UNITS, unit, name, whole)
     if name.endswith("_ns"):
         return name, _factor(TIME_UNITS, unit, name, whole)
+    if name == "latency" and unit is None:
+        _refuse(f"A limit on latency must have a unit ({', '.join(TIME_UNITS)}).", whole)
     if unit in TIME_UNITS and _SUFFIXED.fullmatch(name) is None:
         return f"{name}_ns", TIME_UNITS[unit]
     return name, _factor({}, unit, name, whole)
@@ -162,8 +164,9 @@ def _factor(units: dict[str, int], unit: str | None, name: str, whole: str) -> i
     if unit is None:
         return 1
     if unit not in units:
-        takes = f"one of {', '.join(units)}" if units else "no unit"
-        _refuse(f"The unit of {name} must be {takes}.", whole)
+        if not units:
+            _refuse(f"A limit on {name} must have no unit: {unit} goes with bytes or latency.", whole)
+        _refuse(f"The unit of {name} must be one of {', '.join(units)}.", whole)
     return units[unit]
 
 

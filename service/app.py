@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
@@ -78,6 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     problems.install(app)
+    app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(LocalOnly)
     for router in ROUTERS:
         app.include_router(router)
@@ -99,6 +101,10 @@ def open_context(settings: Settings) -> Context:
         database.close()
         raise
     return Context(settings, database, BlobStore(settings.data_dir), cursors)
+
+
+def _to_docs() -> RedirectResponse:
+    return RedirectResponse("/docs")
 
 
 def _operation_id(route: APIRoute) -> str:

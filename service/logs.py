@@ -21,6 +21,11 @@ def configure(level: str) -> None:
             structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=_standard_error,
         cache_logger_on_first_use=False,
     )
+
+
+def _standard_error(*_: object) -> structlog.PrintLogger:
+    """What standard error is now, not what it was when logs were configured."""
+    return structlog.PrintLogger(sys.stderr)

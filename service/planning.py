@@ -209,7 +209,7 @@ def compile_limits(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) ->
         shown = ", ".join(f"{layer} x {scheme}" for layer, scheme in gaps[:3])
         raise ScoresMissing(
             f"Every layer and scheme of the menu must have a score in {metric}. Got none for {shown} "
-            f"({len(gaps)} in all). Wait for the job, or submit one that measures them."
+            f"({len(gaps)} in all). Wait for the job to end; a scheme off its menu needs a new job."
         )
     return compile_problem(
         inputs.table,

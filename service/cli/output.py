@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class JobProgress:
     def __call__(self, job: Json) -> None:
         """Show where the job stands; a stage that has been left is shown full."""
         stage, progress = job.get("stage"), job.get("progress") or {}
-        if stage is None:
+        if stage is None or not progress.get("total"):
             return
         for earlier, task in self._tasks.items():
             if earlier != stage:
@@ -188,8 +189,17 @@ def show_plans(plans: Sequence[Json], *, as_json: bool) -> None:
 
 
 def certificates_table(plans: Sequence[Json]) -> Table:
-    """What was proven about each budget: status, size, objective, gap, or the least budget."""
-    table = Table("budget", "status", "bytes", "bits/weight", "objective", "gap", "found by")
+    """Per budget: what the program proved, the plan's size and schemes, or the least budget."""
+    table = Table(
+        "budget",
+        "program",
+        "optimum",
+        "gap",
+        "bytes",
+        "bits/weight",
+        "plan found by",
+        "layers at each scheme",
+    )
     for plan in plans:
         used = plan.get("resources") or {}
         least = plan.get("least_budget") or {}
@@ -197,13 +207,21 @@ def certificates_table(plans: Sequence[Json]) -> Table:
         table.add_row(
             plan["budget"],
             plan["status"],
-            _count(used.get("bytes")) or (f"least: {needs}" if needs else ""),
-            _bits(used.get("bits_per_weight")),
             _number(plan.get("objective")),
             _number(plan.get("gap")),
+            _count(used.get("bytes")),
+            _bits(used.get("bits_per_weight")),
             plan.get("source") or plan.get("reason") or "",
+            _schemes(plan.get("document")) or (f"least budget: {needs}" if needs else ""),
         )
     return table
+
+
+def _schemes(document: Json | None) -> str:
+    """How many layers got each scheme, the narrowest first: "w2 x 4, w4 x 9"."""
+    layers = (document or {}).get("layers", {}).values()
+    found = Counter((layer["weight_bits"], layer["scheme"]) for layer in layers)
+    return ", ".join(f"{scheme} x {count}" for (_, scheme), count in sorted(found.items()))
 
 
 def _number(value: float | None) -> str:

@@ -69,14 +69,15 @@ def submit(
 def models(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """List the models that the server has."""
     with exits(as_json=as_json), _client(server) as client:
-        _show_rows(("id", "state", "created_at"), client.models(), as_json=as_json)
+        rows = [model if as_json else {**(model["summary"] or {}), **model} for model in client.models()]
+        _show_rows(("id", "state", "model_type", "parameters", "created_at"), rows, as_json=as_json)
 
 
 def jobs(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """List the jobs of the server, the newest first."""
     with exits(as_json=as_json), _client(server) as client:
-        rows = [job.resource for job in client.jobs()]
-        _show_rows(("id", "kind", "state", "stage", "name", "created_at"), rows, as_json=as_json)
+        rows = [{**job.resource, **({} if as_json else _asked(job.resource))} for job in client.jobs()]
+        _show_rows(("id", "state", "stage", "model", "budgets", "name", "created_at"), rows, as_json=as_json)
 
 
 def status(
@@ -227,3 +228,9 @@ def _cell(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else escape(str(value))
+
+
+def _asked(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one job from another in a list."""
+    request = job["request"]
+    return {"model": request.get("model", ""), "budgets": ", ".join(request.get("budgets", ()))}

@@ -215,7 +215,7 @@ def test_infeasible_exits_with_3_and_says_what_would_fit(
     assert [path.name for path in (tmp_path / "plans").iterdir()] == ["5-bpw.plan.json"]
     result = bitplan(*ask)
     assert result.exit_code == 3
-    assert "least: " in result.stdout
+    assert "least budget: " in result.stdout
 
 
 def test_a_crash_of_the_worker_exits_with_1(
