@@ -91,6 +91,7 @@ class Client:
         evaluations: int = 40,
         time_limit_seconds: float = 60.0,
         gap: float = 1e-9,
+        runtime: str | None = None,
         latency_ns: Mapping[str, Mapping[str, float]] | None = None,
         labels: Mapping[str, str] | None = None,
         name: str | None = None,

@@ -18,9 +18,11 @@ import numpy as np
 from quant.costs import Latency, resources
 from quant.digest import digest
 from quant.layers import Inventory
+from quant.lint import forbidden_schemes, fused_sets, require_choices
 from quant.patterns import select
 from quant.plan import Certificate, Digests, Plan
 from quant.planning import build_plan
+from quant.runtimes import RUNTIMES
 from quant.schemes import parse_scheme
 from search.budget import Limit, parse_budget, parse_limits
 from search.compile import Compiled, compile_problem, exact_number
@@ -49,7 +51,9 @@ class PlanningInputs:
 
 @dataclass(frozen=True)
 class Ask:
-    """One budget and what holds with it. `pins` and `ties` may be patterns over layer names."""
+    """One budget and what holds with it. `pins` and `ties` may be patterns over layer names; `runtime` is a
+    key of RUNTIMES whose rules hold too.
+    """
 
     budget: str
     limits: tuple[str, ...] = ()
@@ -58,6 +62,7 @@ class Ask:
     metric: str | None = None
     time_limit_seconds: float = 60.0
     gap: float = DEFAULT_GAP
+    runtime: str | None = None
 
     @property
     def all_limits(self) -> tuple[Limit, ...]:
@@ -79,6 +84,7 @@ class Ask:
             "metrics": [metric],
             "time_limit_seconds": self.time_limit_seconds,
             "gap": self.gap,
+            "runtime": self.runtime,
         }
 
     def settings_digest(self, menu: Sequence[str]) -> str:
@@ -93,6 +99,7 @@ class Ask:
                 "gap": float(self.gap),
                 "schemes": list(menu),
             }
+            | ({} if self.runtime is None else {"runtime": self.runtime})
         )
 
 
@@ -154,12 +161,12 @@ def table_schemes(menu: Sequence[str], pins: Mapping[str, str]) -> tuple[str, ..
 
 
 def missing_scores(
-    inputs: PlanningInputs, metric: str, pins: Mapping[str, str] | None = None
+    inputs: PlanningInputs, metric: str, pins: Mapping[str, str] | None = None, runtime: str | None = None
 ) -> list[tuple[str, str]]:
     """The (layer, scheme) that a plan may choose and that have no score in `metric`; pinned layers need only
-    theirs.
+    theirs, and what the runtime forbids needs none.
     """
-    table = inputs.table
+    table, forbidden = inputs.table, forbidden_in(inputs.inventory, inputs.table.schemes, runtime)
     pinned = expand_pins(inputs.inventory, pins or {})
     unscored = table.resources_offered() & np.isnan(table.metrics[metric].values)
     gaps = [(table.layers[i].name, table.schemes[j]) for i, j in np.argwhere(unscored)]
@@ -167,7 +174,17 @@ def missing_scores(
         (layer, scheme)
         for layer, scheme in gaps
         if scheme in ((pinned[layer],) if layer in pinned else inputs.menu)
+        and scheme not in forbidden.get(layer, ())
     ]
+
+
+def forbidden_in(
+    inventory: Inventory, schemes: Sequence[str], runtime: str | None
+) -> dict[str, tuple[str, ...]]:
+    """Layer -> the schemes that the runtime does not run there; empty without a runtime."""
+    if runtime is None:
+        return {}
+    return forbidden_schemes(inventory.layers, [parse_scheme(name) for name in schemes], RUNTIMES[runtime])
 
 
 def expand_pins(inventory: Inventory, pins: Mapping[str, str]) -> dict[str, str]:
@@ -201,10 +218,15 @@ def compile_limits(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) ->
     """The problem under `limits` with the pins, ties and metric of `ask`.
 
     Raises PatternError, CompileError or BudgetError for what the request names and the table lacks,
-    ScoresMissing when a choice has no score.
+    RuntimeRefuses when the runtime leaves a layer without a choice, ScoresMissing when a choice has no score.
     """
+    pins, ties = expand_pins(inputs.inventory, ask.pins), expand_ties(inputs.inventory, ask.ties)
+    if ask.runtime is not None:
+        require_choices(inputs.inventory, inputs.menu, pins, RUNTIMES[ask.runtime])
+        ties += fused_sets(RUNTIMES[ask.runtime], inputs.table.layer_names)
     metric = ask.metric or next(iter(inputs.table.metrics))
-    gaps = missing_scores(inputs, metric, ask.pins) if metric in inputs.table.metrics else []
+    known = metric in inputs.table.metrics
+    gaps = missing_scores(inputs, metric, ask.pins, ask.runtime) if known else []
     if gaps:
         shown = ", ".join(f"{layer} x {scheme}" for layer, scheme in gaps[:3])
         raise ScoresMissing(
@@ -215,9 +237,10 @@ def compile_limits(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) ->
         inputs.table,
         metric=metric,
         limits=limits,
-        ties=[tie for tie in expand_ties(inputs.inventory, ask.ties) if len(tie) > 1],
-        pins=expand_pins(inputs.inventory, ask.pins),
+        ties=[tie for tie in ties if len(tie) > 1],
+        pins=pins,
         schemes=inputs.menu,
+        forbidden=forbidden_in(inputs.inventory, inputs.table.schemes, ask.runtime),
     )
 
 
@@ -278,6 +301,7 @@ def plan_of(
         predicted=compiled.objective(assignment) if predicted is None else predicted,
         certificate=certificate_of(solution),
         source=source or additive(compiled.metric),
+        runtime=ask.runtime,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from quant.runtimes import RUNTIMES
 from quant.schemes import parse_scheme
 from search.budget import BudgetError, parse_budget
 from sensitivity.catalog import SCORERS, TASKS
@@ -73,6 +74,7 @@ Text = Annotated[str, Field(min_length=1, max_length=2000)]
 Scheme = Annotated[Text, AfterValidator(_scheme)]
 BudgetText = Annotated[Text, AfterValidator(_budget)]
 Metric = Annotated[Name, AfterValidator(_one_of("metric", SCORERS))]
+Runtime = Annotated[Name, AfterValidator(_one_of("runtime", RUNTIMES))]
 Task = Annotated[Name, AfterValidator(_one_of("task", ("auto", *TASKS)))]
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
@@ -189,6 +191,9 @@ class JobRequest(WireModel):
     )
     time_limit_seconds: TimeLimit = 60.0
     gap: Gap = 1e-9
+    runtime: Runtime | None = Field(
+        default=None, description="What will run the plans: its rules become ties and forbidden choices."
+    )
     latency_ns: dict[Text, dict[Text, Annotated[Number, Field(ge=0)]]] | None = Field(
         default=None, description="Layer -> scheme -> nanoseconds, for limits on latency."
     )
@@ -218,3 +223,6 @@ class PlansRequest(WireModel):
     )
     time_limit_seconds: Annotated[Number, Field(gt=0, le=60, description="Seconds for one solve.")] = 10.0
     gap: Gap = 1e-9
+    runtime: Runtime | None = Field(
+        default=None, description='Its rules hold too; the job\'s own when left out, "generic" for none.'
+    )

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS
+from quant.runtimes import RUNTIMES
 from quant.schemes import grammar, parse_scheme
 from search.budget import BYTE_UNITS, EXAMPLES, TIME_UNITS
 from search.catalog import SOLVERS
@@ -77,6 +78,12 @@ def tasks() -> dict[str, Any]:
             for task in TASKS.values()
         ]
     }
+
+
+@router.get("/runtimes")
+def runtimes() -> dict[str, Any]:
+    """What can run plans, and its rules: formats per operation, shapes, layers that must agree."""
+    return {"items": [runtime.as_json() for runtime in RUNTIMES.values()]}
 
 
 @router.get("/limits")

@@ -48,6 +48,7 @@ def get_frontier(
             pins=job.request["pins"],
             ties=tuple(tuple(tie) for tie in job.request["ties"]),
             metric=name,
+            runtime=job.request.get("runtime"),
         )
         found = frontier_of(inputs, ask, resource, points)
     except PLANNING_ERRORS as error:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from quant.costs import CostError, latency_from_mapping
-from quant.patterns import PatternError, select
+from quant.layers import Excluded, Inventory
+from quant.lint import RuntimeRefuses, require_choices
+from quant.patterns import PatternError, matches, select
+from quant.runtimes import RUNTIMES
 from search.budget import parse_limits
 from sensitivity.catalog import SCORERS, offered_metrics
 from service.api.context import Context
 from service.api.lookup import stored_inventory, usable
 from service.db.repositories import calibrations, models
 from service.errors import Unprocessable, json_pointer
+from service.planning import expand_pins
 from service.records import CalibrationRecord, ModelRecord
 from service.wire import JobRequest
 
@@ -78,6 +83,42 @@ def _check_names(body: JobRequest, model: ModelRecord) -> None:
     _require(body.pins, everything, "pins")
     for position, tie in enumerate(body.ties):
         _require(tie, everything, "ties", position)
+    if body.runtime is not None:
+        _check_runtime(body, body.runtime, Inventory.from_json(inventory))
+
+
+def _check_runtime(body: JobRequest, runtime: str, inventory: Inventory) -> None:
+    """Every layer of the verified model that takes part must have a choice; the worker sees the others."""
+    left_out = {
+        layer.name
+        for layer in inventory.layers
+        if any(matches(pattern, name) for pattern in body.exclude for name in layer.names)
+    }
+    layers = tuple(layer for layer in inventory.layers if layer.name not in left_out)
+    kept = [
+        Excluded(layer.name, layer.op, 0, "excluded") for layer in inventory.layers if layer.name in left_out
+    ]
+    present = {layer.name for layer in layers}
+    pins = expand_pins(inventory, _known_pins(body, inventory))
+    try:
+        require_choices(
+            replace(inventory, layers=layers, excluded=tuple(kept)),
+            body.schemes,
+            {name: scheme for name, scheme in pins.items() if name in present},
+            RUNTIMES[runtime],
+        )
+    except RuntimeRefuses as error:
+        raise Unprocessable("runtime-refuses", str(error), pointer="/runtime") from None
+
+
+def _known_pins(body: JobRequest, inventory: Inventory) -> dict[str, str]:
+    """The pins that name a layer; those of embeddings and heads that are to take part do not yet."""
+    names = list(inventory.by_name)
+    return {
+        pattern: scheme
+        for pattern, scheme in body.pins.items()
+        if any(matches(pattern, name) for name in names)
+    }
 
 
 def _require(patterns: Iterable[str], names: list[str], *place: Any) -> None:

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from quant.costs import CostError, latency_from_mapping
 from quant.layers import Inventory
+from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
 from quant.plan import Digests
 from search.budget import BudgetError
@@ -21,7 +22,7 @@ from service.records import JobRecord
 from service.states import JobKind
 from service.wire import JobRequest
 
-PLANNING_ERRORS = (PatternError, CompileError, BudgetError, CostError, ScoresMissing)
+PLANNING_ERRORS = (PatternError, CompileError, BudgetError, CostError, ScoresMissing, RuntimeRefuses)
 
 
 def planning_problem(error: Exception) -> ServiceError:
@@ -33,6 +34,8 @@ def planning_problem(error: Exception) -> ServiceError:
             return Unprocessable("invalid-budget", str(error), pointer="/budgets")
         case PatternError():
             return Unprocessable("unknown-layer", str(error))
+        case RuntimeRefuses():
+            return Unprocessable("runtime-refuses", str(error), pointer="/runtime")
         case CostError():
             return Unprocessable("invalid-latency", str(error), pointer="/latency_ns")
     return Unprocessable("invalid-request", str(error))

@@ -110,6 +110,7 @@ def _asks(body: PlansRequest, job: JobRecord) -> list[Ask]:
     limits = job.request["limits"] if body.limits is None else body.limits
     pins = job.request["pins"] if body.pins is None else body.pins
     ties = job.request["ties"] if body.ties is None else body.ties
+    runtime = job.request.get("runtime") if body.runtime is None else body.runtime
     return [
         Ask(
             budget=budget,
@@ -119,6 +120,7 @@ def _asks(body: PlansRequest, job: JobRecord) -> list[Ask]:
             metric=body.metric or job.request["metrics"][0],
             time_limit_seconds=body.time_limit_seconds,
             gap=body.gap,
+            runtime=runtime,
         )
         for budget in body.budgets
     ]

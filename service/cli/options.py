@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from quant.runtimes import RUNTIMES
+
 DEFAULT_SCHEMES = "w2,w3,w4,w5,w6,w8"
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
@@ -49,6 +51,10 @@ Ties = Annotated[
 Excludes = Annotated[list[str] | None, typer.Option("--exclude", help="Leave matching layers alone (glob).")]
 Includes = Annotated[
     list[str] | None, typer.Option("--include", help="Quantize matching embeddings or heads too (glob).")
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option("--runtime", help=f"Only plans that it runs: {', '.join(RUNTIMES)}."),
 ]
 Latency = Annotated[
     Path | None,

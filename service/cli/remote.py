@@ -39,6 +39,7 @@ def submit(
     latency_table: options.Latency = None,
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
+    runtime: options.Runtime = None,
     evaluations: options.Evaluations = 40,
     relative_error: options.RelativeError = 0.1,
     max_probes: options.MaxProbes = 128,
@@ -55,7 +56,7 @@ def submit(
             budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
             sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
             include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
+            runtime=runtime, evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
             batch_size=batch_size, no_interactions=no_interactions,
         )  # fmt: skip
         job = Client(server).submit(model=model, calibration=calibration, **parameters)
@@ -142,6 +143,7 @@ def plan(
     metric: Annotated[str | None, typer.Option("--metric", help="A stored metric of the job.")] = None,
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
+    runtime: options.Runtime = None,
     output: options.Output = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure evidence for the new plans too.")
@@ -161,6 +163,7 @@ def plan(
             metric=metric,
             time_limit_seconds=time_limit,
             gap=gap,
+            runtime=runtime,
         )
         if measure:
             solved = [_measured(one) for one in solved]

@@ -46,6 +46,7 @@ def run(
     latency_table: options.Latency = None,
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
+    runtime: options.Runtime = None,
     evaluations: options.Evaluations = 40,
     relative_error: options.RelativeError = 0.1,
     max_probes: options.MaxProbes = 128,
@@ -64,7 +65,7 @@ def run(
             budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
             sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
             include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
+            runtime=runtime, evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
             batch_size=batch_size, no_interactions=no_interactions,
         )  # fmt: skip
         with Local(local_settings(data_dir)) as local:

@@ -170,6 +170,7 @@ class JobHandle:
         metric: str | None = None,
         time_limit_seconds: float = 10.0,
         gap: float = 1e-9,
+        runtime: str | None = None,
     ) -> list[PlanHandle]:
         """Plan other budgets from the stored scores, in milliseconds; None means "as the job has it"."""
         body: dict[str, Any] = {
@@ -180,6 +181,7 @@ class JobHandle:
             "metric": metric,
             "time_limit_seconds": time_limit_seconds,
             "gap": gap,
+            "runtime": runtime,
         }
         answer = self._transport.post(f"{self._path()}/plans", body)
         return [PlanHandle(self._transport, resource) for resource in answer["items"]]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from quant.costs import CostError, latency_from_mapping
 from quant.digest import digest
 from quant.layers import Inventory
+from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
 from quant.plan import Digests
 from quant.schemes import parse_scheme
@@ -36,6 +37,7 @@ from service.planning import (
     ScoresMissing,
     compile_ask,
     expand_pins,
+    forbidden_in,
     plan_of,
     plan_result,
     score_table,
@@ -124,6 +126,8 @@ def check_asks(inventory: Inventory, request: JobRequest) -> None:
         inputs = PlanningInputs(inventory, table, table_schemes(request.schemes, {}))
         for ask in asks_of(request):
             compile_ask(inputs, ask)
+    except RuntimeRefuses as error:
+        raise Unprocessable("runtime-refuses", str(error), pointer="/runtime") from error
     except (BudgetError, CompileError, CostError, PatternError, ScoresMissing) as error:
         raise Unprocessable("invalid-request", str(error)) from error
 
@@ -146,14 +150,20 @@ def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[s
 
 
 def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
-    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those its format refuses."""
+    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those that its format or the
+    runtime refuses.
+    """
     pinned = expand_pins(inventory, request.pins)
     menu = table_schemes(request.schemes, {})
+    forbidden = forbidden_in(inventory, table_schemes(request.schemes, request.pins), request.runtime)
     found = {}
     for layer in inventory.layers:
         names = dict.fromkeys((*menu, pinned[layer.name]) if layer.name in pinned else menu)
         found[layer.name] = tuple(
-            name for name in names if parse_scheme(name).weight.refuses(layer.matrix) is None
+            name
+            for name in names
+            if name not in forbidden.get(layer.name, ())
+            and parse_scheme(name).weight.refuses(layer.matrix) is None
         )
     return found
 
@@ -181,6 +191,7 @@ def asks_of(request: JobRequest) -> list[Ask]:
             metric=request.metrics[0],
             time_limit_seconds=request.time_limit_seconds,
             gap=request.gap,
+            runtime=request.runtime,
         )
         for budget in request.budgets
     ]
