@@ -19,7 +19,7 @@ from quant.storage import Matrix
 
 SCHEMA = "bitplan.plan/1"
 STATUSES = ("optimal", "feasible")
-OPTIONAL = ("runtime",)
+OPTIONAL = ("runtime", "latency")
 """Fields that a document leaves out where there is nothing to say."""
 
 
@@ -82,7 +82,8 @@ class Plan:
 
     `quantizers` are the versions of the quantizers in use, `predicted` the value of `metric` that the score
     model expects, `source` how the plan was found, `budget` the limits it was solved under, as written.
-    `runtime` names the rules that the plan keeps; a document without any leaves the field out.
+    `runtime` names the rules that the plan keeps, `latency` says where its latencies came from ("table",
+    "measured", "roofline:h100"); a document leaves out what it has not.
     """
 
     layers: Mapping[str, PlanLayer]
@@ -95,6 +96,7 @@ class Plan:
     certificate: Certificate
     source: str
     runtime: str | None = None
+    latency: str | None = None
 
     @property
     def assignment(self) -> dict[str, str]:
@@ -173,6 +175,7 @@ def plan_from_json(value: Any) -> Plan:
         certificate=_read_certificate(fields["certificate"]),
         source=fields["source"].text(),
         runtime=fields["runtime"].text() if "runtime" in fields else None,
+        latency=fields["latency"].text() if "latency" in fields else None,
     )
     _check_totals(plan)
     return plan

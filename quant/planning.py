@@ -26,6 +26,7 @@ def build_plan(
     certificate: Certificate,
     source: str,
     runtime: str | None = None,
+    latency: str | None = None,
 ) -> Plan:
     """A plan that gives every layer of the inventory its scheme, with all sizes counted.
 
@@ -57,6 +58,7 @@ def build_plan(
         ),
         source=source,
         runtime=runtime,
+        latency=latency,
     )
     if runtime is not None:
         _require_runnable(plan, RUNTIMES[runtime])

@@ -32,6 +32,7 @@ from search.solve import solve
 from sensitivity.catalog import SCORERS
 from sensitivity.table import MetricTable, ScoreTable, TableLayer
 from sensitivity.units import ScoreRow
+from service.costing import Costs
 from service.records import ScoreRecord
 
 
@@ -41,18 +42,22 @@ class ScoresMissing(ValueError):  # noqa: N818 - named after what went wrong
 
 @dataclass(frozen=True, eq=False)
 class PlanningInputs:
-    """What does not depend on the budget. `menu` are the schemes a free layer may get; pins may name more."""
+    """What does not depend on the budget. `menu` are the schemes a free layer may get; pins may name more.
+    `sources` says where latency and energy came from.
+    """
 
     inventory: Inventory
     table: ScoreTable
     menu: tuple[str, ...]
     digests: Digests = field(default_factory=Digests)
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Ask:
     """One budget and what holds with it. `pins` and `ties` may be patterns over layer names; `runtime` is a
-    key of RUNTIMES whose rules hold too.
+    key of RUNTIMES whose rules hold too, `costs` the members of the request that say what latency, energy and
+    memory are.
     """
 
     budget: str
@@ -63,6 +68,7 @@ class Ask:
     time_limit_seconds: float = 60.0
     gap: float = DEFAULT_GAP
     runtime: str | None = None
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def all_limits(self) -> tuple[Limit, ...]:
@@ -85,6 +91,7 @@ class Ask:
             "time_limit_seconds": self.time_limit_seconds,
             "gap": self.gap,
             "runtime": self.runtime,
+            **self.costs,
         }
 
     def settings_digest(self, menu: Sequence[str]) -> str:
@@ -100,6 +107,7 @@ class Ask:
                 "schemes": list(menu),
             }
             | ({} if self.runtime is None else {"runtime": self.runtime})
+            | ({"costs": dict(self.costs)} if self.costs else {})
         )
 
 
@@ -123,12 +131,15 @@ def score_table(
     scores: Iterable[ScoreRow | ScoreRecord],
     metrics: Collection[str],
     latency: Latency | None = None,
+    costs: Costs | None = None,
 ) -> ScoreTable:
     """Layers x schemes with every score and exact resource; NaN where there is no score.
 
-    `schemes` are the menu and the schemes that pins name. Scores of other layers, schemes and metrics are
-    passed over. Raises CostError when the latency table lacks a cell.
+    `costs` brings latency, energy and memory; `latency` is short for a table alone. `schemes` are the menu
+    and the schemes that pins name. Scores of other layers, schemes and metrics are passed over. Raises
+    CostError when a table lacks a cell.
     """
+    found = costs or Costs(latency)
     parsed = [parse_scheme(name) for name in schemes]
     names = tuple(scheme.name for scheme in parsed)
     row = {layer.name: position for position, layer in enumerate(inventory.layers)}
@@ -147,7 +158,7 @@ def score_table(
         ),
         names,
         {name: MetricTable(SCORERS[name].direction, values[name], stderr[name]) for name in metrics},
-        resources(inventory.layers, parsed, latency),
+        {**resources(inventory.layers, parsed, found.latency, found.energy), **found.resources},
     )
 
 
@@ -254,7 +265,7 @@ def solve_budget(inputs: PlanningInputs, ask: Ask, *, solver: str = "auto") -> A
     plan = None
     if solution.choice is not None:
         plan = plan_of(inputs, ask, compiled, compiled.assignment(solution.choice), solution=solution)
-    return Answer(solution, plan, plan_result(ask, compiled, solution, plan))
+    return Answer(solution, plan, plan_result(ask, compiled, solution, plan, sources=inputs.sources))
 
 
 def frontier_of(inputs: PlanningInputs, ask: Ask, resource: str, most: int) -> list[dict[str, Any]]:
@@ -302,6 +313,7 @@ def plan_of(
         certificate=certificate_of(solution),
         source=source or additive(compiled.metric),
         runtime=ask.runtime,
+        latency=inputs.sources.get("latency", {}).get("source"),
     )
 
 
@@ -311,6 +323,7 @@ def plan_result(
     solution: Solution,
     plan: Plan | None,
     candidates: Sequence[Mapping[str, Any]] = (),
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The members of a plan resource that the document does not hold, as JSON."""
     used = {} if plan is None else compiled.resources(plan.assignment)
@@ -324,6 +337,7 @@ def plan_result(
         "least_budget": numbers(solution.least_budget),
         "reason": solution.reason,
         "resources": numbers(used),
+        "cost_sources": {name: dict(source) for name, source in (sources or {}).items()},
         "solver": solution.solver,
         "seconds": solution.seconds,
         "ask": ask.as_request(compiled.metric),

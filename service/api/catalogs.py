@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
+from quant.devices import DEVICES
 from quant.formats import FORMATS
 from quant.runtimes import RUNTIMES
 from quant.schemes import grammar, parse_scheme
@@ -84,6 +85,12 @@ def tasks() -> dict[str, Any]:
 def runtimes() -> dict[str, Any]:
     """What can run plans, and its rules: formats per operation, shapes, layers that must agree."""
     return {"items": [runtime.as_json() for runtime in RUNTIMES.values()]}
+
+
+@router.get("/devices")
+def devices() -> dict[str, Any]:
+    """Devices that rooflines and energy estimates know; a request may bring its own."""
+    return {"items": [device.as_json() for device in DEVICES.values()]}
 
 
 @router.get("/limits")

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from quant.costs import CostError, latency_from_mapping
+from quant.devices import read_device
 from quant.layers import Excluded, Inventory
 from quant.lint import RuntimeRefuses, require_choices
 from quant.patterns import PatternError, matches, select
@@ -17,6 +18,7 @@ from search.budget import parse_limits
 from sensitivity.catalog import SCORERS, offered_metrics
 from service.api.context import Context
 from service.api.lookup import stored_inventory, usable
+from service.costing import DEVICE, MEASURED, ROOFLINE, named_device
 from service.db.repositories import calibrations, models
 from service.errors import Unprocessable, json_pointer
 from service.planning import expand_pins
@@ -56,18 +58,37 @@ def _check_metrics(body: JobRequest, calibration: CalibrationRecord) -> None:
 
 def _check_latency(body: JobRequest) -> None:
     limited = {limit.resource for limit in parse_limits([*body.budgets, *body.limits])}
-    if "latency_ns" in limited and body.latency_ns is None:
+    table = body.latency_ns if body.latency is None else body.latency
+    if "latency_ns" in limited and table is None:
         raise Unprocessable(
             "missing-latency",
-            "A limit on latency must come with latency_ns, the nanoseconds of each layer and scheme. Got "
-            "none. Add the table, or limit bytes or bits per weight.",
-            pointer="/latency_ns",
+            'A limit on latency must come with latency: "measured", "roofline:h100", or a table of '
+            "nanoseconds. Got none. Add it, or limit bytes or bits per weight.",
+            pointer="/latency",
         )
-    if body.latency_ns is not None:
-        try:
-            latency_from_mapping(body.latency_ns)
-        except CostError as error:
-            raise Unprocessable("invalid-latency", str(error), pointer="/latency_ns") from None
+    place = "/latency_ns" if body.latency is None else "/latency"
+    for pointer, found, prefix in ((place, table, ROOFLINE), ("/energy", body.energy, DEVICE)):
+        _check_source(body, found, prefix, pointer)
+    if body.latency == MEASURED and body.device != "cpu":
+        raise Unprocessable(
+            "invalid-latency",
+            f"A measured latency must be of device cpu. Got {body.device}. Use a roofline or a table.",
+            pointer="/latency",
+        )
+
+
+def _check_source(body: JobRequest, source: Any, prefix: str, pointer: str) -> None:
+    """A table must be readable, and a named device known."""
+    try:
+        if isinstance(source, str):
+            if source.startswith(prefix):
+                own = None if body.device_profile is None else read_device(body.device_profile)
+                named_device(source.removeprefix(prefix), own)
+        elif source is not None:
+            latency_from_mapping(source)
+    except CostError as error:
+        slug = "invalid-costs" if pointer == "/energy" else "invalid-latency"
+        raise Unprocessable(slug, str(error), pointer=pointer) from None
 
 
 def _check_names(body: JobRequest, model: ModelRecord) -> None:

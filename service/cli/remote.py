@@ -12,7 +12,7 @@ from rich.table import Table
 from service.cli import options
 from service.cli.exits import CommandError, Exit, exits, plan_exit
 from service.cli.output import JobProgress, console, print_json, show_plans
-from service.cli.request import file_of, job_parameters
+from service.cli.request import cost_parameters, file_of, job_parameters
 from service.client import Client
 from service.remote.handles import JobHandle, PlanHandle
 
@@ -40,6 +40,12 @@ def submit(
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
     runtime: options.Runtime = None,
+    latency: options.LatencySource = None,
+    energy: options.EnergySource = None,
+    device_profile: options.DeviceProfile = None,
+    context_length: options.ContextLength = None,
+    serving_batch: options.ServingBatch = 1,
+    kv_cache: options.CacheType = "float16",
     evaluations: options.Evaluations = 40,
     relative_error: options.RelativeError = 0.1,
     max_probes: options.MaxProbes = 128,
@@ -52,11 +58,16 @@ def submit(
 ) -> None:
     """Send a model and calibration data to a server and start a search there."""
     with exits(as_json=as_json):
+        costs = cost_parameters(
+            latency=latency, energy=energy, device_profile=device_profile, context_length=context_length,
+            serving_batch=serving_batch, kv_cache=kv_cache,
+        )  # fmt: skip
         parameters = job_parameters(
             budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
             sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
             include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            runtime=runtime, evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
+            runtime=runtime, costs=costs,
+            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
             batch_size=batch_size, no_interactions=no_interactions,
         )  # fmt: skip
         job = Client(server).submit(model=model, calibration=calibration, **parameters)
@@ -144,6 +155,12 @@ def plan(
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
     runtime: options.Runtime = None,
+    latency: options.LatencySource = None,
+    energy: options.EnergySource = None,
+    device_profile: options.DeviceProfile = None,
+    context_length: options.ContextLength = None,
+    serving_batch: options.ServingBatch = 1,
+    kv_cache: options.CacheType = "float16",
     output: options.Output = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure evidence for the new plans too.")
@@ -154,6 +171,10 @@ def plan(
     """Plan from stored scores, in milliseconds: an existing budget of the job, or any other."""
     with exits(as_json=as_json):
         wanted = _required(budgets)
+        costs = cost_parameters(
+            latency=latency, energy=energy, device_profile=device_profile, context_length=context_length,
+            serving_batch=serving_batch, kv_cache=kv_cache,
+        )  # fmt: skip
         handle = Client(server).job(job)
         solved = handle.solve(
             wanted,
@@ -164,6 +185,7 @@ def plan(
             time_limit_seconds=time_limit,
             gap=gap,
             runtime=runtime,
+            **costs,
         )
         if measure:
             solved = [_measured(one) for one in solved]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from quant.costs import read_latency_table
 from service.cli import options
+from service.costing import DEVICE, MEASURED, ROOFLINE
 
 DEFAULT_METRIC = "output_kl"
 
@@ -31,6 +33,7 @@ def job_parameters(
     time_limit: float,
     gap: float,
     runtime: str | None,
+    costs: dict[str, Any],
     evaluations: int,
     relative_error: float,
     max_probes: int,
@@ -58,12 +61,42 @@ def job_parameters(
         "time_limit_seconds": time_limit,
         "gap": gap,
         "runtime": runtime,
+        **costs,
         "evaluations": evaluations,
         "relative_error": relative_error,
         "max_probes": max_probes,
         "batch_size": batch_size,
         "interactions": not no_interactions,
     }
+
+
+def cost_parameters(
+    *,
+    latency: str | None,
+    energy: str | None,
+    device_profile: Path | None,
+    context_length: int | None,
+    serving_batch: int,
+    kv_cache: str,
+) -> dict[str, Any]:
+    """The parameters of a request that decide latency, energy and memory. Raises ValueError, OSError."""
+    given: dict[str, Any] = {
+        "latency": _source(latency, (MEASURED, ROOFLINE)),
+        "energy": _source(energy, (DEVICE,)),
+        "device_profile": None if device_profile is None else json.loads(device_profile.read_text("utf-8")),
+        "deployment": None,
+    }
+    if context_length is not None or serving_batch != 1:
+        deployment = {"batch": serving_batch, "kv_cache": kv_cache}
+        given["deployment"] = deployment | (
+            {} if context_length is None else {"context_length": context_length}
+        )
+    return given
+
+
+def _source(text: str | None, words: tuple[str, ...]) -> Any:
+    """A word of the request, or the table in a file."""
+    return text if text is None or text.startswith(words) else _latency(Path(text))
 
 
 def _latency(path: Path) -> dict[str, dict[str, float]]:

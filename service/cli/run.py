@@ -12,7 +12,7 @@ from rich.table import Table
 from service.cli import options
 from service.cli.exits import CommandError, Exit, exits, plan_exit
 from service.cli.output import JobProgress, console, duration, print_json, show_plans, size
-from service.cli.request import file_of, job_parameters
+from service.cli.request import cost_parameters, file_of, job_parameters
 from service.estimate import estimate
 from service.local import Local, local_settings
 from service.records import CalibrationRecord, JobRecord, ModelRecord
@@ -47,6 +47,12 @@ def run(
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
     runtime: options.Runtime = None,
+    latency: options.LatencySource = None,
+    energy: options.EnergySource = None,
+    device_profile: options.DeviceProfile = None,
+    context_length: options.ContextLength = None,
+    serving_batch: options.ServingBatch = 1,
+    kv_cache: options.CacheType = "float16",
     evaluations: options.Evaluations = 40,
     relative_error: options.RelativeError = 0.1,
     max_probes: options.MaxProbes = 128,
@@ -61,11 +67,16 @@ def run(
 ) -> None:
     """Measure, solve and prove on this machine; run it again to go on after an interruption."""
     with exits(as_json=as_json):
+        costs = cost_parameters(
+            latency=latency, energy=energy, device_profile=device_profile, context_length=context_length,
+            serving_batch=serving_batch, kv_cache=kv_cache,
+        )  # fmt: skip
         parameters = job_parameters(
             budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
             sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
             include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            runtime=runtime, evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
+            runtime=runtime, costs=costs,
+            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
             batch_size=batch_size, no_interactions=no_interactions,
         )  # fmt: skip
         with Local(local_settings(data_dir)) as local:

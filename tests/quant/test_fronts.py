@@ -14,9 +14,13 @@ import quant
 FRONTS = (
     "catalog",
     "costs",
+    "deployment",
+    "devices",
     "digest",
     "formats",
+    "geometry",
     "integer",
+    "latency",
     "layers",
     "lint",
     "patterns",
