@@ -12,6 +12,8 @@ EXPERTS = (
     Fused(("experts.*.w1", "experts.*.w2", "experts.*.w3")),
 )
 BOTH = (True, False)
+FP8 = ("fp8", "fp8-float16", "fp8-bfloat16", "fp8-tensor*")
+"""e4m3 with one scale per output channel or tensor."""
 
 VLLM = Runtime(
     name="vllm",
@@ -29,10 +31,10 @@ VLLM = Runtime(
             Integers((8,)),
             rows=16,
             columns=16,
-            activations=("int8*", "a8*"),
+            activations=("int8*",),
         ),
-        Rule(Named(("fp8_e4m3*", "fp8-e4m3*", "e4m3*")), rows=16, columns=16, activations=("fp8*", "a8fp8*")),
-        Rule(Named(("nvfp4*",)), rows=32, columns=32, activations=("nvfp4*", "a4nvfp4*")),
+        Rule(Named(FP8), rows=16, columns=16, activations=("fp8*",)),
+        Rule(Named(("nvfp4*",)), rows=32, columns=32, activations=("nvfp4*",)),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
     fused=(*LLAMA_FUSED, Fused(("query", "key", "value")), *EXPERTS),
@@ -69,9 +71,9 @@ TORCHAO = Runtime(
             Integers((2, 3, 4, 5, 6, 7, 8), groups=(), symmetric=BOTH),
             ops=("linear", "embedding"),
             whole_groups=True,
-            activations=("int8*", "a8*"),
+            activations=("int8*",),
         ),
-        Rule(Named(("fp8_e4m3*", "fp8-e4m3*", "e4m3*")), activations=("fp8*", "a8fp8*")),
+        Rule(Named(FP8), activations=("fp8*",)),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
     embeddings=True,

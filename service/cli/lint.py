@@ -11,9 +11,9 @@ from rich.table import Table
 from quant.lint import lint as violations_of
 from quant.runtimes import RUNTIMES
 from service.cli import options
-from service.cli.checkpoint import read_plan
-from service.cli.exits import Exit, exits
+from service.cli.exits import Exit, exits, leave_with
 from service.cli.output import console, print_json
+from service.cli.plan_files import read_plan
 
 
 def lint(
@@ -39,7 +39,7 @@ def lint(
     else:
         console().print(f"{name} runs all {len(document.layers)} layers", markup=False)
     if violations:
-        raise typer.Exit(int(Exit.BAD_INPUT))
+        leave_with(Exit.BAD_INPUT)
 
 
 def _known(name: str | None) -> str:

@@ -1,119 +1,121 @@
-"""From command options to the parameters of a search: the same for `run` and `submit`."""
+"""The options that describe a search, the same for `run` and `submit`, and the request that they make."""
 
 from __future__ import annotations
 
 import json
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.costs import read_latency_table
 from service.cli import options
-from service.costing import DEVICE, MEASURED, ROOFLINE
 
 DEFAULT_METRIC = "output_kl"
 
 
-def job_parameters(
-    *,
-    budgets: list[str] | None,
-    schemes: str,
-    limits: list[str] | None,
-    metrics: list[str] | None,
-    task: str,
-    samples: int,
-    sequence_length: int,
-    seed: int,
-    device: str,
-    pins: list[str] | None,
-    ties: list[str] | None,
-    exclude: list[str] | None,
-    include: list[str] | None,
-    latency_table: Path | None,
-    time_limit: float,
-    gap: float,
-    runtime: str | None,
-    costs: dict[str, Any],
-    evaluations: int,
-    relative_error: float,
-    max_probes: int,
-    batch_size: int,
-    no_interactions: bool,
-) -> dict[str, Any]:
-    """The keyword parameters of `Client.submit` (without model and calibration). Raises ValueError."""
+@dataclass(frozen=True)
+class CostOptions:
+    """What will run the plans, and what they cost there, as it was typed."""
+
+    runtime: options.Runtime = None
+    latency: options.LatencySource = None
+    energy: options.EnergySource = None
+    device_profile: options.DeviceProfile = None
+    context_length: options.ContextLength = None
+    serving_batch: options.ServingBatch = 1
+    kv_cache: options.CacheType = "float16"
+
+    def cost_parameters(self) -> dict[str, Any]:
+        """The parameters of a request that these options decide. Raises ValueError, OSError."""
+        profile = self.device_profile
+        return {
+            "runtime": self.runtime,
+            "latency": _source(self.latency, ("measured", "roofline:")),
+            "energy": _source(self.energy, ("device:",)),
+            "device_profile": None if profile is None else json.loads(profile.read_text(encoding="utf-8")),
+            "deployment": self._deployment(),
+        }
+
+    def _deployment(self) -> dict[str, Any] | None:
+        """How the model is served; None where no option says so."""
+        if (self.context_length, self.serving_batch, self.kv_cache) == (None, 1, "float16"):
+            return None
+        deployment: dict[str, Any] = {"batch": self.serving_batch, "kv_cache": self.kv_cache}
+        if self.context_length is not None:
+            deployment["context_length"] = self.context_length
+        return deployment
+
+
+@dataclass(frozen=True)
+class SearchOptions(CostOptions):
+    """What to search for, as it was typed."""
+
+    budgets: options.Budgets = None
+    schemes: options.Schemes = options.DEFAULT_SCHEMES
+    limits: options.Limits = None
+    metrics: options.Metrics = None
+    task: options.Task = "auto"
+    samples: options.Samples = 64
+    sequence_length: options.SequenceLength = 512
+    seed: options.Seed = 0
+    device: options.Device = "cpu"
+    pins: options.Pins = None
+    ties: options.Ties = None
+    exclude: options.Excludes = None
+    include: options.Includes = None
+    latency_table: options.Latency = None
+    time_limit: options.TimeLimit = 60.0
+    gap: options.Gap = 1e-9
+    evaluations: options.Evaluations = 40
+    chooser: options.ChooserName = "local_search"
+    relative_error: options.RelativeError = 0.1
+    max_probes: options.MaxProbes = 128
+    batch_size: options.BatchSize = 8
+    no_interactions: options.NoInteractions = False
+
+    def parameters(self) -> dict[str, Any]:
+        """The keyword parameters of `Client.submit` (without model and calibration). Raises ValueError."""
+        return {
+            "budgets": required(self.budgets),
+            "schemes": [scheme.strip() for scheme in self.schemes.split(",") if scheme.strip()],
+            "limits": self.limits or [],
+            "metrics": self.metrics or [DEFAULT_METRIC],
+            "task": self.task,
+            "samples": self.samples,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "device": self.device,
+            "pins": options.assignments(self.pins),
+            "ties": options.names(self.ties),
+            "exclude": self.exclude or [],
+            "include": self.include or [],
+            "latency_ns": None if self.latency_table is None else _latency(self.latency_table),
+            "time_limit_seconds": self.time_limit,
+            "gap": self.gap,
+            **self.cost_parameters(),
+            "evaluations": self.evaluations,
+            "chooser": self.chooser,
+            "relative_error": self.relative_error,
+            "max_probes": self.max_probes,
+            "batch_size": self.batch_size,
+            "interactions": not self.no_interactions,
+        }
+
+
+def required(budgets: list[str] | None) -> list[str]:
+    """The budgets, of which there must be one. Raises ValueError."""
     if not budgets:
         raise ValueError('A budget must be given. Got none. Add for example --budget "3.5 bpw".')
-    return {
-        "budgets": budgets,
-        "schemes": [scheme.strip() for scheme in schemes.split(",") if scheme.strip()],
-        "limits": limits or [],
-        "metrics": metrics or [DEFAULT_METRIC],
-        "task": task,
-        "samples": samples,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "device": device,
-        "pins": options.assignments(pins),
-        "ties": options.names(ties),
-        "exclude": exclude or [],
-        "include": include or [],
-        "latency_ns": None if latency_table is None else _latency(latency_table),
-        "time_limit_seconds": time_limit,
-        "gap": gap,
-        "runtime": runtime,
-        **costs,
-        "evaluations": evaluations,
-        "relative_error": relative_error,
-        "max_probes": max_probes,
-        "batch_size": batch_size,
-        "interactions": not no_interactions,
-    }
-
-
-def cost_parameters(
-    *,
-    latency: str | None,
-    energy: str | None,
-    device_profile: Path | None,
-    context_length: int | None,
-    serving_batch: int,
-    kv_cache: str,
-) -> dict[str, Any]:
-    """The parameters of a request that decide latency, energy and memory. Raises ValueError, OSError."""
-    given: dict[str, Any] = {
-        "latency": _source(latency, (MEASURED, ROOFLINE)),
-        "energy": _source(energy, (DEVICE,)),
-        "device_profile": None if device_profile is None else json.loads(device_profile.read_text("utf-8")),
-        "deployment": None,
-    }
-    if context_length is not None or serving_batch != 1:
-        deployment = {"batch": serving_batch, "kv_cache": kv_cache}
-        given["deployment"] = deployment | (
-            {} if context_length is None else {"context_length": context_length}
-        )
-    return given
+    return budgets
 
 
 def _source(text: str | None, words: tuple[str, ...]) -> Any:
-    """A word of the request, or the table in a file."""
+    """A word of the request as it is, or the table in a file."""
     return text if text is None or text.startswith(words) else _latency(Path(text))
 
 
 def _latency(path: Path) -> dict[str, dict[str, float]]:
+    from quant.costs import read_latency_table
+
     text = path.read_text(encoding="utf-8")
     table = read_latency_table(text, "csv" if path.suffix.lower() == ".csv" else "json")
     return {layer: {scheme: float(value) for scheme, value in row.items()} for layer, row in table.items()}
-
-
-def file_of(output: Path, budget: str, *, several: bool) -> Path:
-    """Where the plan of `budget` goes: `output` itself, or a file of that folder when there are several.
-
-    >>> file_of(Path("plans"), "bytes<=2 MiB", several=True).as_posix()
-    'plans/bytes-at-most-2-MiB.plan.json'
-    """
-    if not several:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return output
-    output.mkdir(parents=True, exist_ok=True)
-    words = budget.replace("<=", " at most ").replace(">=", " at least ")
-    return output / (re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-") + ".plan.json")
