@@ -1,12 +1,12 @@
-"""How well the sum of measured kernels predicts the latency of a whole model on this CPU, and the roofline beside it.
+"""How well the sum of measured kernels predicts a whole model's latency here, and the roofline beside it.
 
 python benchmarks/latency.py [--blocks 20] [--hidden 512] [--plans 10] [--batch 1] [--dtype bfloat16]
 
-Builds a Llama-type model with random weights (latency does not depend on them), draws random plans, puts the real
-kernel of every layer's scheme into the model, and times whole forward passes. Prints one row per plan, then the
-largest and mean errors and Spearman's rank correlation for three predictions:
+Builds a Llama-type model with random weights (latency does not depend on them), draws random plans, puts the
+real kernel of every layer's scheme into the model, and times whole forward passes. Prints one row per plan,
+then the largest and mean errors and Spearman's rank correlation for three predictions:
 
-  table            the layers' measured kernels, summed, and the rest of the model as measured once at full precision
+  table            the layers' measured kernels, summed, and the rest of the model, measured once
   layers alone     the same sum without the rest: what `latency_ns` of a plan holds
   roofline         the profile cpu-avx512, summed, and the same rest
 """
@@ -136,9 +136,7 @@ def main() -> None:
     timings, dense = time_kernels(inventory, options.batch)
     measured = measured_latency(inventory.layers, MENU, options.batch, timings)
     roofline = roofline_latency(inventory.layers, MENU, options.batch, DEVICES["cpu-avx512"])
-    print(
-        f"{options.blocks} blocks, {len(inventory.layers)} layers, {inventory.parameters:,} weights, {options.dtype}"
-    )
+    print(f"{options.blocks} blocks, {len(inventory.layers)} layers, {inventory.parameters:,} weights")
     rows, full = [], []
     for plan in random_plans(inventory, options.plans):
         full.append(end_to_end(model, options.batch))
