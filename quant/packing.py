@@ -68,7 +68,8 @@ def group(matrix: Tensor, fmt: IntegerFormat) -> Tensor:
     """(rows, columns) -> (rows, groups, size); the last group of each row is padded with zeros."""
     rows, columns = matrix.shape
     shape = fmt.grouped_shape((rows, columns))
-    return pad(matrix, (0, shape[1] * shape[2] - columns)).reshape(shape)
+    missing = shape[1] * shape[2] - columns
+    return (pad(matrix, (0, missing)) if missing else matrix).reshape(shape)
 
 
 def ungroup(grouped: Tensor, matrix: Matrix) -> Tensor:
@@ -181,6 +182,8 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 def _pack_piece(values: Tensor, bits: int) -> Tensor:
     """Eight values of `bits` bits fill one 64-bit word, which holds exactly `bits` bytes."""
+    if 8 % bits == 0:
+        return _pack_whole(values, bits)
     lanes = torch.arange(8, device=values.device)
     wide = pad(values.to(torch.int64) & ((1 << bits) - 1), (0, -len(values) % 8)).reshape(-1, 8)
     words = (wide << (lanes * bits)).sum(dim=1, keepdim=True)
@@ -198,7 +201,20 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     return values
 
 
+def _pack_whole(values: Tensor, bits: int) -> Tensor:
+    """Widths that fill whole bytes stay in bytes."""
+    lanes = 8 // bits
+    small = pad(values.to(torch.uint8), (0, -len(values) % lanes)).reshape(-1, lanes) & ((1 << bits) - 1)
+    stream = small[:, 0]
+    for lane in range(1, lanes):
+        stream = stream | small[:, lane] << (lane * bits)
+    return stream
+
+
 def _unpack_piece(stream: Tensor, bits: int) -> Tensor:
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        return ((stream.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).reshape(-1)
     lanes = torch.arange(8, device=stream.device)
     wide = pad(stream.to(torch.int64), (0, -len(stream) % bits)).reshape(-1, bits)
     words = (wide << (lanes[:bits] * 8)).sum(dim=1, keepdim=True)

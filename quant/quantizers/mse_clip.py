@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from quant.formats import codec_of
 from quant.integer import IntegerFormat
 from quant.packing import Encoded, encode, group, stored_scale
 from quant.quantizers.rtn import span
@@ -37,6 +39,8 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat) -> Encoded:
 
     Temporary memory is that of a block of rows; per tensor, that of one float32 copy of the matrix.
     """
+    if fmt.family != "integer":
+        return cast(Encoded, codec_of(fmt).closest(weight_matrix, fmt))
     found = [_search(block, fmt) for block in _blocks(weight_matrix, fmt)]
     scales = torch.cat([scale for scale, _ in found])
     points = None if fmt.symmetric else torch.cat([point for _, point in found if point is not None])

@@ -157,3 +157,30 @@ def test_fused_layers_take_part_together(attention):
     with pytest.raises(RuntimeRefuses, match=r"all take part, or none.*m\.0\.v_proj"):
         require_choices(partly, ("w4",), {}, VLLM)
     require_choices(partly, ("w4",), {}, RUNTIMES["torchao"])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "runtimes"),
+    [
+        ("fp8", {"vllm", "torchao"}),
+        ("fp8-e5m2", set()),
+        ("nvfp4", {"vllm", "mlx"}),
+        ("mxfp4", {"mlx", "openvino"}),
+        ("nf4", {"openvino"}),
+        ("q4_0", {"llama.cpp"}),
+        ("q6_k", {"llama.cpp"}),
+        ("bf16", set(RUNTIMES) - {"generic"}),
+    ],
+)
+def test_formats_beyond_integers_go_to_the_runtimes_that_have_them(scheme, runtimes):
+    parsed, target = parse_scheme(scheme), target_of(layer("a"))
+    taking = {name for name, runtime in RUNTIMES.items() if runtime.refuses(target, parsed) is None}
+    assert taking == runtimes | {"generic"}
+
+
+def test_block_types_need_whole_blocks():
+    odd = target_of(layer("a", (128, 96)))
+    assert RUNTIMES["llama.cpp"].refuses(odd, parse_scheme("q4_k")) == (
+        "q4_k: columns must be a multiple of 256, not 96"
+    )
+    assert RUNTIMES["llama.cpp"].refuses(odd, parse_scheme("q4_0")) is None
