@@ -43,14 +43,17 @@ def bops(layer: Layer, scheme: Scheme) -> int | None:
 
 
 def resources(
-    layers: Sequence[Layer], schemes: Sequence[Scheme], latency: Latency | None = None
+    layers: Sequence[Layer],
+    schemes: Sequence[Scheme],
+    latency: Latency | None = None,
+    energy: Latency | None = None,
 ) -> dict[str, Grid]:
     """Layers x schemes grids of what each choice uses up; None where a format refuses the layer.
 
     "bytes" are those of the packed tensors, "bits" are 8 * bytes, "bops" are left out when a layer has no
-    MAC count, "latency_ns" when no table is given.
+    MAC count, "latency_ns" and "energy_pj" when no table is given.
 
-    Raises CostError naming the cells that the latency table lacks.
+    Raises CostError naming the cells that a table lacks.
     """
     stored = tuple(tuple(_bytes(layer, scheme) for scheme in schemes) for layer in layers)
     grids: dict[str, Grid] = {
@@ -66,7 +69,9 @@ def resources(
             for layer, row in zip(layers, stored, strict=True)
         )
     if latency is not None:
-        grids["latency_ns"] = _latency_grid(layers, schemes, stored, latency)
+        grids["latency_ns"] = _table_grid(layers, schemes, stored, latency)
+    if energy is not None:
+        grids["energy_pj"] = _table_grid(layers, schemes, stored, energy)
     return grids
 
 
@@ -75,13 +80,11 @@ def _bytes(layer: Layer, scheme: Scheme) -> int | None:
     return None if refused else scheme.weight.storage(layer.matrix).bytes
 
 
-def _latency_grid(
-    layers: Sequence[Layer], schemes: Sequence[Scheme], offered: Grid, latency: Latency
-) -> Grid:
+def _table_grid(layers: Sequence[Layer], schemes: Sequence[Scheme], offered: Grid, table: Latency) -> Grid:
     missing: list[str] = []
     grid = []
     for layer, cells in zip(layers, offered, strict=True):
-        known = next((latency[name] for name in layer.names if name in latency), {})
+        known = next((table[name] for name in layer.names if name in table), {})
         row: list[Cell] = []
         for scheme, cell in zip(schemes, cells, strict=True):
             value = None if cell is None else known.get(scheme.name)
@@ -91,7 +94,7 @@ def _latency_grid(
         grid.append(tuple(row))
     if missing:
         raise CostError(
-            f"Latency table must hold every layer and scheme. Got none for {', '.join(missing[:5])}"
+            f"Cost table must hold every layer and scheme. Got none for {', '.join(missing[:5])}"
             f" ({len(missing)} missing). Measure and add them."
         )
     return tuple(grid)
@@ -117,7 +120,7 @@ def read_latency_table(text: str, kind: Literal["json", "csv"]) -> Latency:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CostError):
             raise
-        raise CostError(f"Latency table must be JSON. Got {error}. Check the file.") from error
+        raise CostError(f"Cost table must be JSON. Got {error}. Check the file.") from error
     return _table(_json_rows(value))
 
 
@@ -131,7 +134,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise CostError(f"Latency table must name every entry once. Got {twice!r} twice. Drop one.")
+        raise CostError(f"Cost table must name every entry once. Got {twice!r} twice. Drop one.")
     return value
 
 
@@ -140,7 +143,7 @@ def _csv_rows(text: str) -> Iterable[tuple[str, str, Any]]:
     header = tuple(name.strip() for name in reader.fieldnames or ())
     if header != CSV_COLUMNS:
         raise CostError(
-            f"Latency CSV must start with the header {','.join(CSV_COLUMNS)}."
+            f"Cost CSV must start with the header {','.join(CSV_COLUMNS)}."
             f" Got {','.join(header)!r:.80}. Correct the first line."
         )
     reader.fieldnames = list(CSV_COLUMNS)
@@ -148,13 +151,13 @@ def _csv_rows(text: str) -> Iterable[tuple[str, str, Any]]:
         for row in reader:
             if None in row or None in row.values():
                 raise CostError(
-                    f"Latency CSV must have {len(CSV_COLUMNS)} cells in every row."
+                    f"Cost CSV must have {len(CSV_COLUMNS)} cells in every row."
                     f" Got another number in line {reader.line_num}. Correct the line."
                 )
             yield row["layer"], row["scheme"], row["latency_ns"]
     except csv.Error as error:
         raise CostError(
-            f"Latency CSV must be readable. Got {error} in line {reader.line_num}. Correct the line."
+            f"Cost CSV must be readable. Got {error} in line {reader.line_num}. Correct the line."
         ) from error
 
 
@@ -163,20 +166,20 @@ def _json_rows(value: Any) -> Iterable[tuple[str, str, Any]]:
         for layer, row in value.items():
             if not isinstance(row, Mapping):
                 raise CostError(
-                    f"Latency of layer {layer!r} must be an object of nanoseconds by scheme."
+                    f"Cost of layer {layer!r} must be an object of numbers by scheme."
                     f" Got {row!r:.60}. Write {{layer: {{scheme: ns}}}}."
                 )
             yield from ((layer, scheme, cell) for scheme, cell in row.items())
         return
     if not isinstance(value, list):
         raise CostError(
-            f"Latency table must be an object of layers or a list of rows. Got {value!r:.60}."
+            f"Cost table must be an object of layers or a list of rows. Got {value!r:.60}."
             " Write {layer: {scheme: ns}}."
         )
     for index, row in enumerate(value):
         if not isinstance(row, Mapping) or set(row) != set(CSV_COLUMNS):
             raise CostError(
-                f"Latency row {index} must have the fields {', '.join(CSV_COLUMNS)}. Got {row!r:.60}."
+                f"Cost row {index} must have the fields {', '.join(CSV_COLUMNS)}. Got {row!r:.60}."
                 " Correct the row."
             )
         yield row["layer"], row["scheme"], row["latency_ns"]
@@ -186,19 +189,17 @@ def _table(rows: Iterable[tuple[str, str, Any]]) -> Latency:
     table: Latency = {}
     for layer, text, cell in rows:
         if not isinstance(layer, str) or not layer.strip():
-            raise CostError(f"Latency layer must be a name. Got {layer!r:.60}. Correct the row.")
+            raise CostError(f"Cost layer must be a name. Got {layer!r:.60}. Correct the row.")
         try:
             scheme = parse_scheme(text).name
         except SchemeError as error:
-            raise CostError(f"Latency table names a scheme that cannot be read: {error}") from error
+            raise CostError(f"Cost table names a scheme that cannot be read: {error}") from error
         cells = table.setdefault(layer.strip(), {})
         if scheme in cells:
-            raise CostError(
-                f"Latency table must name every cell once. Got {layer} x {scheme} twice. Drop one."
-            )
+            raise CostError(f"Cost table must name every cell once. Got {layer} x {scheme} twice. Drop one.")
         cells[scheme] = _nanoseconds(cell, f"{layer} x {scheme}")
     if not table:
-        raise CostError("Latency table must hold at least one row. Got none. Add layer, scheme, latency_ns.")
+        raise CostError("Cost table must hold at least one row. Got none. Add layer, scheme, latency_ns.")
     return table
 
 
@@ -209,7 +210,5 @@ def _nanoseconds(cell: Any, where: str) -> Fraction:
     except InvalidOperation:
         value = None
     if value is None or not value.is_finite() or value < 0 or abs(value.adjusted()) > LARGEST_EXPONENT:
-        raise CostError(
-            f"Latency of {where} must be a number of nanoseconds, 0 or more. Got {text[:60]!r}. Correct it."
-        )
+        raise CostError(f"Cost of {where} must be a number, 0 or more. Got {text[:60]!r}. Correct it.")
     return Fraction(value)

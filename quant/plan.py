@@ -19,6 +19,8 @@ from quant.storage import Matrix
 
 SCHEMA = "bitplan.plan/1"
 STATUSES = ("optimal", "feasible")
+OPTIONAL = ("runtime", "latency")
+"""Fields that a document leaves out where there is nothing to say."""
 
 
 class PlanError(ValueError):
@@ -80,6 +82,8 @@ class Plan:
 
     `quantizers` are the versions of the quantizers in use, `predicted` the value of `metric` that the score
     model expects, `source` how the plan was found, `budget` the limits it was solved under, as written.
+    `runtime` names the rules that the plan keeps, `latency` says where its latencies came from ("table",
+    "measured", "roofline:h100"); a document leaves out what it has not.
     """
 
     layers: Mapping[str, PlanLayer]
@@ -91,6 +95,8 @@ class Plan:
     predicted: float | None
     certificate: Certificate
     source: str
+    runtime: str | None = None
+    latency: str | None = None
 
     @property
     def assignment(self) -> dict[str, str]:
@@ -99,7 +105,9 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The document as plain values."""
-        return {"schema": SCHEMA, **_plain(asdict(self))}
+        fields = _plain(asdict(self))
+        given = {name: value for name, value in fields.items() if name not in OPTIONAL or value is not None}
+        return {"schema": SCHEMA, **given}
 
     @cached_property
     def digest(self) -> str:
@@ -154,7 +162,8 @@ def plan_from_json(value: Any) -> Plan:
     schema = root.mapping().get("schema")
     if schema != SCHEMA:
         raise PlanError(f"Plan schema must be {SCHEMA!r}. Got {schema!r:.80}. Export the plan again.")
-    fields = root.fields("schema", *Plan.__dataclass_fields__)
+    names = [name for name in Plan.__dataclass_fields__ if name not in OPTIONAL or name in root.mapping()]
+    fields = root.fields("schema", *names)
     plan = Plan(
         layers={name: _read_layer(node) for name, node in fields["layers"].members()},
         totals=_read_totals(fields["totals"]),
@@ -165,6 +174,8 @@ def plan_from_json(value: Any) -> Plan:
         predicted=fields["predicted"].optional_number(),
         certificate=_read_certificate(fields["certificate"]),
         source=fields["source"].text(),
+        runtime=fields["runtime"].text() if "runtime" in fields else None,
+        latency=fields["latency"].text() if "latency" in fields else None,
     )
     _check_totals(plan)
     return plan

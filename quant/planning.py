@@ -8,7 +8,10 @@ from difflib import get_close_matches
 from quant.catalog import QUANTIZERS
 from quant.costs import bits_per_weight, bops
 from quant.layers import Inventory, Layer
+from quant.lint import lint
 from quant.plan import Certificate, Digests, Plan, PlanError, PlanLayer, Totals
+from quant.runtime_rules import Runtime
+from quant.runtimes import RUNTIMES
 from quant.schemes import Scheme, parse_scheme
 
 
@@ -22,15 +25,18 @@ def build_plan(
     predicted: float | None = None,
     certificate: Certificate,
     source: str,
+    runtime: str | None = None,
+    latency: str | None = None,
 ) -> Plan:
     """A plan that gives every layer of the inventory its scheme, with all sizes counted.
 
-    Raises PlanError when a layer has no scheme, a name is no layer, or a format refuses a layer.
+    Raises PlanError when a layer has no scheme, a name is no layer, a format refuses a layer, or `runtime`
+    (a key of RUNTIMES) cannot run the plan.
     """
     schemes = _complete(inventory, assignment)
     layers = {layer.name: _decide(layer, schemes[layer.name]) for layer in inventory.layers}
     stored = sum(layer.bytes for layer in layers.values())
-    return Plan(
+    plan = Plan(
         layers=layers,
         totals=Totals(
             parameters=inventory.parameters,
@@ -51,7 +57,22 @@ def build_plan(
             _float(certificate.gap),
         ),
         source=source,
+        runtime=runtime,
+        latency=latency,
     )
+    if runtime is not None:
+        _require_runnable(plan, RUNTIMES[runtime])
+    return plan
+
+
+def _require_runnable(plan: Plan, runtime: Runtime) -> None:
+    violations = lint(plan, runtime)
+    if violations:
+        first = violations[0]
+        raise PlanError(
+            f"Plan must be one that {runtime.name} runs. Got {first.layer}: {first.rule}"
+            f" ({len(violations)} violations). Solve with the runtime's rules."
+        )
 
 
 def _complete(inventory: Inventory, assignment: Mapping[str, str | Scheme]) -> dict[str, Scheme]:

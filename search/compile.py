@@ -82,15 +82,18 @@ def compile_problem(
     ties: Iterable[Collection[str]] = (),
     pins: Mapping[str, str] | None = None,
     schemes: Collection[str] | None = None,
+    forbidden: Mapping[str, Collection[str]] | None = None,
 ) -> Compiled:
     """Builds the problem. Layers of one `group` or tie become one row; pins and `schemes` restrict the menu.
+
+    `forbidden` names schemes that single layers must not get, pinned or not.
 
     Ties and pins that leave a group without any scheme give a problem that is infeasible, not an error.
     Raises CompileError for unknown metrics, layers, schemes and resources, and for a pin to a scheme that
     is not offered.
     """
     name = _metric_name(table, metric)
-    offered = _restricted(table, table.offered(name), pins or {}, schemes)
+    offered = _restricted(table, _allowed(table, name, forbidden or {}), pins or {}, schemes)
     groups = _groups(table, ties)
     group_offered = np.array([offered[list(layers)].all(axis=0) for layers in groups])
     costs = np.array([_group_costs(table.metrics[name], layers) for layers in groups])
@@ -139,6 +142,14 @@ def _metric_name(table: ScoreTable, metric: str | None) -> str:
             f"The metric must be in the table. Got {metric!r}. {close_names(metric, table.metrics)}"
         )
     return metric
+
+
+def _allowed(table: ScoreTable, metric: str, forbidden: Mapping[str, Collection[str]]) -> NDArray[np.bool_]:
+    offered = table.offered(metric).copy()
+    for layer, names in forbidden.items():
+        row = _index(layer, table.layer_names, "layer with forbidden schemes")
+        offered[row, [column for column, scheme in enumerate(table.schemes) if scheme in names]] = False
+    return offered
 
 
 def _restricted(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant.geometry import geometry_of
 from quant.inventory import AlreadyQuantized, NothingToQuantize, take_inventory
 from quant.layers import Inventory
 from quant.patterns import PatternError
@@ -30,6 +31,7 @@ from sensitivity.errors import (
 from sensitivity.evidence import quality_interval
 from sensitivity.forwards import Forwards
 from sensitivity.gradients import Contract, gradients
+from sensitivity.kernels import KernelSession
 from sensitivity.model_loading import load_model
 from sensitivity.spec import PARTS, Json, SessionSpec
 from sensitivity.tasks.task import Batch, Outputs, PerSample, Task
@@ -40,6 +42,7 @@ from sensitivity.units import (
     MeasureUnit,
     ScoreRow,
     ScoreUnit,
+    TimingUnit,
     Unit,
     UnitResult,
 )
@@ -81,6 +84,8 @@ class Session:
                 return self._measure(unit)
             case InspectUnit():
                 return self._inspect()
+            case TimingUnit():
+                return KernelSession(self.spec).run(unit)
 
     # -- units ------------------------------------------------------------------------------------
 
@@ -131,6 +136,7 @@ class Session:
             "task": self.task_name,
             "samples": {part: len(self.samples.parts[part]) for part in PARTS},
             "divergence": TASKS[self.task_name].divergence,
+            "geometry": self._geometry(),
             "dtype": str(placement(self.model)[1]).removeprefix("torch."),
             "has_labels": has_labels,
             "available_metrics": list(offered_metrics(self.task_name, has_labels=has_labels)),
@@ -140,6 +146,11 @@ class Session:
             "forwards": 2 * self._first_batch().size,
         }
         return UnitResult((), {}, facts)
+
+    def _geometry(self) -> Json:
+        config: Any = getattr(self.model, "config", None)
+        found = geometry_of(config.to_dict()) if hasattr(config, "to_dict") else None
+        return None if found is None else found.as_json()
 
     # -- what block scorers use -------------------------------------------------------------------
 

@@ -112,7 +112,28 @@ class InspectUnit:
         return {"unit": "inspect", "include": list(self.include), "exclude": list(self.exclude)}
 
 
-Unit = ScoreUnit | BlockUnit | MeasureUnit | InspectUnit
+@dataclass(frozen=True)
+class TimingUnit:
+    """Time kernels (`quant.latency.Case.as_json`) on the worker's device.
+
+    `known` are the keys of cases that need no timing, by fingerprint of the device they were timed on.
+    """
+
+    cases: tuple[Mapping[str, Json], ...]
+    known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Stable and unique among units; the cases enter as a digest."""
+        return f"timing:{digest([dict(case) for case in self.cases])}"
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain JSON for `unit_from_json`."""
+        known = {name: list(keys) for name, keys in self.known.items()}
+        return {"unit": "timing", "cases": [dict(case) for case in self.cases], "known": known}
+
+
+Unit = ScoreUnit | BlockUnit | MeasureUnit | InspectUnit | TimingUnit
 
 
 def unit_from_json(value: Mapping[str, Json]) -> Unit:
@@ -126,8 +147,11 @@ def unit_from_json(value: Mapping[str, Json]) -> Unit:
             return MeasureUnit(tuple((layer, scheme) for layer, scheme in value["assignment"]), value["part"])
         case "inspect":
             return InspectUnit(tuple(value.get("include", ())), tuple(value.get("exclude", ())))
+        case "timing":
+            known = {name: tuple(keys) for name, keys in value["known"].items()}
+            return TimingUnit(tuple(value["cases"]), known)
         case other:
-            raise ValueError(f"unit must be score, block, measure or inspect. Got {other!r}.")
+            raise ValueError(f"unit must be score, block, measure, inspect or timing. Got {other!r}.")
 
 
 @dataclass(frozen=True)

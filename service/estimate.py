@@ -34,7 +34,7 @@ def preview(
     request = JobRequest.model_validate({"model": "model", "calibration": "calibration", **parameters})
     spec = spec_of(request, model, data)
     inspection = one_off.inspect(settings, spec)
-    check_asks(Inventory.from_json(dict(inspection["inventory"])), request)
+    check_asks(Inventory.from_json(dict(inspection["inventory"])), request, inspection)
     return estimate(request, inspection, settings.workers, stored_scores(settings, spec))
 
 

@@ -18,9 +18,11 @@ import numpy as np
 from quant.costs import Latency, resources
 from quant.digest import digest
 from quant.layers import Inventory
+from quant.lint import forbidden_schemes, fused_sets, require_choices
 from quant.patterns import select
 from quant.plan import Certificate, Digests, Plan
 from quant.planning import build_plan
+from quant.runtimes import RUNTIMES
 from quant.schemes import parse_scheme
 from search.budget import Limit, parse_budget, parse_limits
 from search.compile import Compiled, compile_problem, exact_number
@@ -30,6 +32,7 @@ from search.solve import solve
 from sensitivity.catalog import SCORERS
 from sensitivity.table import MetricTable, ScoreTable, TableLayer
 from sensitivity.units import ScoreRow
+from service.costing import Costs
 from service.records import ScoreRecord
 
 
@@ -39,17 +42,23 @@ class ScoresMissing(ValueError):  # noqa: N818 - named after what went wrong
 
 @dataclass(frozen=True, eq=False)
 class PlanningInputs:
-    """What does not depend on the budget. `menu` are the schemes a free layer may get; pins may name more."""
+    """What does not depend on the budget. `menu` are the schemes a free layer may get; pins may name more.
+    `sources` says where latency and energy came from.
+    """
 
     inventory: Inventory
     table: ScoreTable
     menu: tuple[str, ...]
     digests: Digests = field(default_factory=Digests)
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One budget and what holds with it. `pins` and `ties` may be patterns over layer names."""
+    """One budget and what holds with it. `pins` and `ties` may be patterns over layer names; `runtime` is a
+    key of RUNTIMES whose rules hold too, `costs` the members of the request that say what latency, energy and
+    memory are.
+    """
 
     budget: str
     limits: tuple[str, ...] = ()
@@ -58,6 +67,8 @@ class Ask:
     metric: str | None = None
     time_limit_seconds: float = 60.0
     gap: float = DEFAULT_GAP
+    runtime: str | None = None
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def all_limits(self) -> tuple[Limit, ...]:
@@ -79,6 +90,8 @@ class Ask:
             "metrics": [metric],
             "time_limit_seconds": self.time_limit_seconds,
             "gap": self.gap,
+            "runtime": self.runtime,
+            **self.costs,
         }
 
     def settings_digest(self, menu: Sequence[str]) -> str:
@@ -93,6 +106,8 @@ class Ask:
                 "gap": float(self.gap),
                 "schemes": list(menu),
             }
+            | ({} if self.runtime is None else {"runtime": self.runtime})
+            | ({"costs": dict(self.costs)} if self.costs else {})
         )
 
 
@@ -116,12 +131,15 @@ def score_table(
     scores: Iterable[ScoreRow | ScoreRecord],
     metrics: Collection[str],
     latency: Latency | None = None,
+    costs: Costs | None = None,
 ) -> ScoreTable:
     """Layers x schemes with every score and exact resource; NaN where there is no score.
 
-    `schemes` are the menu and the schemes that pins name. Scores of other layers, schemes and metrics are
-    passed over. Raises CostError when the latency table lacks a cell.
+    `costs` brings latency, energy and memory; `latency` is short for a table alone. `schemes` are the menu
+    and the schemes that pins name. Scores of other layers, schemes and metrics are passed over. Raises
+    CostError when a table lacks a cell.
     """
+    found = costs or Costs(latency)
     parsed = [parse_scheme(name) for name in schemes]
     names = tuple(scheme.name for scheme in parsed)
     row = {layer.name: position for position, layer in enumerate(inventory.layers)}
@@ -140,7 +158,7 @@ def score_table(
         ),
         names,
         {name: MetricTable(SCORERS[name].direction, values[name], stderr[name]) for name in metrics},
-        resources(inventory.layers, parsed, latency),
+        {**resources(inventory.layers, parsed, found.latency, found.energy), **found.resources},
     )
 
 
@@ -154,12 +172,12 @@ def table_schemes(menu: Sequence[str], pins: Mapping[str, str]) -> tuple[str, ..
 
 
 def missing_scores(
-    inputs: PlanningInputs, metric: str, pins: Mapping[str, str] | None = None
+    inputs: PlanningInputs, metric: str, pins: Mapping[str, str] | None = None, runtime: str | None = None
 ) -> list[tuple[str, str]]:
     """The (layer, scheme) that a plan may choose and that have no score in `metric`; pinned layers need only
-    theirs.
+    theirs, and what the runtime forbids needs none.
     """
-    table = inputs.table
+    table, forbidden = inputs.table, forbidden_in(inputs.inventory, inputs.table.schemes, runtime)
     pinned = expand_pins(inputs.inventory, pins or {})
     unscored = table.resources_offered() & np.isnan(table.metrics[metric].values)
     gaps = [(table.layers[i].name, table.schemes[j]) for i, j in np.argwhere(unscored)]
@@ -167,7 +185,17 @@ def missing_scores(
         (layer, scheme)
         for layer, scheme in gaps
         if scheme in ((pinned[layer],) if layer in pinned else inputs.menu)
+        and scheme not in forbidden.get(layer, ())
     ]
+
+
+def forbidden_in(
+    inventory: Inventory, schemes: Sequence[str], runtime: str | None
+) -> dict[str, tuple[str, ...]]:
+    """Layer -> the schemes that the runtime does not run there; empty without a runtime."""
+    if runtime is None:
+        return {}
+    return forbidden_schemes(inventory.layers, [parse_scheme(name) for name in schemes], RUNTIMES[runtime])
 
 
 def expand_pins(inventory: Inventory, pins: Mapping[str, str]) -> dict[str, str]:
@@ -201,10 +229,15 @@ def compile_limits(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) ->
     """The problem under `limits` with the pins, ties and metric of `ask`.
 
     Raises PatternError, CompileError or BudgetError for what the request names and the table lacks,
-    ScoresMissing when a choice has no score.
+    RuntimeRefuses when the runtime leaves a layer without a choice, ScoresMissing when a choice has no score.
     """
+    pins, ties = expand_pins(inputs.inventory, ask.pins), expand_ties(inputs.inventory, ask.ties)
+    if ask.runtime is not None:
+        require_choices(inputs.inventory, inputs.menu, pins, RUNTIMES[ask.runtime])
+        ties += fused_sets(RUNTIMES[ask.runtime], inputs.table.layer_names)
     metric = ask.metric or next(iter(inputs.table.metrics))
-    gaps = missing_scores(inputs, metric, ask.pins) if metric in inputs.table.metrics else []
+    known = metric in inputs.table.metrics
+    gaps = missing_scores(inputs, metric, ask.pins, ask.runtime) if known else []
     if gaps:
         shown = ", ".join(f"{layer} x {scheme}" for layer, scheme in gaps[:3])
         raise ScoresMissing(
@@ -215,9 +248,10 @@ def compile_limits(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) ->
         inputs.table,
         metric=metric,
         limits=limits,
-        ties=[tie for tie in expand_ties(inputs.inventory, ask.ties) if len(tie) > 1],
-        pins=expand_pins(inputs.inventory, ask.pins),
+        ties=[tie for tie in ties if len(tie) > 1],
+        pins=pins,
         schemes=inputs.menu,
+        forbidden=forbidden_in(inputs.inventory, inputs.table.schemes, ask.runtime),
     )
 
 
@@ -231,7 +265,7 @@ def solve_budget(inputs: PlanningInputs, ask: Ask, *, solver: str = "auto") -> A
     plan = None
     if solution.choice is not None:
         plan = plan_of(inputs, ask, compiled, compiled.assignment(solution.choice), solution=solution)
-    return Answer(solution, plan, plan_result(ask, compiled, solution, plan))
+    return Answer(solution, plan, plan_result(ask, compiled, solution, plan, sources=inputs.sources))
 
 
 def frontier_of(inputs: PlanningInputs, ask: Ask, resource: str, most: int) -> list[dict[str, Any]]:
@@ -278,6 +312,8 @@ def plan_of(
         predicted=compiled.objective(assignment) if predicted is None else predicted,
         certificate=certificate_of(solution),
         source=source or additive(compiled.metric),
+        runtime=ask.runtime,
+        latency=inputs.sources.get("latency", {}).get("source"),
     )
 
 
@@ -287,6 +323,7 @@ def plan_result(
     solution: Solution,
     plan: Plan | None,
     candidates: Sequence[Mapping[str, Any]] = (),
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The members of a plan resource that the document does not hold, as JSON."""
     used = {} if plan is None else compiled.resources(plan.assignment)
@@ -300,6 +337,7 @@ def plan_result(
         "least_budget": numbers(solution.least_budget),
         "reason": solution.reason,
         "resources": numbers(used),
+        "cost_sources": {name: dict(source) for name, source in (sources or {}).items()},
         "solver": solution.solver,
         "seconds": solution.seconds,
         "ask": ask.as_request(compiled.metric),

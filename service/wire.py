@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from quant.devices import DeviceError, read_device
+from quant.geometry import CACHE_BITS
+from quant.runtimes import RUNTIMES
 from quant.schemes import parse_scheme
 from search.budget import BudgetError, parse_budget
 from search.choosers import CHOOSERS
@@ -56,6 +59,13 @@ def _one_of(kind: str, names: Any) -> Callable[[str], str]:
     return check
 
 
+def _device(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read_device(value).as_json()
+    except DeviceError as error:
+        raise _problem("invalid-device", str(error)) from None
+
+
 def _number(value: Any) -> Any:
     """Numbers may come as 64 or 64.0, not as text or booleans."""
     if isinstance(value, bool | str):
@@ -74,9 +84,29 @@ Text = Annotated[str, Field(min_length=1, max_length=2000)]
 Scheme = Annotated[Text, AfterValidator(_scheme)]
 BudgetText = Annotated[Text, AfterValidator(_budget)]
 Metric = Annotated[Name, AfterValidator(_one_of("metric", SCORERS))]
+Runtime = Annotated[Name, AfterValidator(_one_of("runtime", RUNTIMES))]
+CacheType = Annotated[Name, AfterValidator(_one_of("kv_cache", CACHE_BITS))]
 Task = Annotated[Name, AfterValidator(_one_of("task", ("auto", *TASKS)))]
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number)]
+CostTable = dict[Text, dict[Text, Annotated[Number, Field(ge=0)]]]
+LatencySource = Annotated[
+    Annotated[str, Field(pattern="^(measured|roofline:.+)$", max_length=200)] | CostTable,
+    Field(
+        description='"measured" on the worker\'s device, "roofline:h100" from a device profile, or a table: '
+        "layer -> scheme -> nanoseconds.",
+        examples=["roofline:h100"],
+    ),
+]
+EnergySource = Annotated[
+    Annotated[str, Field(pattern="^device:.+$", max_length=200)] | CostTable,
+    Field(description='"device:h100" from a device profile, or a table: layer -> scheme -> picojoules.'),
+]
+DeviceProfile = Annotated[
+    dict[str, Any],
+    AfterValidator(_device),
+    Field(description="A device of your own, as GET /v1/devices lists them; refer to it by its name."),
+]
 Patterns = Annotated[list[Text], Field(max_length=MOST_PATTERNS)]
 Budgets = Annotated[
     list[BudgetText],
@@ -148,6 +178,14 @@ class CalibrationRequest(WireModel):
     upload: Name = Field(description="Id of an upload whose blobs have all arrived.")
 
 
+class Deployment(WireModel):
+    """How the model will be served: adds checkpoint, cache, memory and active bytes to the resources."""
+
+    context_length: Integer = Field(default=4096, ge=1, le=2**24, description="Tokens in each cache.")
+    batch: Integer = Field(default=1, ge=1, le=65_536, description="Sequences at a time.")
+    kv_cache: CacheType = Field(default="float16", description="Type of cached keys and values.")
+
+
 class JobRequest(WireModel):
     """A search: measure what each layer loses in each scheme, then plan every budget."""
 
@@ -193,13 +231,28 @@ class JobRequest(WireModel):
     )
     time_limit_seconds: TimeLimit = 60.0
     gap: Gap = 1e-9
-    latency_ns: dict[Text, dict[Text, Annotated[Number, Field(ge=0)]]] | None = Field(
-        default=None, description="Layer -> scheme -> nanoseconds, for limits on latency."
+    runtime: Runtime | None = Field(
+        default=None, description="What will run the plans: its rules become ties and forbidden choices."
     )
+    latency: LatencySource | None = None
+    latency_ns: CostTable | None = Field(
+        default=None, description="A latency table, as `latency` takes it too; give one of the two."
+    )
+    energy: EnergySource | None = None
+    deployment: Deployment | None = None
+    device_profile: DeviceProfile | None = None
     labels: dict[Name, Annotated[str, Field(max_length=500)]] = Field(
         default={}, max_length=64, description="Your own words; returned as they are."
     )
     name: Annotated[str, Field(max_length=200)] | None = Field(default=None, description="For people.")
+
+    @model_validator(mode="after")
+    def _one_latency(self) -> JobRequest:
+        if self.latency is not None and self.latency_ns is not None:
+            raise _problem(
+                "repeated-value", "Latency must come from latency or latency_ns. Got both. Leave one out."
+            )
+        return self
 
     @property
     def takes_part(self) -> tuple[str, ...]:
@@ -222,3 +275,10 @@ class PlansRequest(WireModel):
     )
     time_limit_seconds: Annotated[Number, Field(gt=0, le=60, description="Seconds for one solve.")] = 10.0
     gap: Gap = 1e-9
+    runtime: Runtime | None = Field(
+        default=None, description='Its rules hold too; the job\'s own when left out, "generic" for none.'
+    )
+    latency: LatencySource | None = None
+    energy: EnergySource | None = None
+    deployment: Deployment | None = None
+    device_profile: DeviceProfile | None = None

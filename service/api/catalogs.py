@@ -7,7 +7,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
+from quant.devices import DEVICES
 from quant.formats import FORMATS
+from quant.runtimes import RUNTIMES
 from quant.schemes import grammar, parse_scheme
 from search.budget import BYTE_UNITS, EXAMPLES, TIME_UNITS
 from search.catalog import SOLVERS
@@ -81,6 +83,18 @@ def tasks() -> dict[str, Any]:
             for task in TASKS.values()
         ]
     }
+
+
+@router.get("/runtimes")
+def runtimes() -> dict[str, Any]:
+    """What can run plans, and its rules: formats per operation, shapes, layers that must agree."""
+    return {"items": [runtime.as_json() for runtime in RUNTIMES.values()]}
+
+
+@router.get("/devices")
+def devices() -> dict[str, Any]:
+    """Devices that rooflines and energy estimates know; a request may bring its own."""
+    return {"items": [device.as_json() for device in DEVICES.values()]}
 
 
 @router.get("/limits")

@@ -11,6 +11,7 @@ from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_pr
 from service.api.job_resources import Frontier, FrontierPoint
 from service.api.jobs import JobId
 from service.api.lookup import find_job
+from service.costing import cost_request
 from service.planning import Ask, frontier_of
 from service.wire import Metric
 
@@ -48,6 +49,8 @@ def get_frontier(
             pins=job.request["pins"],
             ties=tuple(tuple(tie) for tie in job.request["ties"]),
             metric=name,
+            runtime=job.request.get("runtime"),
+            costs=cost_request(job.request).members,
         )
         found = frontier_of(inputs, ask, resource, points)
     except PLANNING_ERRORS as error:

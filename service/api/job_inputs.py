@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from sqlalchemy.orm import Session
 
-from quant.costs import CostError, latency_from_mapping
+from quant.costs import CostError
+from quant.devices import DeviceError
 from quant.layers import Inventory
+from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
 from quant.plan import Digests
+from quant.schemes import parse_scheme
 from search.budget import BudgetError
 from search.compile import CompileError
 from sensitivity.units import InspectUnit
 from service.api.context import Context
+from service.costing import LatencyMissing, cost_request, costs_of, geometry_in, timings_from_json
 from service.db.repositories import calibrations, models, scores, units
 from service.errors import Conflict, ServiceError, Unprocessable
 from service.planning import PlanningInputs, ScoresMissing, score_table, table_schemes
@@ -21,21 +26,24 @@ from service.records import JobRecord
 from service.states import JobKind
 from service.wire import JobRequest
 
-PLANNING_ERRORS = (PatternError, CompileError, BudgetError, CostError, ScoresMissing)
+UNPROCESSABLE: dict[type[Exception], tuple[str, str | None]] = {
+    RuntimeRefuses: ("runtime-refuses", "/runtime"),
+    DeviceError: ("invalid-device", "/device_profile"),
+    BudgetError: ("invalid-budget", "/budgets"),
+    PatternError: ("unknown-layer", None),
+    CostError: ("invalid-costs", None),
+    CompileError: ("invalid-request", None),
+}
+CONFLICTS: dict[type[Exception], str] = {ScoresMissing: "scores-missing", LatencyMissing: "latency-missing"}
+PLANNING_ERRORS = (*UNPROCESSABLE, *CONFLICTS)
 
 
 def planning_problem(error: Exception) -> ServiceError:
     """The answer to a question that the stored scores cannot be asked."""
-    match error:
-        case ScoresMissing():
-            return Conflict("scores-missing", str(error), headers={"Retry-After": "2"})
-        case BudgetError():
-            return Unprocessable("invalid-budget", str(error), pointer="/budgets")
-        case PatternError():
-            return Unprocessable("unknown-layer", str(error))
-        case CostError():
-            return Unprocessable("invalid-latency", str(error), pointer="/latency_ns")
-    return Unprocessable("invalid-request", str(error))
+    if type(error) in CONFLICTS:
+        return Conflict(CONFLICTS[type(error)], str(error), headers={"Retry-After": "2"})
+    slug, pointer = UNPROCESSABLE.get(type(error), ("invalid-request", None))
+    return Unprocessable(slug, str(error), pointer=pointer)
 
 
 def planning_inputs(
@@ -44,24 +52,33 @@ def planning_inputs(
     job: JobRecord,
     metrics: Collection[str] | None = None,
     pins: Mapping[str, str] | None = None,
+    costs: Mapping[str, Any] | None = None,
 ) -> PlanningInputs:
-    """What a re-solve of a search job works on; `metrics` and `pins` default to the job's own.
+    """What a re-solve of a search job works on; `metrics`, `pins` and `costs` (members of a request that
+    decide latency, energy and memory) default to the job's own.
 
-    Raises Conflict while the job has nothing to plan with.
+    Raises Conflict while the job has nothing to plan with, and CostError, DeviceError or LatencyMissing.
     """
     request = job.request
-    inventory = _inventory(session, job)
+    facts = _facts(session, job)
+    inventory = Inventory.from_json(facts["inventory"])
     wanted = list(metrics or request["metrics"])
     schemes = table_schemes(request["schemes"], request["pins"] if pins is None else pins)
-    latency = request.get("latency_ns")
+    timings = (job.summary or {}).get("latency")
+    found = costs_of(
+        cost_request(costs or {}, request),
+        inventory,
+        [parse_scheme(name) for name in schemes],
+        geometry_in(facts),
+        None if timings is None else timings_from_json(timings),
+    )
     rows = scores.list_all(session, str(job.score_set), wanted)
     return PlanningInputs(
         inventory=inventory,
-        table=score_table(
-            inventory, schemes, rows, wanted, None if latency is None else latency_from_mapping(latency)
-        ),
+        table=score_table(inventory, schemes, rows, wanted, costs=found),
         menu=table_schemes(request["schemes"], {}),
         digests=_digests(context, session, job),
+        sources=found.sources,
     )
 
 
@@ -79,14 +96,16 @@ def search_job(job: JobRecord) -> JobRecord:
     return job
 
 
-def _inventory(session: Session, job: JobRecord) -> Inventory:
-    """The layers that take part in this job: from its summary, or while it runs from its own inspection."""
-    stored = (job.summary or {}).get("inventory")
-    if stored is None:
+def _facts(session: Session, job: JobRecord) -> Mapping[str, Any]:
+    """Inventory and geometry of this job's model: from its summary, or while it runs from its own
+    inspection.
+    """
+    stored: Mapping[str, Any] | None = job.summary
+    if stored is None or stored.get("inventory") is None:
         request = JobRequest.model_validate(dict(job.request))
         unit = InspectUnit(request.takes_part, tuple(request.exclude))
         inspection = units.get(session, str(job.score_set), unit.key)
-        stored = inspection.facts["inventory"] if inspection else None
+        stored = inspection.facts if inspection else None
     if stored is None:
         raise Conflict(
             "scores-missing",
@@ -94,7 +113,7 @@ def _inventory(session: Session, job: JobRecord) -> Inventory:
             "Ask again when its stage is past loading.",
             headers={"Retry-After": "2"},
         )
-    return Inventory.from_json(stored)
+    return stored
 
 
 def _digests(context: Context, session: Session, job: JobRecord) -> Digests:

@@ -17,6 +17,7 @@ from service.api.jobs import JobId, accepted
 from service.api.lookup import find_job, find_plan
 from service.api.pages import page_of, position
 from service.api.resources import Page
+from service.costing import cost_request
 from service.db.repositories import jobs, plans
 from service.errors import Conflict, NotFound
 from service.planning import Answer as Solved
@@ -110,6 +111,8 @@ def _asks(body: PlansRequest, job: JobRecord) -> list[Ask]:
     limits = job.request["limits"] if body.limits is None else body.limits
     pins = job.request["pins"] if body.pins is None else body.pins
     ties = job.request["ties"] if body.ties is None else body.ties
+    costs = cost_request(body.model_dump(mode="json"), job.request).members
+    runtime = job.request.get("runtime") if body.runtime is None else body.runtime
     return [
         Ask(
             budget=budget,
@@ -119,6 +122,8 @@ def _asks(body: PlansRequest, job: JobRecord) -> list[Ask]:
             metric=body.metric or job.request["metrics"][0],
             time_limit_seconds=body.time_limit_seconds,
             gap=body.gap,
+            runtime=runtime,
+            costs=costs,
         )
         for budget in body.budgets
     ]
@@ -129,13 +134,14 @@ def _solve(context: Context, job_id: str, body: PlansRequest) -> list[Question]:
 
     Solving may take seconds, so it holds no write transaction.
     """
-    with context.database.read() as session:
-        job = search_job(find_job(context, session, job_id))
-        asks = _asks(body, job)
-        inputs = planning_inputs(context, session, job, [str(asks[0].metric)], asks[0].pins)
-        settings = digest(["solve", asks[0].settings_digest(inputs.menu)])
-        known = [plans.find(session, job_id, ask.budget, settings) for ask in asks]
     try:
+        with context.database.read() as session:
+            job = search_job(find_job(context, session, job_id))
+            asks = _asks(body, job)
+            first = asks[0]
+            inputs = planning_inputs(context, session, job, [str(first.metric)], first.pins, first.costs)
+            settings = digest(["solve", first.settings_digest(inputs.menu)])
+            known = [plans.find(session, job_id, ask.budget, settings) for ask in asks]
         return [
             (ask, settings, solve_budget(inputs, ask) if plan is None else None)
             for ask, plan in zip(asks, known, strict=True)

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from quant.geometry import CACHE_BITS
+from quant.runtimes import RUNTIMES
+
 DEFAULT_SCHEMES = "w2,w3,w4,w5,w6,w8"
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
@@ -60,9 +63,32 @@ Excludes = Annotated[list[str] | None, typer.Option("--exclude", help="Leave mat
 Includes = Annotated[
     list[str] | None, typer.Option("--include", help="Quantize matching embeddings or heads too (glob).")
 ]
+Runtime = Annotated[
+    str | None,
+    typer.Option("--runtime", help=f"Only plans that it runs: {', '.join(RUNTIMES)}."),
+]
 Latency = Annotated[
     Path | None,
     typer.Option("--latency-table", help="JSON or CSV of layer x scheme nanoseconds, for latency limits."),
+]
+LatencySource = Annotated[
+    str | None,
+    typer.Option("--latency", help='"measured" (kernels timed here), "roofline:h100", or a table file.'),
+]
+EnergySource = Annotated[
+    str | None, typer.Option("--energy", help='"device:h100" or a table file, in picojoules.')
+]
+DeviceProfile = Annotated[
+    Path | None,
+    typer.Option("--device-profile", help="JSON of a device of your own, for roofline:NAME and device:NAME."),
+]
+ContextLength = Annotated[
+    int | None,
+    typer.Option("--context-length", min=1, help="Tokens in each cache: for memory_bytes, active_bytes ..."),
+]
+ServingBatch = Annotated[int, typer.Option("--serving-batch", min=1, help="Sequences served at a time.")]
+CacheType = Annotated[
+    str, typer.Option("--kv-cache", help=f"Type of cached keys and values: {', '.join(CACHE_BITS)}.")
 ]
 TimeLimit = Annotated[float, typer.Option("--time-limit", min=0.0, help="Seconds for one solve.")]
 Gap = Annotated[float, typer.Option("--gap", min=0.0, help="Proven relative gap to stop at.")]

@@ -14,7 +14,7 @@ from service.cli import options
 from service.cli.exits import exits, leave_with, plan_exit
 from service.cli.output import JobProgress, console, print_json, show_plans
 from service.cli.plan_files import check_output, file_of
-from service.cli.request import SearchOptions, required
+from service.cli.request import CostOptions, SearchOptions, required
 from service.cli.run import show_preview
 from service.cli.spread import spread
 
@@ -124,8 +124,10 @@ def scores(
         _show_rows(("layer", "scheme", "metric", "value", "stderr", "samples"), rows, as_json=as_json)
 
 
+@spread
 def plan(
     job: JobId,
+    search: CostOptions,
     budgets: options.Budgets = None,
     limits: options.Limits = None,
     pins: options.Pins = None,
@@ -152,6 +154,7 @@ def plan(
             metric=metric,
             time_limit_seconds=time_limit,
             gap=gap,
+            **search.cost_parameters(),
         )
         if measure:
             solved = [_measured(one) for one in solved]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,40 @@ DEFAULT_METRIC = "output_kl"
 
 
 @dataclass(frozen=True)
-class SearchOptions:
+class CostOptions:
+    """What will run the plans, and what they cost there, as it was typed."""
+
+    runtime: options.Runtime = None
+    latency: options.LatencySource = None
+    energy: options.EnergySource = None
+    device_profile: options.DeviceProfile = None
+    context_length: options.ContextLength = None
+    serving_batch: options.ServingBatch = 1
+    kv_cache: options.CacheType = "float16"
+
+    def cost_parameters(self) -> dict[str, Any]:
+        """The parameters of a request that these options decide. Raises ValueError, OSError."""
+        profile = self.device_profile
+        return {
+            "runtime": self.runtime,
+            "latency": _source(self.latency, ("measured", "roofline:")),
+            "energy": _source(self.energy, ("device:",)),
+            "device_profile": None if profile is None else json.loads(profile.read_text(encoding="utf-8")),
+            "deployment": self._deployment(),
+        }
+
+    def _deployment(self) -> dict[str, Any] | None:
+        """How the model is served; None where no option says so."""
+        if (self.context_length, self.serving_batch, self.kv_cache) == (None, 1, "float16"):
+            return None
+        deployment: dict[str, Any] = {"batch": self.serving_batch, "kv_cache": self.kv_cache}
+        if self.context_length is not None:
+            deployment["context_length"] = self.context_length
+        return deployment
+
+
+@dataclass(frozen=True)
+class SearchOptions(CostOptions):
     """What to search for, as it was typed."""
 
     budgets: options.Budgets = None
@@ -57,6 +91,7 @@ class SearchOptions:
             "latency_ns": None if self.latency_table is None else _latency(self.latency_table),
             "time_limit_seconds": self.time_limit,
             "gap": self.gap,
+            **self.cost_parameters(),
             "evaluations": self.evaluations,
             "chooser": self.chooser,
             "relative_error": self.relative_error,
@@ -71,6 +106,11 @@ def required(budgets: list[str] | None) -> list[str]:
     if not budgets:
         raise ValueError('A budget must be given. Got none. Add for example --budget "3.5 bpw".')
     return budgets
+
+
+def _source(text: str | None, words: tuple[str, ...]) -> Any:
+    """A word of the request as it is, or the table in a file."""
+    return text if text is None or text.startswith(words) else _latency(Path(text))
 
 
 def _latency(path: Path) -> dict[str, dict[str, float]]:

@@ -170,6 +170,11 @@ class JobHandle:
         metric: str | None = None,
         time_limit_seconds: float = 10.0,
         gap: float = 1e-9,
+        runtime: str | None = None,
+        latency: str | Mapping[str, Mapping[str, float]] | None = None,
+        energy: str | Mapping[str, Mapping[str, float]] | None = None,
+        deployment: Mapping[str, Any] | None = None,
+        device_profile: Mapping[str, Any] | None = None,
     ) -> list[PlanHandle]:
         """Plan other budgets from the stored scores, in milliseconds; None means "as the job has it"."""
         body: dict[str, Any] = {
@@ -180,6 +185,11 @@ class JobHandle:
             "metric": metric,
             "time_limit_seconds": time_limit_seconds,
             "gap": gap,
+            "runtime": runtime,
+            "latency": latency,
+            "energy": energy,
+            "deployment": deployment,
+            "device_profile": device_profile,
         }
         answer = self._transport.post(f"{self._path()}/plans", body)
         return [PlanHandle(self._transport, resource) for resource in answer["items"]]

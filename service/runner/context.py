@@ -76,14 +76,18 @@ class JobContext:
         self._last_look = time.monotonic()
         self._held_until = time.monotonic() + settings.lease_seconds
 
-    def executor(self, spec: SessionSpec, session_factory: str | None = None) -> Executor:
+    def executor(
+        self, spec: SessionSpec, session_factory: str | None = None, workers: int | None = None
+    ) -> Executor:
         """An executor for sessions of `spec`; its workers start with the first unit. The caller closes it.
 
-        `session_factory` ("package.module:callable") replaces the one of the settings.
+        `session_factory` ("package.module:callable") and `workers` replace those of the settings.
         """
         settings = self.settings
         factory = session_factory or settings.session_factory
-        made = self._make_executor(ExecutorSettings(settings.workers, settings.data_dir / "logs", factory))
+        made = self._make_executor(
+            ExecutorSettings(workers or settings.workers, settings.data_dir / "logs", factory)
+        )
         made.start(spec)
         return made
 

@@ -76,14 +76,18 @@ def run_units(
 
 
 def run_alone(
-    context: JobContext, spec: SessionSpec, unit: Unit, session_factory: str | None = None
+    context: JobContext,
+    spec: SessionSpec,
+    unit: Unit,
+    session_factory: str | None = None,
+    workers: int | None = None,
 ) -> Outcome:
     """Run one unit in a fresh executor and give its outcome, which is stored nowhere.
 
     A worker that dies is tried again, three times in all, counted in the database; what comes then, and any
     other failure, is the outcome's `failure`. Raises what `context.check` raises.
     """
-    executor = context.executor(spec, session_factory)
+    executor = context.executor(spec, session_factory, workers)
     try:
         while True:
             outcome = _one_outcome(context, executor, unit)

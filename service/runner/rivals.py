@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,4 @@ def _quadratic_base(inputs: PlanningInputs, ask: Ask, compiled: Compiled) -> Com
 
 
 def _compiled_for(inputs: PlanningInputs, ask: Ask, metric: str) -> Compiled:
-    return compile_ask(
-        inputs,
-        Ask(ask.budget, ask.limits, ask.pins, ask.ties, metric, ask.time_limit_seconds, ask.gap),
-    )
+    return compile_ask(inputs, replace(ask, metric=metric))

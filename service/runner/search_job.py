@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.costs import CostError, latency_from_mapping
+from quant.costs import CostError
+from quant.devices import DeviceError
 from quant.digest import digest
+from quant.latency import cases
 from quant.layers import Inventory
+from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
 from quant.plan import Digests
 from quant.schemes import parse_scheme
@@ -28,6 +31,7 @@ from search.solve import solve
 from sensitivity.catalog import SCORERS
 from sensitivity.gram import gram_matrix
 from sensitivity.units import ScoreRow
+from service.costing import Costs, Timings, cost_request, costs_of, geometry_in, unmeasured
 from service.db.repositories import calibrations, models, plans
 from service.errors import Conflict, Unprocessable
 from service.failpoints import failpoint
@@ -37,6 +41,7 @@ from service.planning import (
     ScoresMissing,
     compile_ask,
     expand_pins,
+    forbidden_in,
     plan_of,
     plan_result,
     score_table,
@@ -47,6 +52,7 @@ from service.runner.evidence import measured_evidence
 from service.runner.inputs import session_spec
 from service.runner.lab import Choices, Lab, inventory_of
 from service.runner.rivals import candidates, screen
+from service.runner.timing import timed
 from service.states import InputState, Stage
 from service.wire import JobRequest
 
@@ -63,6 +69,7 @@ class Search:
     inputs: PlanningInputs
     factor: NDArray[np.float64] | None
     inspection: Mapping[str, Any]
+    timings: Timings | None = None
 
 
 def run_search(context: JobContext) -> Mapping[str, Any]:
@@ -104,35 +111,59 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     inspection = lab.inspect()
     inventory = inventory_of(inspection)
     metrics = wanted_metrics(request, inspection)
-    check_asks(inventory, request)
+    schemes = table_schemes(request.schemes, request.pins)
+    check_asks(inventory, request, inspection)
     choices = offered_choices(inventory, request)
     lab.score(choices, metrics, int(inspection["samples"]["scoring"]))
-    schemes = table_schemes(request.schemes, request.pins)
-    latency = None if request.latency_ns is None else latency_from_mapping(request.latency_ns)
+    timings = _timings(context, lab, inventory, request)
+    costs = _costs(inventory, request, inspection, timings)
     inputs = PlanningInputs(
         inventory=inventory,
-        table=score_table(inventory, schemes, lab.scores(metrics), metrics, latency),
+        table=score_table(inventory, schemes, lab.scores(metrics), metrics, costs=costs),
         menu=table_schemes(request.schemes, {}),
         digests=Digests(lab.spec.model.digest, lab.spec.calibration.digest, lab.score_set),
+        sources=costs.sources,
     )
     factor = interactions(lab, inputs, choices) if INTERACTIONS in metrics else None
-    return Search(request, inputs, factor, inspection)
+    return Search(request, inputs, factor, inspection, timings)
 
 
-def check_asks(inventory: Inventory, request: JobRequest) -> None:
+def _timings(context: JobContext, lab: Lab, inventory: Inventory, request: JobRequest) -> Timings | None:
+    """Kernels timed now, or before on the same device; None unless the request asks for them."""
+    wanted = cost_request(request.model_dump(mode="json"))
+    if not wanted.is_measured:
+        return None
+    schemes = [parse_scheme(name) for name in table_schemes(request.schemes, request.pins)]
+    return timed(context, lab.spec, cases(inventory.layers, schemes, wanted.batch))
+
+
+def _costs(
+    inventory: Inventory, request: JobRequest, inspection: Mapping[str, Any], timings: Timings | None
+) -> Costs:
+    """Latency, energy and memory as the request wants them; zeros for latencies that are still to come."""
+    wanted = cost_request(request.model_dump(mode="json"))
+    schemes = [parse_scheme(name) for name in table_schemes(request.schemes, request.pins)]
+    if timings is None:
+        return unmeasured(wanted, inventory, schemes, geometry_in(inspection))
+    return costs_of(wanted, inventory, schemes, geometry_in(inspection), timings)
+
+
+def check_asks(inventory: Inventory, request: JobRequest, inspection: Mapping[str, Any]) -> None:
     """Raise Unprocessable for what a budget, pin or tie names and the model lacks, before measuring."""
     metric = request.metrics[0]
     schemes = table_schemes(request.schemes, request.pins)
     try:
-        latency = None if request.latency_ns is None else latency_from_mapping(request.latency_ns)
+        costs = _costs(inventory, request, inspection, None)
         blank = [
             ScoreRow(layer.name, name, metric, 0.0, None, 0) for layer in inventory.layers for name in schemes
         ]
-        table = score_table(inventory, schemes, blank, [metric], latency)
+        table = score_table(inventory, schemes, blank, [metric], costs=costs)
         inputs = PlanningInputs(inventory, table, table_schemes(request.schemes, {}))
         for ask in asks_of(request):
             compile_ask(inputs, ask)
-    except (BudgetError, CompileError, CostError, PatternError, ScoresMissing) as error:
+    except RuntimeRefuses as error:
+        raise Unprocessable("runtime-refuses", str(error), pointer="/runtime") from error
+    except (BudgetError, CompileError, CostError, DeviceError, PatternError, ScoresMissing) as error:
         raise Unprocessable("invalid-request", str(error)) from error
 
 
@@ -154,14 +185,20 @@ def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[s
 
 
 def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
-    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those its format refuses."""
+    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those that its format or the
+    runtime refuses.
+    """
     pinned = expand_pins(inventory, request.pins)
     menu = table_schemes(request.schemes, {})
+    forbidden = forbidden_in(inventory, table_schemes(request.schemes, request.pins), request.runtime)
     found = {}
     for layer in inventory.layers:
         names = dict.fromkeys((*menu, pinned[layer.name]) if layer.name in pinned else menu)
         found[layer.name] = tuple(
-            name for name in names if parse_scheme(name).weight.refuses(layer.matrix) is None
+            name
+            for name in names
+            if name not in forbidden.get(layer.name, ())
+            and parse_scheme(name).weight.refuses(layer.matrix) is None
         )
     return found
 
@@ -180,6 +217,7 @@ def interactions(lab: Lab, inputs: PlanningInputs, choices: Choices) -> NDArray[
 
 def asks_of(request: JobRequest) -> list[Ask]:
     """One question per budget of the request."""
+    costs = cost_request(request.model_dump(mode="json")).members
     return [
         Ask(
             budget=budget,
@@ -189,6 +227,8 @@ def asks_of(request: JobRequest) -> list[Ask]:
             metric=request.metrics[0],
             time_limit_seconds=request.time_limit_seconds,
             gap=request.gap,
+            runtime=request.runtime,
+            costs=costs,
         )
         for budget in request.budgets
     ]
@@ -230,7 +270,7 @@ def _plan(context: JobContext, lab: Lab, search: Search, ask: Ask) -> str:
             status=str(solution.status),
             digest=None if plan is None else plan.digest,
             document=None if plan is None else plan.as_json(),
-            result=plan_result(ask, compiled, solution, plan, tried),
+            result=plan_result(ask, compiled, solution, plan, tried, search.inputs.sources),
             evidence=evidence,
             tenant=context.job.tenant,
         )
@@ -269,4 +309,6 @@ def _summary(search: Search, lab: Lab, statuses: list[str]) -> dict[str, Any]:
             for budget, status in zip(search.request.budgets, statuses, strict=True)
         ],
         "score_set": lab.score_set,
+        "geometry": inspection.get("geometry"),
+        "latency": None if search.timings is None else search.timings.as_json(),
     }

@@ -59,7 +59,7 @@ def test_an_alias_names_the_layer_too():
     [
         ("{", "json", "must be JSON"),
         ("3", "json", "an object of layers or a list of rows"),
-        ('{"fc": 3}', "json", "must be an object of nanoseconds by scheme"),
+        ('{"fc": 3}', "json", "must be an object of numbers by scheme"),
         ('{"fc": {"w99": 3}}', "json", "cannot be read: Weight bits must be 2 to 8"),
         ('{"fc": {"w4": -3}}', "json", "0 or more. Got '-3'"),
         ('{"fc": {"w4": NaN}}', "json", "0 or more. Got 'NaN'"),
@@ -70,7 +70,7 @@ def test_an_alias_names_the_layer_too():
         ('{"fc": {"w4": 1, "w4": 2}}', "json", "'w4' twice"),
         ('{"": {"w4": 1}}', "json", "must be a name"),
         ("{}", "json", "at least one row"),
-        ('[{"layer": "fc"}]', "json", "Latency row 0 must have the fields"),
+        ('[{"layer": "fc"}]', "json", "Cost row 0 must have the fields"),
         ("a,b\n1,2\n", "csv", "must start with the header layer,scheme,latency_ns"),
         ("", "csv", "must start with the header"),
         ("layer,scheme,latency_ns\nfc,w4\n", "csv", "3 cells in every row.*line 2"),

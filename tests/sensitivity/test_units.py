@@ -56,7 +56,9 @@ def test_layers_and_schemes_are_part_of_a_blocks_key() -> None:
 
 
 def test_bad_units_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unit must be score, block, measure or inspect. Got 'dance'"):
+    with pytest.raises(
+        ValueError, match=r"unit must be score, block, measure, inspect or timing. Got 'dance'"
+    ):
         unit_from_json({"unit": "dance"})
     with pytest.raises(ValueError, match=r"part must be choosing, reporting or all. Got 'scoring'"):
         MeasureUnit((), "scoring")  # type: ignore[arg-type]

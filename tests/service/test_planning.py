@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from quant.layers import Inventory, Layer
+from quant.lint import RuntimeRefuses, lint
 from quant.patterns import PatternError
+from quant.runtimes import RUNTIMES
 from quant.schemes import SchemeError
 from search.compile import CompileError
 from sensitivity.units import ScoreRow
@@ -129,3 +132,35 @@ def test_the_frontier_keeps_limits_and_leaves_the_budget_out(inputs):
     limited = frontier_of(inputs, Ask("", limits=("bops<=80000",)), "bytes", 50)
     assert max(point["resources"]["bops"] for point in limited) <= 80000
     assert len(limited) < len(free)
+
+
+def test_a_runtime_forbids_choices_and_ties_layers(inventory):
+    wide = [
+        replace(
+            item, name=f"m.{name}", weight_shape=(64, 128), matrix=(64, 128), parameters=64 * 128, aliases=()
+        )
+        for item, name in zip(inventory.layers, ("q_proj", "k_proj", "o_proj"), strict=True)
+    ]
+    found = Inventory(tuple(wide), (), 3 * 64 * 128, 0)
+    inputs = PlanningInputs(found, score_table(found, MENU, rows(found), ["output_kl"]), MENU)
+    for budget in ("4.5 bpw", "5.5 bpw", "6.9 bpw", "9 bpw"):
+        plan = solve_budget(inputs, Ask(budget, runtime="vllm")).plan
+        assert plan.runtime == "vllm"
+        assert lint(plan, RUNTIMES["vllm"]) == ()
+    assert solve_budget(inputs, Ask("3 bpw", runtime="vllm")).status == "infeasible"
+    free = solve_budget(inputs, Ask("3 bpw")).plan
+    assert lint(free, RUNTIMES["vllm"])
+    assert compile_ask(inputs, Ask("9 bpw", runtime="vllm")).groups == ((0, 1), (2,))
+
+
+def test_what_a_runtime_forbids_needs_no_score(inventory):
+    scored = [row for row in rows(inventory) if row.scheme != "w2"]
+    table = score_table(inventory, MENU, scored, ["output_kl"])
+    inputs = PlanningInputs(inventory, table, MENU)
+    assert len(missing_scores(inputs, "output_kl")) == 3
+    assert missing_scores(inputs, "output_kl", runtime="openvino") == []
+
+
+def test_a_runtime_that_leaves_nothing_is_refused(inputs):
+    with pytest.raises(RuntimeRefuses, match=r"a\.q.*output channels must be a multiple of 64"):
+        solve_budget(inputs, Ask("9 bpw", runtime="vllm"))

@@ -273,3 +273,22 @@ def test_cancel_and_delete(client, submitted):
     with pytest.raises(ProblemError) as caught:
         client.job(submitted.id)
     assert caught.value.slug == "job-not-found"
+
+
+def test_runtime_and_costs_are_sent(client, folder, calibration):
+    job = client.submit(
+        folder,
+        calibration,
+        ["4 bpw"],
+        runtime="openvino",
+        latency="roofline:h100",
+        energy="device:h100",
+        deployment={"context_length": 64},
+    )
+    request = job.resource["request"]
+    assert (request["runtime"], request["latency"], request["energy"]) == (
+        "openvino",
+        "roofline:h100",
+        "device:h100",
+    )
+    assert request["deployment"]["context_length"] == 64

@@ -53,7 +53,7 @@ def test_what_is_left_out_has_documented_defaults(api):
         ({"unknown": 1}, "invalid-request", "/unknown"),
         ({"model": "model_0"}, "unknown-model", "/model"),
         ({"calibration": "cal_0"}, "unknown-calibration", "/calibration"),
-        ({"budgets": ["latency<=3 ms"]}, "missing-latency", "/latency_ns"),
+        ({"budgets": ["latency<=3 ms"]}, "missing-latency", "/latency"),
         ({"latency_ns": {"a.q": {"w9": 1}}}, "invalid-latency", "/latency_ns"),
         ({"latency_ns": {"a.q": {"w4": -1}}}, "invalid-request", "/latency_ns/a.q/w4"),
         ({"task": "generic", "metrics": ["hessian_trace"]}, "metric-not-offered", "/metrics/0"),

@@ -1,0 +1,93 @@
+"""What serving a plan uses up: whole checkpoint, key-value cache, memory, bytes read per decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from quant.costs import Cell, CostError, Grid
+from quant.geometry import CACHE_BITS, Geometry
+from quant.layers import DTYPE_BITS, Inventory, Layer
+from quant.schemes import Scheme
+
+EXPERT_PART = "experts"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a model is served: tokens in each cache, sequences at a time, and the type of the cache."""
+
+    context_length: int = 4096
+    batch: int = 1
+    kv_cache: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.kv_cache not in CACHE_BITS:
+            raise CostError(
+                f"A key-value cache must be one of {', '.join(CACHE_BITS)}. Got {self.kv_cache!r}."
+                " Use float16."
+            )
+
+
+def deployment_resources(
+    inventory: Inventory, schemes: Sequence[Scheme], deployment: Deployment, geometry: Geometry | None
+) -> dict[str, Grid]:
+    """Layers x schemes grids; None where a format refuses the layer.
+
+    "checkpoint_bytes" are all stored bytes of the model, "kv_cache_bytes" the cache of the deployment,
+    "memory_bytes" both together, "active_bytes" what one decoding step of `batch` tokens reads: the weights
+    that take part (the expected share of the experts, one row per token of an embedding) and the cache.
+    What no choice changes is counted in the first layer, so that sums over layers are the whole.
+    """
+    if geometry is None:
+        raise CostError(
+            "A deployment must be of a model whose configuration names its attention layers. Got none of "
+            "num_hidden_layers, num_attention_heads. Leave the deployment out."
+        )
+    stored = tuple(tuple(_bytes(layer, scheme) for scheme in schemes) for layer in inventory.layers)
+    cache = geometry.cache_bytes(deployment.context_length, deployment.batch, deployment.kv_cache)
+    shares = [
+        _active(layer, row, deployment, geometry) for layer, row in zip(inventory.layers, stored, strict=True)
+    ]
+    idle = _idle_bytes(inventory, deployment, geometry)
+    return {
+        "checkpoint_bytes": _with_constant(stored, inventory.other_bytes),
+        "kv_cache_bytes": _with_constant(_zeros(stored), cache),
+        "memory_bytes": _with_constant(stored, inventory.other_bytes + cache),
+        "active_bytes": _with_constant(shares, inventory.other_bytes - idle + cache),
+    }
+
+
+def _bytes(layer: Layer, scheme: Scheme) -> int | None:
+    refused = scheme.weight.refuses(layer.matrix)
+    return None if refused else scheme.weight.storage(layer.matrix).bytes
+
+
+def _zeros(grid: Sequence[tuple[Cell, ...]]) -> Grid:
+    return tuple(tuple(None if cell is None else 0 for cell in row) for row in grid)
+
+
+def _with_constant(grid: Sequence[tuple[Cell, ...]], constant: int) -> Grid:
+    first = tuple(None if cell is None else cell + constant for cell in grid[0])
+    return (first, *grid[1:])
+
+
+def _active(
+    layer: Layer, row: tuple[int | None, ...], deployment: Deployment, geometry: Geometry
+) -> tuple[Cell, ...]:
+    share = 1.0
+    if EXPERT_PART in layer.name.split("."):
+        share = float(geometry.expert_share(deployment.batch))
+    elif layer.op == "embedding" and not layer.aliases:
+        share = min(deployment.batch, layer.matrix[0]) / layer.matrix[0]
+    return tuple(None if cell is None else ceil(cell * share) for cell in row)
+
+
+def _idle_bytes(inventory: Inventory, deployment: Deployment, geometry: Geometry) -> int:
+    """Bytes of embeddings at full precision that a step does not read; a tied one is read as the head."""
+    if geometry.tied_embeddings:
+        return 0
+    width = DTYPE_BITS[inventory.layers[0].dtype] // 8
+    tables = [item.parameters for item in inventory.excluded if item.op == "embedding"]
+    return width * sum(max(0, size - deployment.batch * geometry.hidden) for size in tables)

@@ -1,0 +1,106 @@
+"""What a model's configuration says about serving it: its key-value cache and its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+GENERATORS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+CACHE_BITS = {
+    "float32": 32, "float16": 16, "bfloat16": 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4,
+}  # fmt: skip
+"""Bits of one cached value; scales, where a type has them, are not counted."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Cached values per token and layer, attention windows, and experts.
+
+    `cached` are the numbers one token leaves in one layer's cache: 2 * heads * head size, or the latent
+    vector of multi-head latent attention. `windows` has one entry per layer, None where attention is full;
+    it is empty for a model that generates nothing. `hidden` is the length of a token's vector. `experts`
+    of each block, `active` of them per token; 0 without experts.
+    """
+
+    cached: int
+    windows: tuple[int | None, ...]
+    experts: int = 0
+    active: int = 0
+    hidden: int = 0
+    tied_embeddings: bool = False
+
+    def cache_bytes(self, context_length: int, batch: int, kind: str = "float16") -> int:
+        """Bytes of keys and values of `batch` sequences of `context_length` tokens.
+
+        >>> Geometry(cached=2 * 8 * 128, windows=(None,) * 32).cache_bytes(8192, 1) == 2**30
+        True
+        """
+        tokens = sum(min(context_length, window or context_length) for window in self.windows)
+        return -(-self.cached * tokens * batch * CACHE_BITS[kind] // 8)
+
+    def expert_share(self, batch: int) -> Fraction:
+        """The expected share of a block's experts that `batch` tokens use, when all are equally likely.
+
+        >>> Geometry(0, (), experts=8, active=2).expert_share(1)
+        Fraction(1, 4)
+        """
+        if not self.experts:
+            return Fraction(1)
+        return 1 - (1 - Fraction(min(self.active, self.experts), self.experts)) ** min(batch, 10_000)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; `geometry_from_json` reads them back."""
+        return {**asdict(self), "windows": list(self.windows)}
+
+
+def geometry_from_json(value: Mapping[str, Any]) -> Geometry:
+    """Inverse of `Geometry.as_json`, for values that were written by it."""
+    return Geometry(**{**value, "windows": tuple(value["windows"])})
+
+
+def geometry_of(config: Mapping[str, Any]) -> Geometry | None:
+    """The geometry in a transformers configuration; None where it names no attention layers.
+
+    >>> config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    >>> geometry_of(config | {"num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]})
+    Geometry(cached=64, windows=(None, None), experts=0, active=0, hidden=64, tied_embeddings=False)
+    """
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, Mapping) else config
+    layers = _whole(text, "num_hidden_layers", "n_layer", "num_layers")
+    cached = _cached(text)
+    if not layers or not cached:
+        return None
+    generates = any(word in str(config.get("architectures")) for word in GENERATORS)
+    return Geometry(
+        cached=cached,
+        windows=_windows(text, layers) if generates else (),
+        experts=_whole(text, "num_local_experts", "num_experts", "n_routed_experts"),
+        active=_whole(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk"),
+        hidden=_whole(text, "hidden_size", "n_embd", "d_model"),
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
+    )
+
+
+def _cached(config: Mapping[str, Any]) -> int:
+    latent = _whole(config, "kv_lora_rank")
+    if latent:
+        return latent + _whole(config, "qk_rope_head_dim")
+    heads = _whole(config, "num_attention_heads", "n_head")
+    size = _whole(config, "head_dim") or (_whole(config, "hidden_size", "n_embd") // heads if heads else 0)
+    return 2 * (_whole(config, "num_key_value_heads") or heads) * size
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = _whole(config, "sliding_window") or None
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list | tuple) and len(kinds) == layers:
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return (window if config.get("use_sliding_window", True) else None,) * layers
+
+
+def _whole(config: Mapping[str, Any], *names: str) -> int:
+    values = (config.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), 0)

@@ -1,0 +1,214 @@
+"""Latency and energy of each (layer, scheme): which kernel runs it, what it moves, and what that costs.
+
+Three sources behind one table {layer: {scheme: nanoseconds}}: the user's own (quant/costs.py), kernels
+timed on a device (`measured_latency`), and a device profile (`roofline_latency`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from quant.costs import CostError, Latency
+from quant.devices import Device
+from quant.integer import IntegerFormat
+from quant.layers import DTYPE_BITS, Layer
+from quant.schemes import Scheme
+
+Kernel = Literal["dense", "embedding", "int8_dynamic", "int8_weight_only", "int4_weight_only"]
+KERNELS_VERSION = 1
+"""Raised when a kernel is timed in another way, so that old timings are not used."""
+GROUPS = (256, 128, 64, 32)
+"""Group sizes of the 4-bit kernel, the largest first."""
+LARGEST_ROTATION = 2**28
+LINEARS = ("linear", "transformers_conv1d")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape: what is timed once and used for every layer that it fits.
+
+    A linear layer is (output channels, columns) with `batch` rows of input. Convolutions are timed as the
+    matrix product they are: `batch` then counts output positions. `group` is the group size of the 4-bit
+    kernel, 0 for the others. `copies` of the weight are used in turn: about as many as fill the model.
+    """
+
+    kernel: Kernel
+    rows: int
+    columns: int
+    batch: int
+    dtype: str
+    group: int = 0
+    copies: int = 1
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: `Case(**case.as_json()) == case`."""
+        return asdict(self)
+
+    @property
+    def key(self) -> str:
+        """Stable name, for caches.
+
+        >>> Case("int4_weight_only", 64, 128, 1, "float32", 32).key
+        'int4_weight_only:64x128:1:float32:g32:x1'
+        """
+        shape = f"{self.rows}x{self.columns}:{self.batch}:{self.dtype}"
+        return f"{self.kernel}:{shape}:g{self.group}:x{self.copies}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median of repeats and their spread (half the distance between the quartiles), in nanoseconds."""
+
+    median_ns: float
+    spread_ns: float
+    repeats: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: `Timing(**timing.as_json()) == timing`."""
+        return asdict(self)
+
+
+def case_of(layer: Layer, scheme: Scheme | None, batch: int, parameters: int = 0) -> Case:
+    """The kernel that runs a layer in a scheme (None: at full precision) for `batch` samples or tokens.
+
+    `parameters` are those of the whole model: how much else passes through the caches between two calls.
+
+    Weights of up to 4 bits run in the 4-bit weight-only kernel where its group sizes divide the columns and
+    the format's groups, weights of 5 to 8 bits per channel in the 8-bit one, 8-bit activations in the
+    dynamic 8-bit one; all others run dequantized. Raises CostError for a convolution without a MAC count.
+    """
+    rows, columns = layer.matrix
+    kernel, group = _kernel(layer, scheme)
+    return Case(
+        kernel, rows, columns, _positions(layer, batch), layer.dtype, group, _copies(layer, parameters)
+    )
+
+
+def _copies(layer: Layer, parameters: int) -> int:
+    """A power of two, so that layers of similar models share timings; at most `LARGEST_ROTATION` bytes."""
+    fitting = max(1, LARGEST_ROTATION // layer.stored_bytes)
+    wanted = min(fitting, max(1, parameters // layer.parameters))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def _kernel(layer: Layer, scheme: Scheme | None) -> tuple[Kernel, int]:
+    weight = None if scheme is None else scheme.weight
+    if layer.op == "embedding":
+        return "embedding", 0
+    if scheme is None or not isinstance(weight, IntegerFormat) or layer.op not in LINEARS:
+        return "dense", 0
+    if scheme.activation is not None:
+        dynamic = weight.symmetric and weight.granularity != "group" and layer.dtype == "float32"
+        return ("int8_dynamic", 0) if dynamic else ("dense", 0)
+    if weight.bits <= 4:
+        group = _group(layer, weight)
+        return ("int4_weight_only", group) if group else ("dense", 0)
+    whole = weight.symmetric and weight.granularity != "group"
+    return ("int8_weight_only", 0) if whole else ("dense", 0)
+
+
+def _group(layer: Layer, weight: IntegerFormat) -> int:
+    """The largest group of the 4-bit kernel that the format's scales can be repeated for; 0 if none fits."""
+    rows, columns = layer.matrix
+    limit = columns if weight.group_size is None else weight.group_size
+    fitting = [size for size in GROUPS if columns % size == 0 and limit % size == 0]
+    return fitting[0] if fitting and rows % 16 == 0 else 0
+
+
+def _positions(layer: Layer, batch: int) -> int:
+    if layer.op in (*LINEARS, "embedding"):
+        return batch
+    if layer.macs is None:
+        raise CostError(
+            f"A convolution must have a MAC count for its latency. Got none for {layer.name}."
+            " Send calibration data that reaches it, or exclude it."
+        )
+    return max(1, batch * layer.macs // layer.parameters)
+
+
+def cases(layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int) -> tuple[Case, ...]:
+    """Every kernel that has to be timed, each once."""
+    parameters = sum(layer.parameters for layer in layers)
+    found = (
+        case_of(layer, scheme, batch, parameters) for layer in layers for scheme in _offered(layer, schemes)
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def _offered(layer: Layer, schemes: Iterable[Scheme]) -> list[Scheme]:
+    return [scheme for scheme in schemes if scheme.weight.refuses(layer.matrix) is None]
+
+
+def measured_latency(
+    layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int, timings: Mapping[str, Timing]
+) -> Latency:
+    """The table from timings by `Case.key`. Raises CostError naming the first case without one."""
+    parameters = sum(layer.parameters for layer in layers)
+
+    def nanoseconds(layer: Layer, scheme: Scheme) -> Fraction:
+        case = case_of(layer, scheme, batch, parameters)
+        if case.key not in timings:
+            raise CostError(f"Every kernel must be timed. Got no timing of {case.key}. Measure it.")
+        return rounded(timings[case.key].median_ns)
+
+    return _table(layers, schemes, nanoseconds)
+
+
+def roofline_latency(
+    layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int, device: Device
+) -> Latency:
+    """The table from a device profile; `device.relative_error` is its error bar."""
+
+    def nanoseconds(layer: Layer, scheme: Scheme) -> Fraction:
+        kind, operations, traffic = work(layer, scheme, batch)
+        return rounded(device.nanoseconds(kind, operations, traffic))
+
+    return _table(layers, schemes, nanoseconds)
+
+
+def device_energy(layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int, device: Device) -> Latency:
+    """Picojoules from a device profile, in the shape of a latency table."""
+
+    def picojoules(layer: Layer, scheme: Scheme) -> Fraction:
+        kind, operations, traffic = work(layer, scheme, batch)
+        return Fraction(round(device.picojoules(kind, operations, traffic)))
+
+    return _table(layers, schemes, picojoules)
+
+
+def rounded(nanoseconds: float | Fraction) -> Fraction:
+    """To the picosecond, so that sums stay short decimals.
+
+    >>> rounded(1 / 3)
+    Fraction(333, 1000)
+    """
+    return Fraction(round(Fraction(nanoseconds) * 1000), 1000)
+
+
+def work(layer: Layer, scheme: Scheme, batch: int) -> tuple[str, int, Fraction]:
+    """Type of arithmetic, operations, and bytes moved: packed weights, inputs and outputs.
+
+    An embedding reads one row per token and computes nothing.
+    """
+    rows, columns = layer.matrix
+    stored, positions = scheme.weight.storage(layer.matrix).bytes, _positions(layer, batch)
+    width = DTYPE_BITS[layer.dtype] // 8
+    kind = "float32" if DTYPE_BITS[layer.dtype] >= 32 else "bfloat16"
+    if layer.op == "embedding":
+        return kind, 0, Fraction(stored * min(positions, rows), rows) + positions * columns * width
+    inputs = layer.weight_shape[1] if layer.op.startswith("conv") else columns
+    if scheme.activation is not None:
+        kind = "float8" if "fp8" in str(scheme.activation) else "int8"
+    return kind, 2 * layer.parameters * positions, Fraction(stored + positions * (inputs + rows) * width)
+
+
+def _table(
+    layers: Sequence[Layer], schemes: Sequence[Scheme], cost: Callable[[Layer, Scheme], Fraction]
+) -> Latency:
+    return {
+        layer.name: {scheme.name: cost(layer, scheme) for scheme in _offered(layer, schemes)}
+        for layer in layers
+    }

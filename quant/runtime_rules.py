@@ -1,0 +1,223 @@
+"""What a runtime's rules are made of: formats per operation, shapes, and sets of layers that must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from quant.integer import IntegerFormat, ScaleType
+from quant.layers import Layer
+from quant.patterns import matches
+from quant.plan import PlanLayer
+from quant.schemes import Scheme
+from quant.storage import Format, Matrix
+
+HEADS = ("lm_head", "embed_out", "classifier", "score")
+"""Last parts of module paths that name an output head, where a document does not say what a layer is."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a rule sees of a layer."""
+
+    name: str
+    op: str
+    matrix: Matrix
+    embedding: bool
+    head: bool
+
+
+def target_of(layer: Layer) -> Target:
+    """The target of an inventory's layer; a tensor shared by embedding and head is both."""
+    head = layer.role == "head" or _named_head(layer.aliases)
+    return Target(layer.name, layer.op, layer.matrix, layer.op == "embedding", head)
+
+
+def planned_target(name: str, layer: PlanLayer) -> Target:
+    """The target of a plan's layer; heads are told by name."""
+    return Target(name, layer.op, layer.matrix, layer.op == "embedding", _named_head((name, *layer.aliases)))
+
+
+def _named_head(names: Iterable[str]) -> bool:
+    return any(name.rsplit(".", 1)[-1] in HEADS for name in names)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Integer formats that a kernel takes. Empty `group_sizes` means any.
+
+    >>> Integers((4, 8), groups=(32, 128)).text
+    'w4, w8 per channel or in groups of 32, 128, symmetric'
+    """
+
+    bits: tuple[int, ...]
+    channel: bool = True
+    groups: tuple[int, ...] | None = None
+    symmetric: tuple[bool, ...] = (True,)
+    scale_types: tuple[ScaleType, ...] = ("float16", "bfloat16")
+
+    def takes(self, fmt: Format) -> bool:
+        """Whether the kernel takes a format."""
+        return (
+            isinstance(fmt, IntegerFormat)
+            and fmt.bits in self.bits
+            and fmt.symmetric in self.symmetric
+            and fmt.scale_type in self.scale_types
+            and self._granular(fmt)
+        )
+
+    def _granular(self, fmt: IntegerFormat) -> bool:
+        if fmt.granularity != "group":
+            return self.channel and fmt.granularity == "channel"
+        return self.groups is not None and (not self.groups or fmt.group_size in self.groups)
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        widths = ", ".join(f"w{bits}" for bits in self.bits)
+        parts = ["per channel"] if self.channel else []
+        if self.groups is not None:
+            parts.append(f"in groups of {', '.join(map(str, self.groups)) or 'any size'}")
+        signs = " or ".join("symmetric" if sign else "asymmetric" for sign in self.symmetric)
+        return f"{widths} {' or '.join(parts)}, {signs}"
+
+
+@dataclass(frozen=True)
+class Named:
+    """Formats by patterns over their short names: valid whether or not a format of that name is offered."""
+
+    patterns: tuple[str, ...]
+
+    def takes(self, fmt: Format) -> bool:
+        """Whether a pattern matches the format's short name."""
+        return any(matches(pattern, fmt.short) for pattern in self.patterns)
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        return ", ".join(self.patterns)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Formats that a runtime runs for some operations, and the shapes its kernel needs.
+
+    `columns` and `rows` must divide the matrix's columns and output channels; with `whole_groups` the group
+    size must divide the columns too. `activations` are patterns over the names of activation formats;
+    activations at full precision are always taken.
+    """
+
+    formats: Integers | Named
+    ops: tuple[str, ...] = ("linear",)
+    rows: int = 1
+    columns: int = 1
+    whole_groups: bool = False
+    activations: tuple[str, ...] = ()
+
+    def takes(self, scheme: Scheme) -> bool:
+        """Whether the rule is about this scheme."""
+        activation = scheme.activation
+        quiet = activation is None or any(matches(p, str(activation)) for p in self.activations)
+        return quiet and self.formats.takes(scheme.weight)
+
+    def shape_fault(self, matrix: Matrix, scheme: Scheme) -> str | None:
+        """Why the kernel does not run a matrix of (output channels, columns), or None."""
+        rows, columns = matrix
+        if rows % self.rows:
+            return f"output channels must be a multiple of {self.rows}, not {rows}"
+        if columns % self.columns:
+            return f"columns must be a multiple of {self.columns}, not {columns}"
+        size = getattr(scheme.weight, "group_size", None)
+        if self.whole_groups and size is not None and columns % size:
+            return f"columns must be a multiple of the group size {size}, not {columns}"
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for catalogs."""
+        return {
+            "formats": self.formats.text,
+            "ops": list(self.ops),
+            "rows_multiple_of": self.rows,
+            "columns_multiple_of": self.columns,
+            "whole_groups": self.whole_groups,
+            "activations": list(self.activations),
+        }
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Modules that a runtime stores as one: they must get one scheme.
+
+    A member is the end of a module path, part by part, with `*` for any one part; what stands before it
+    says which modules belong together.
+
+    >>> Fused(("q_proj", "k_proj")).place("layers.0.attn.k_proj")
+    'layers.0.attn'
+    >>> Fused(("experts.*.w1",)).place("layers.3.experts.7.w1")
+    'layers.3'
+    """
+
+    members: tuple[str, ...]
+
+    def place(self, name: str) -> str | None:
+        """What stands before the member that `name` ends with; None if it is no member."""
+        parts = name.split(".")
+        for member in self.members:
+            wanted = member.split(".")
+            tail = parts[-len(wanted) :]
+            if len(tail) == len(wanted) and all(w in ("*", t) for w, t in zip(wanted, tail, strict=True)):
+                return ".".join(parts[: -len(wanted)])
+        return None
+
+    def sets(self, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """The names that belong together, two or more each, in the order they come."""
+        places: dict[str, list[str]] = {}
+        for name in names:
+            place = self.place(name)
+            if place is not None:
+                places.setdefault(place, []).append(name)
+        return tuple(tuple(members) for members in places.values() if len(members) > 1)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime as data: what it can load and run. `kv_cache` are the types it keeps keys and values in."""
+
+    name: str
+    summary: str
+    source: str
+    rules: tuple[Rule, ...]
+    fused: tuple[Fused, ...] = ()
+    embeddings: bool = False
+    heads: bool = False
+    kv_cache: tuple[str, ...] = ("float16", "bfloat16")
+
+    def refuses(self, target: Target, scheme: Scheme) -> str | None:
+        """The rule that a scheme breaks on a layer, in words; None when the runtime runs it."""
+        if target.embedding and not self.embeddings:
+            return "embeddings keep their precision"
+        if target.head and not self.heads:
+            return "output heads keep their precision"
+        offered = [rule for rule in self.rules if target.op in rule.ops]
+        if not offered:
+            return f"{target.op} layers keep their precision"
+        fitting = [rule for rule in offered if rule.takes(scheme)]
+        if not fitting:
+            menu = "; ".join(rule.formats.text for rule in offered)
+            return f"{target.op} layers take {menu}; not {scheme.name}"
+        faults = [rule.shape_fault(target.matrix, scheme) for rule in fitting]
+        return None if None in faults else f"{scheme.name}: {faults[0]}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for catalogs."""
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "source": self.source,
+            "rules": [rule.as_json() for rule in self.rules],
+            "fused": [list(fused.members) for fused in self.fused],
+            "embeddings": self.embeddings,
+            "heads": self.heads,
+            "kv_cache": list(self.kv_cache),
+        }

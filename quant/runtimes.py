@@ -1,0 +1,141 @@
+"""The runtimes that plans are made for. A new one is one entry of RUNTIMES."""
+
+from __future__ import annotations
+
+from quant.runtime_rules import Fused, Integers, Named, Rule, Runtime
+
+ALL_OPS = ("linear", "conv1d", "conv2d", "embedding", "transformers_conv1d")
+LINEARS = ("linear", "transformers_conv1d")
+LLAMA_FUSED = (Fused(("q_proj", "k_proj", "v_proj")), Fused(("gate_proj", "up_proj")))
+EXPERTS = (
+    Fused(("experts.*.gate_proj", "experts.*.up_proj", "experts.*.down_proj")),
+    Fused(("experts.*.w1", "experts.*.w2", "experts.*.w3")),
+)
+BOTH = (True, False)
+FP8 = ("fp8", "fp8-float16", "fp8-bfloat16", "fp8-tensor*")
+"""e4m3 with one scale per output channel or tensor."""
+
+VLLM = Runtime(
+    name="vllm",
+    summary="vLLM on NVIDIA GPUs: compressed-tensors (Marlin kernels), FP8, NVFP4",
+    source="https://docs.vllm.ai/en/latest/features/quantization/",
+    rules=(
+        Rule(Integers((4, 8), groups=(32, 64, 128)), rows=64, columns=128, whole_groups=True),
+        Rule(
+            Integers((4,), groups=(32, 64, 128), symmetric=(False,)),
+            rows=64,
+            columns=128,
+            whole_groups=True,
+        ),
+        Rule(
+            Integers((8,)),
+            rows=16,
+            columns=16,
+            activations=("int8*",),
+        ),
+        Rule(Named(FP8), rows=16, columns=16, activations=("fp8*",)),
+        Rule(Named(("nvfp4*",)), rows=32, columns=32, activations=("nvfp4*",)),
+        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+    ),
+    fused=(*LLAMA_FUSED, Fused(("query", "key", "value")), *EXPERTS),
+    kv_cache=("float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+)
+LLAMA_CPP = Runtime(
+    name="llama.cpp",
+    summary="llama.cpp and everything that reads GGUF",
+    source="https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md",
+    rules=(
+        Rule(
+            Named(("q4_0*", "q4_1*", "q5_0*", "q5_1*", "q8_0*")),
+            ops=("linear", "embedding", "transformers_conv1d"),
+            columns=32,
+        ),
+        Rule(
+            Named(("q2_k*", "q3_k*", "q4_k*", "q5_k*", "q6_k*")),
+            ops=("linear", "embedding", "transformers_conv1d"),
+            columns=256,
+        ),
+        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+    ),
+    fused=EXPERTS,
+    embeddings=True,
+    heads=True,
+    kv_cache=("float16", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
+)
+TORCHAO = Runtime(
+    name="torchao",
+    summary="torchao configurations through transformers (FqnToConfig), CPU and GPU",
+    source="https://docs.pytorch.org/ao/stable/",
+    rules=(
+        Rule(
+            Integers((2, 3, 4, 5, 6, 7, 8), groups=(), symmetric=BOTH),
+            ops=("linear", "embedding"),
+            whole_groups=True,
+            activations=("int8*",),
+        ),
+        Rule(Named(FP8), activations=("fp8*",)),
+        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+    ),
+    embeddings=True,
+    heads=True,
+)
+MLX = Runtime(
+    name="mlx",
+    summary="MLX and mlx-lm on Apple silicon and CPUs: affine groups, MXFP4, MXFP8, NVFP4",
+    source="https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html",
+    rules=(
+        Rule(
+            Integers((2, 3, 4, 5, 6, 8), channel=False, groups=(32, 64, 128), symmetric=BOTH),
+            ops=("linear", "embedding"),
+            whole_groups=True,
+        ),
+        Rule(Named(("mxfp4*", "mxfp8*")), ops=("linear", "embedding"), columns=32),
+        Rule(Named(("nvfp4*",)), ops=("linear", "embedding"), columns=16),
+        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+    ),
+    fused=EXPERTS,
+    embeddings=True,
+    heads=True,
+    kv_cache=("float16", "bfloat16", "int8", "int4"),
+)
+ONNXRUNTIME = Runtime(
+    name="onnxruntime",
+    summary="ONNX Runtime with MatMulNBits nodes",
+    source="https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
+    rules=(
+        Rule(
+            Integers((4, 8), channel=False, groups=(16, 32, 64, 128, 256), symmetric=BOTH),
+            ops=LINEARS,
+        ),
+        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+    ),
+    fused=(Fused(("q_proj", "k_proj", "v_proj")),),
+    heads=True,
+)
+OPENVINO = Runtime(
+    name="openvino",
+    summary="OpenVINO with NNCF weight compression",
+    source="https://docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/weight-compression.html",
+    rules=(
+        Rule(Integers((8,), symmetric=BOTH), ops=ALL_OPS),
+        Rule(Integers((4,), groups=(), symmetric=BOTH), ops=LINEARS, whole_groups=True),
+        Rule(Named(("nf4*",)), ops=LINEARS),
+        Rule(Named(("mxfp4*",)), ops=LINEARS, columns=32),
+        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+    ),
+    embeddings=True,
+    heads=True,
+    kv_cache=("float16", "bfloat16", "int8"),
+)
+GENERIC = Runtime(
+    name="generic",
+    summary="No rule: every format on every layer",
+    source="Bitplan",
+    rules=(Rule(Named(("*",)), ops=ALL_OPS, activations=("*",)),),
+    embeddings=True,
+    heads=True,
+)
+
+RUNTIMES: dict[str, Runtime] = {
+    runtime.name: runtime for runtime in (VLLM, LLAMA_CPP, TORCHAO, MLX, ONNXRUNTIME, OPENVINO, GENERIC)
+}

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from quant.costs import CostError
+from quant.devices import DEVICES
+from quant.latency import (
+    Case,
+    Timing,
+    case_of,
+    cases,
+    device_energy,
+    measured_latency,
+    roofline_latency,
+    work,
+)
+from quant.layers import Layer
+from quant.schemes import parse_scheme, parse_schemes
+
+
+def layer(name="fc", matrix=(64, 256), op="linear", macs=None, dtype="float32"):
+    shape = matrix if not op.startswith("conv") else (matrix[0], matrix[1] // 9, 3, 3)
+    return Layer(name, op, shape, matrix, matrix[0] * matrix[1], macs, "other", (), dtype)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel", "group"),
+    [
+        ("w2", "int4_weight_only", 256),
+        ("w4-asym", "int4_weight_only", 256),
+        ("w4-g64", "int4_weight_only", 64),
+        ("w3-g96", "int4_weight_only", 32),
+        ("w4-g48", "dense", 0),
+        ("w5", "int8_weight_only", 0),
+        ("w8", "int8_weight_only", 0),
+        ("w8-asym", "dense", 0),
+        ("w8-g64", "dense", 0),
+    ],
+)
+def test_a_scheme_runs_in_the_kernel_that_holds_it(scheme, kernel, group):
+    case = case_of(layer(), parse_scheme(scheme), 3)
+    assert case == Case(kernel, 64, 256, 3, "float32", group)
+
+
+def test_other_layers_run_dequantized():
+    assert case_of(layer(), None, 1).kernel == "dense"
+    assert case_of(layer(op="embedding"), parse_scheme("w4"), 1).kernel == "embedding"
+    assert case_of(layer(matrix=(60, 256)), parse_scheme("w4"), 1).kernel == "dense"
+    convolution = layer(matrix=(8, 18), op="conv2d", macs=8 * 18 * 49)
+    assert case_of(convolution, parse_scheme("w4"), 2) == Case("dense", 8, 18, 98, "float32")
+
+
+def test_a_convolution_without_macs_is_named():
+    with pytest.raises(CostError, match="MAC count for its latency. Got none for conv"):
+        case_of(layer("conv", (8, 18), "conv2d"), parse_scheme("w4"), 1)
+
+
+def test_weights_rotate_through_as_many_copies_as_fill_the_model():
+    one = layer()
+    assert case_of(one, None, 1, 20 * one.parameters).copies == 16
+    assert case_of(layer(matrix=(16384, 16384)), None, 1, 2**40).copies == 1
+
+
+def test_layers_of_one_shape_share_a_timing():
+    layers = [layer("a"), layer("b"), layer("c", (64, 128))]
+    menu = parse_schemes("w4,w8")
+    found = cases(layers, menu, 1)
+    assert len(found) == 4
+    timings = {case.key: Timing(100.5 * (n + 1), 1.0, 9) for n, case in enumerate(found)}
+    table = measured_latency(layers, menu, 1, timings)
+    assert table["a"] == table["b"] == {"w4": Fraction(201, 2), "w8": 201}
+    with pytest.raises(CostError, match="no timing of int4_weight_only:64x256"):
+        measured_latency(layers, menu, 1, {})
+
+
+def test_a_roofline_reads_packed_weights_and_counts_operations():
+    kind, operations, traffic = work(layer(), parse_scheme("w4"), 2)
+    assert (kind, operations) == ("float32", 2 * 64 * 256 * 2)
+    assert traffic == 64 * 256 // 2 + 64 * 2 + 2 * (64 + 256) * 4
+    assert work(layer(dtype="bfloat16"), parse_scheme("w4"), 2)[0] == "bfloat16"
+    looked_up = work(layer(op="embedding"), parse_scheme("w8"), 2)
+    assert looked_up == ("float32", 0, Fraction((64 * 256 + 128) * 2, 64) + 2 * 256 * 4)
+
+
+def test_fewer_bits_are_faster_and_cheaper_while_memory_decides():
+    big, menu = [layer(matrix=(4096, 4096))], parse_schemes("w2,w4,w8")
+    for name, table in (
+        ("latency", roofline_latency(big, menu, 1, DEVICES["h100"])),
+        ("energy", device_energy(big, menu, 1, DEVICES["h100"])),
+    ):
+        row = table["fc"]
+        assert row["w2"] < row["w4"] < row["w8"], name
+    busy = roofline_latency(big, menu, 4096, DEVICES["h100"])["fc"]
+    assert busy["w2"] == busy["w8"]

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from quant.layers import Excluded, Inventory, Layer
+from quant.lint import RuntimeRefuses, Violation, forbidden_schemes, fused_sets, lint, require_choices
+from quant.plan import Certificate, Digests, PlanError, parse_plan, plan_json
+from quant.planning import build_plan
+from quant.runtime_rules import target_of
+from quant.runtimes import RUNTIMES
+from quant.schemes import parse_scheme
+
+VLLM = RUNTIMES["vllm"]
+ATTENTION = ("m.0.q_proj", "m.0.k_proj", "m.0.v_proj")
+
+
+def layer(name, matrix=(128, 256), op="linear", role="other", aliases=()):
+    return Layer(name, op, matrix, matrix, matrix[0] * matrix[1], None, role, aliases, "float32")
+
+
+def inventory(*layers, excluded=()):
+    return Inventory(tuple(layers), tuple(excluded), sum(item.parameters for item in layers), 0)
+
+
+def plan_of(found, assignment, runtime=None):
+    return build_plan(
+        found,
+        assignment,
+        digests=Digests(),
+        certificate=Certificate("feasible"),
+        source="test",
+        runtime=runtime,
+    )
+
+
+@pytest.fixture
+def attention():
+    return inventory(*map(layer, ATTENTION), layer("m.0.o_proj"))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "scheme", "target", "words"),
+    [
+        ("vllm", "w3", layer("a"), "w4, w8 per channel or in groups of 32, 64, 128, symmetric"),
+        ("vllm", "w8-asym", layer("a"), "not w8-asym"),
+        ("vllm", "w4", layer("a", (100, 256)), "output channels must be a multiple of 64, not 100"),
+        ("vllm", "w4", layer("a", (128, 320)), "columns must be a multiple of 128, not 320"),
+        ("vllm", "w4", layer("lm_head", role="head"), "output heads keep their precision"),
+        ("vllm", "w4", layer("e", op="embedding", role="embedding"), "embeddings keep their precision"),
+        ("vllm", "w4", layer("c", op="conv2d"), "conv2d layers take bf16*, fp16*; not w4"),
+        ("llama.cpp", "w4", layer("a"), "q4_k"),
+        ("torchao", "w4-g96", layer("a"), "columns must be a multiple of the group size 96, not 256"),
+        ("mlx", "w4", layer("a"), "w8 in groups of 32, 64, 128"),
+        ("mlx", "w7-g32", layer("a"), "not w7-g32"),
+        ("onnxruntime", "w4-g48", layer("a"), "in groups of 16, 32, 64, 128, 256"),
+        ("openvino", "w4", layer("e", op="embedding"), "not w4"),
+        ("openvino", "w6", layer("a"), "not w6"),
+    ],
+)
+def test_a_runtime_refuses_by_rule(runtime, scheme, target, words):
+    assert words in RUNTIMES[runtime].refuses(target_of(target), parse_scheme(scheme))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "scheme", "target"),
+    [
+        ("vllm", "w4-g128", layer("a")),
+        ("vllm", "w4-g32-asym", layer("a")),
+        ("vllm", "w8", layer("a")),
+        ("torchao", "w3-asym", layer("e", op="embedding")),
+        ("mlx", "w6-g64-asym", layer("lm_head", role="head")),
+        ("onnxruntime", "w4-g32", layer("a", (10, 33))),
+        ("openvino", "w8-asym", layer("c", op="conv2d")),
+        ("generic", "w2-tensor-float32", layer("c", op="conv1d")),
+    ],
+)
+def test_a_runtime_takes_what_its_kernels_take(runtime, scheme, target):
+    assert RUNTIMES[runtime].refuses(target_of(target), parse_scheme(scheme)) is None
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_runtime_is_plain_data(name):
+    runtime = RUNTIMES[name]
+    assert json.loads(json.dumps(runtime.as_json()))["name"] == runtime.name == name
+    assert runtime.rules
+    assert runtime.summary
+    assert runtime.source
+    assert runtime.kv_cache
+
+
+def test_a_tensor_shared_with_the_head_is_a_head():
+    shared = layer("embed", op="embedding", role="embedding", aliases=("lm_head",))
+    with_embeddings = replace(VLLM, embeddings=True)
+    assert (
+        with_embeddings.refuses(target_of(shared), parse_scheme("w4")) == "output heads keep their precision"
+    )
+
+
+def test_fused_sets_are_found_by_the_ends_of_paths():
+    names = [*ATTENTION, "m.1.q_proj", "m.0.mlp.gate_proj", "m.0.mlp.up_proj", "m.0.mlp.down_proj"]
+    experts = [f"m.0.experts.{n}.{w}" for n in (0, 1) for w in ("w1", "w2", "w3")]
+    assert fused_sets(VLLM, [*names, *experts]) == (
+        ATTENTION,
+        ("m.0.mlp.gate_proj", "m.0.mlp.up_proj"),
+        tuple(experts),
+    )
+
+
+def test_lint_names_every_layer_and_rule(attention):
+    plan = plan_of(attention, dict.fromkeys(ATTENTION, "w4") | {"m.0.k_proj": "w8", "m.0.o_proj": "w3"})
+    found = lint(plan, VLLM)
+    assert [violation.layer for violation in found] == ["m.0.o_proj", "m.0.k_proj"]
+    assert "not w3" in found[0].rule
+    assert found[1] == Violation(
+        "m.0.k_proj", "is fused with m.0.q_proj, which has w4: it must have the same, not w8"
+    )
+    assert lint(plan, RUNTIMES["generic"]) == ()
+
+
+def test_a_plan_that_its_runtime_cannot_run_is_not_built(attention):
+    mixed = dict.fromkeys(ATTENTION, "w4") | {"m.0.v_proj": "w8", "m.0.o_proj": "w4"}
+    with pytest.raises(PlanError, match=r"must be one that vllm runs.*m\.0\.v_proj"):
+        plan_of(attention, mixed, "vllm")
+    plan = plan_of(attention, dict.fromkeys(mixed, "w4"), "vllm")
+    assert parse_plan(plan_json(plan)) == plan
+    assert plan.as_json()["runtime"] == "vllm"
+    assert "runtime" not in plan_of(attention, mixed).as_json()
+
+
+def test_forbidden_schemes_are_those_that_are_refused(attention):
+    menu = [parse_scheme(name) for name in ("w2", "w4", "w8-asym")]
+    assert forbidden_schemes(attention.layers[:1], menu, VLLM) == {"m.0.q_proj": ("w2", "w8-asym")}
+    assert forbidden_schemes(attention.layers, menu, RUNTIMES["generic"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("menu", "pins", "words"),
+    [
+        (("w2", "w3"), {}, r"menu must hold a scheme that vllm runs.*m\.0\.q_proj.*not w2"),
+        (("w4",), {"m.0.o_proj": "w2"}, r"pin must hold a scheme that vllm runs.*m\.0\.o_proj"),
+        (("w4", "w8"), {"m.0.q_proj": "w4", "m.0.k_proj": "w8"}, r"share a scheme.*m\.0\.q_proj: w4"),
+    ],
+)
+def test_a_layer_without_any_choice_is_named(attention, menu, pins, words):
+    with pytest.raises(RuntimeRefuses, match=words):
+        require_choices(attention, menu, pins, VLLM)
+
+
+def test_fused_layers_take_part_together(attention):
+    left_out = Excluded("m.0.v_proj", "linear", 1, "excluded")
+    partly = inventory(
+        *(item for item in attention.layers if item.name != "m.0.v_proj"), excluded=(left_out,)
+    )
+    with pytest.raises(RuntimeRefuses, match=r"all take part, or none.*m\.0\.v_proj"):
+        require_choices(partly, ("w4",), {}, VLLM)
+    require_choices(partly, ("w4",), {}, RUNTIMES["torchao"])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "runtimes"),
+    [
+        ("fp8", {"vllm", "torchao"}),
+        ("fp8-e5m2", set()),
+        ("nvfp4", {"vllm", "mlx"}),
+        ("mxfp4", {"mlx", "openvino"}),
+        ("nf4", {"openvino"}),
+        ("q4_0", {"llama.cpp"}),
+        ("q6_k", {"llama.cpp"}),
+        ("bf16", set(RUNTIMES) - {"generic"}),
+    ],
+)
+def test_formats_beyond_integers_go_to_the_runtimes_that_have_them(scheme, runtimes):
+    parsed, target = parse_scheme(scheme), target_of(layer("a"))
+    taking = {name for name, runtime in RUNTIMES.items() if runtime.refuses(target, parsed) is None}
+    assert taking == runtimes | {"generic"}
+
+
+def test_block_types_need_whole_blocks():
+    odd = target_of(layer("a", (128, 96)))
+    assert RUNTIMES["llama.cpp"].refuses(odd, parse_scheme("q4_k")) == (
+        "q4_k: columns must be a multiple of 256, not 96"
+    )
+    assert RUNTIMES["llama.cpp"].refuses(odd, parse_scheme("q4_0")) is None
