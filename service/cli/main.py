@@ -6,6 +6,7 @@ import typer
 
 from service.cli.allocate import allocate
 from service.cli.checkpoint import apply, evaluate
+from service.cli.export import export
 from service.cli.remote import cancel, jobs, models, plan, resume, scores, status, submit, watch
 from service.cli.run import run
 from service.cli.serve import migrate, runner, serve
@@ -18,7 +19,7 @@ app = typer.Typer(
 )
 
 PANELS = {
-    "On this machine": (run, apply, evaluate, allocate),
+    "On this machine": (run, apply, evaluate, export, allocate),
     "The service": (serve, runner, migrate),
     "A server's jobs": (submit, watch, status, jobs, models, scores, plan, cancel, resume),
 }
