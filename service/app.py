@@ -14,6 +14,7 @@ from service import logs
 from service.api import (
     calibrations,
     catalogs,
+    exports,
     frontier,
     health,
     jobs,
@@ -50,6 +51,7 @@ ROUTERS = (
     scores.router,
     frontier.router,
     plans.router,
+    exports.router,
     catalogs.router,
     health.router,
 )
