@@ -11,9 +11,8 @@ import typer
 from quant.catalog import EXPORTERS
 from quant.export.front import export as export_files
 from quant.export.protocol import Deployment, ModelFacts
-from quant.plan import Plan
+from quant.plan import Plan, parse_plan
 from service.cli import options
-from service.cli.checkpoint import PlanFile, read_plan
 from service.cli.exits import exits
 from service.cli.output import console, print_json
 from service.db.repositories import models
@@ -21,7 +20,7 @@ from service.local import Local, local_settings
 
 
 def export(
-    plan: PlanFile,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan file.")],
     to: Annotated[str, typer.Option("--to", help=f"The consumer: {', '.join(EXPORTERS)}.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the files.")],
     model: Annotated[
@@ -33,7 +32,7 @@ def export(
 ) -> None:
     """Write the plan as the configuration that a runtime reads, or say which layer breaks which rule."""
     with exits(as_json=as_json):
-        wanted = read_plan(plan)
+        wanted = parse_plan(plan.read_text(encoding="utf-8"))
         folder = model or _known_folder(wanted, data_dir)
         files = export_files(to, Deployment(wanted, model_facts(folder, wanted)))
         _write(files, output)
