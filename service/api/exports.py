@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session
 from quant.catalog import EXPORTERS
 from quant.export.front import export
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts
+from quant.layers import Inventory
 from quant.plan import plan_from_json
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import Context, Ctx
-from service.api.job_inputs import job_inventory
-from service.api.lookup import find_job, find_model, find_plan
+from service.api.lookup import find_job, find_model, find_plan, stored_inventory
 from service.api.plans import PlanId
 from service.errors import Conflict, NotFound, Unprocessable
 from service.records import ModelRecord
@@ -100,7 +100,14 @@ def _deployment(context: Context, plan_id: str) -> Deployment:
 def _model_facts(context: Context, session: Session, job_id: str) -> ModelFacts:
     job = find_job(context, session, job_id)
     model = find_model(context, session, str(job.request["model"]))
-    return ModelFacts.of(job_inventory(session, job), _config(context, model))
+    inventory = (job.summary or {}).get("inventory") or stored_inventory(model)
+    if inventory is None:
+        raise Conflict(
+            "job-not-finished",
+            f"A job must be finished to export its plans. Got a {job.state} job. Ask when it has ended.",
+            headers={"Retry-After": "2"},
+        )
+    return ModelFacts.of(Inventory.from_json(inventory), _config(context, model))
 
 
 def _config(context: Context, model: ModelRecord) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def planning_inputs(
     Raises Conflict while the job has nothing to plan with.
     """
     request = job.request
-    inventory = job_inventory(session, job)
+    inventory = _inventory(session, job)
     wanted = list(metrics or request["metrics"])
     schemes = table_schemes(request["schemes"], request["pins"] if pins is None else pins)
     latency = request.get("latency_ns")
@@ -79,7 +79,7 @@ def search_job(job: JobRecord) -> JobRecord:
     return job
 
 
-def job_inventory(session: Session, job: JobRecord) -> Inventory:
+def _inventory(session: Session, job: JobRecord) -> Inventory:
     """The layers that take part in this job: from its summary, or while it runs from its own inspection."""
     stored = (job.summary or {}).get("inventory")
     if stored is None:

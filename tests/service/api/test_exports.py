@@ -10,8 +10,9 @@ from quant.catalog import EXPORTERS
 
 
 @pytest.fixture
-def plan(api, finished_job):
-    """A plan of the finished job."""
+def plan(api, runner, finished_job):
+    """A plan of the finished job, whose model was verified."""
+    runner.verify(finished_job["request"]["model"])
     body = {"budgets": ["4 bpw"]}
     return api.http.post(f"/v1/jobs/{finished_job['id']}/plans", json=body).json()["items"][0]
 

@@ -15,7 +15,9 @@ from sensitivity.model_loading import load_model
 from sensitivity.spec import ModelSource
 from service.cli.export import model_facts
 from service.cli.main import app
+from service.db.repositories import models
 from service.local import Local, local_settings
+from service.states import InputState
 
 
 @pytest.fixture(params=["llama", "bert"])
@@ -63,9 +65,10 @@ def test_the_files_read_back_as_the_plan(model, plan, plan_file, tmp_path):
     assert json.loads(files["config.json"])["model_type"] == model.name
 
 
-def test_the_model_of_this_machine_is_found_by_digest(model, plan_file, tmp_path):
-    with Local(local_settings(tmp_path / "data")) as local:
-        local.folder(model.folder)
+def test_the_model_of_this_machine_is_found_by_digest(model, plan, plan_file, tmp_path):
+    source = {"kind": "local", "folder": str(model.folder)}
+    with Local(local_settings(tmp_path / "data")) as local, local.database.write() as session:
+        models.create(session, source=source, digest=plan.digests.model, state=InputState.READY)
     result = invoke(plan_file, "--to", "vllm", "-o", tmp_path / "out", "--data-dir", tmp_path / "data")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "config.json").is_file()
