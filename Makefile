@@ -27,10 +27,10 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install
-	$(BIN)/pytest -n 2 -m "not postgres and not slow and not nightly" $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not postgres and not slow and not nightly" $(PYTEST_ARGS)
 
 test-postgres: install
-	$(BIN)/pytest -n 2 -m "postgres and not nightly" $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "postgres and not nightly" $(PYTEST_ARGS)
 
 test-slow: install
 	$(BIN)/pytest -n 1 -m "slow and not postgres and not nightly" $(PYTEST_ARGS)

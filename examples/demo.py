@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -138,26 +140,21 @@ def _run(client: Client, demo: Demo, out: Path, console: Console) -> None:
     with JobProgress() as bar:
         job.wait(on_progress=bar)
     _download(job, demo, out)
-    console.print(plans_table(demo.title, [plan.resource for plan in job.plans()]))
+    plans = [job.plan(budget).resource for budget in BUDGETS]
+    (out / f"{demo.folder.name}.json").write_text(json.dumps(plans, indent=2), encoding="utf-8")
+    console.print(plans_table(demo.title, plans))
     console.print(f"measured, solved and proven in {time.monotonic() - started:.0f} s")
 
 
 def _download(job: JobHandle, demo: Demo, out: Path) -> None:
+    """Save every plan and the checkpoint it gives; those of an earlier run are replaced."""
+    out.mkdir(parents=True, exist_ok=True)
     for budget in BUDGETS:
         stem = f"{demo.folder.name}-{budget.replace(' ', '-')}"
-        out.mkdir(parents=True, exist_ok=True)
         file = out / f"{stem}.plan.json"
         job.plan(budget).save(file)
-        command = [
-            sys.executable,
-            "-m",
-            "service.cli.main",
-            "apply",
-            str(demo.folder),
-            str(file),
-            "-o",
-            str(out / stem),
-        ]
+        shutil.rmtree(out / stem, ignore_errors=True)
+        command = [sys.executable, "-m", "service.cli.main", "apply", demo.folder, file, "-o", out / stem]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)  # noqa: S603 - our own command
 
 

@@ -41,12 +41,14 @@ class Quantizer:
         return cast("Quantize", import_module(self.module).quantize)
 
 
+EVERY_FAMILY = ("integer", "float", "microscaling", "gguf", "plain")
+
 QUANTIZERS: dict[str, Quantizer] = {
     "mse_clip": Quantizer(
         name="mse_clip",
         module="quant.quantizers.mse_clip",
         version=1,
-        families=("integer",),
+        families=EVERY_FAMILY,
         summary="The scale (and zero point) with the least squared error of each tensor, channel or group.",
         source="Banner et al. 2019, arXiv:1810.05723; least-squares scale after Rastegari et al. 2016,"
         " arXiv:1603.05279",
@@ -55,7 +57,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         name="rtn",
         module="quant.quantizers.rtn",
         version=1,
-        families=("integer",),
+        families=EVERY_FAMILY,
         summary="Round to nearest; the scale covers the full range of each tensor, channel or group.",
         source="Jacob et al. 2018, arXiv:1712.05877",
     ),

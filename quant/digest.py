@@ -92,7 +92,7 @@ def folder_digest(path: Path | str) -> tuple[str, tuple[ManifestEntry, ...]]:
 def manifest_digest(manifest: Iterable[Mapping[str, Any]]) -> str:
     """Digest of a model from the path, size and sha256 of each of its files, in any order.
 
-    >>> one, two = ({"path": name, "size": 1, "sha256": "ab"} for name in ("config.json", "model.safetensors"))
+    >>> one, two = ({"path": name, "size": 1, "sha256": "ab"} for name in ("a.json", "b.safetensors"))
     >>> manifest_digest([one, two]) == manifest_digest([two, one])
     True
     """

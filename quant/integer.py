@@ -149,6 +149,10 @@ class IntegerFormat:
             )
         return None
 
+    def fallback(self, matrix: Matrix) -> str | None:
+        """None: runtimes refuse groups longer than a channel."""
+        return None
+
 
 def parse_integer(parts: Sequence[str]) -> tuple[IntegerFormat, tuple[str, ...]] | None:
     """Read an integer format from the parts of a scheme, in any order.

@@ -6,6 +6,7 @@ ungroup. Dequantized weights are computed from what is stored, so they equal wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -67,7 +68,8 @@ def group(matrix: Tensor, fmt: IntegerFormat) -> Tensor:
     """(rows, columns) -> (rows, groups, size); the last group of each row is padded with zeros."""
     rows, columns = matrix.shape
     shape = fmt.grouped_shape((rows, columns))
-    return pad(matrix, (0, shape[1] * shape[2] - columns)).reshape(shape)
+    missing = shape[1] * shape[2] - columns
+    return (pad(matrix, (0, missing)) if missing else matrix).reshape(shape)
 
 
 def ungroup(grouped: Tensor, matrix: Matrix) -> Tensor:
@@ -98,23 +100,43 @@ def encode(matrix: Tensor, fmt: IntegerFormat, scales: Tensor, zero_points: Tens
         )
     rows, columns = matrix.shape
     shape = fmt.scales_shape((rows, columns))
-    grouped = group(matrix.float(), fmt) / scales.reshape(*shape, 1).float()
-    grouped.round_()
-    if zero_points is not None:
-        grouped.add_(zero_points.reshape(*shape, 1))
-    values = grouped.clamp_(fmt.lowest, fmt.highest).to(torch.int8 if fmt.symmetric else torch.uint8)
-    points = None if zero_points is None else zero_points.reshape(shape).to(torch.uint8)
-    dtype = SCALE_DTYPES[fmt.scale_type]
-    return Encoded(values, scales.reshape(shape).to(dtype), points, fmt, (rows, columns))
+    dtype = torch.int8 if fmt.symmetric else torch.uint8
+    values = torch.empty(fmt.grouped_shape((rows, columns)), dtype=dtype, device=matrix.device)
+    wide = scales.reshape(*shape, 1).float()
+    points = None if zero_points is None else zero_points.reshape(*shape, 1)
+    for part in row_blocks(rows, columns):
+        own = slice(None) if fmt.granularity == "tensor" else part
+        levels = (group(matrix[part].float(), fmt) / wide[own]).round_()
+        if points is not None:
+            levels.add_(points[own])
+        values[part] = levels.clamp_(fmt.lowest, fmt.highest).to(dtype)
+    return Encoded(
+        values,
+        scales.reshape(shape).to(SCALE_DTYPES[fmt.scale_type]),
+        None if zero_points is None else zero_points.reshape(shape).to(torch.uint8),
+        fmt,
+        (rows, columns),
+    )
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Runs of rows that hold about BLOCK values each: temporary memory stays that of one run."""
+    step = max(1, BLOCK // max(1, columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def decode(encoded: Encoded) -> Tensor:
     """The float32 matrix that the stored integers stand for."""
-    values = encoded.values.float()
-    if encoded.zero_points is not None:
-        values.sub_(encoded.zero_points.unsqueeze(-1).float())
-    values.mul_(encoded.scales.unsqueeze(-1).float())
-    return ungroup(values, encoded.matrix)
+    rows, columns = encoded.matrix
+    matrix = torch.empty(encoded.matrix, device=encoded.values.device)
+    scales, points = encoded.scales.unsqueeze(-1).float(), encoded.zero_points
+    for part in row_blocks(rows, columns):
+        own = slice(None) if encoded.fmt.granularity == "tensor" else part
+        values = encoded.values[part].float()
+        if points is not None:
+            values.sub_(points[own].unsqueeze(-1))
+        matrix[part] = ungroup(values.mul_(scales[own]), (len(values), columns))
+    return matrix
 
 
 def pack(encoded: Encoded) -> Packed:
@@ -160,6 +182,8 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 def _pack_piece(values: Tensor, bits: int) -> Tensor:
     """Eight values of `bits` bits fill one 64-bit word, which holds exactly `bits` bytes."""
+    if 8 % bits == 0:
+        return _pack_whole(values, bits)
     lanes = torch.arange(8, device=values.device)
     wide = pad(values.to(torch.int64) & ((1 << bits) - 1), (0, -len(values) % 8)).reshape(-1, 8)
     words = (wide << (lanes * bits)).sum(dim=1, keepdim=True)
@@ -177,7 +201,20 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     return values
 
 
+def _pack_whole(values: Tensor, bits: int) -> Tensor:
+    """Widths that fill whole bytes stay in bytes."""
+    lanes = 8 // bits
+    small = pad(values.to(torch.uint8), (0, -len(values) % lanes)).reshape(-1, lanes) & ((1 << bits) - 1)
+    stream = small[:, 0]
+    for lane in range(1, lanes):
+        stream = stream | small[:, lane] << (lane * bits)
+    return stream
+
+
 def _unpack_piece(stream: Tensor, bits: int) -> Tensor:
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        return ((stream.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).reshape(-1)
     lanes = torch.arange(8, device=stream.device)
     wide = pad(stream.to(torch.int64), (0, -len(stream) % bits)).reshape(-1, bits)
     words = (wide << (lanes[:bits] * 8)).sum(dim=1, keepdim=True)

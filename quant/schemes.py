@@ -71,11 +71,19 @@ class Scheme:
 def grammar() -> str:
     """The grammar of all families, one per line.
 
-    >>> grammar()
+    >>> grammar().splitlines()[0]
     'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-mse_clip|-rtn]'
     """
-    quantizers = "[" + "|".join(f"-{name}" for name in QUANTIZERS) + "]"
-    return "\n".join(family.grammar + quantizers for family in FORMATS.values())
+    return "\n".join(family.grammar + _writers(family.name) for family in FORMATS.values())
+
+
+def _writers(family: str) -> str:
+    names = [f"-{name}" for name, quantizer in QUANTIZERS.items() if family in quantizer.families]
+    return f"[{'|'.join(names)}]"
+
+
+def _spellings() -> str:
+    return grammar().replace("\n", ", or ")
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -87,7 +95,7 @@ def parse_scheme(text: str) -> Scheme:
     Raises SchemeError that says what is offered.
     """
     if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
-        raise SchemeError(f"Scheme must be a short text like 'w4'. Got {text!r:.60}. Use {grammar()}.")
+        raise SchemeError(f"Scheme must be a short text like 'w4'. Got {text!r:.60}. Use {_spellings()}.")
     parts = text.strip().lower().split("-")
     try:
         return _read(text, parts)
@@ -103,14 +111,16 @@ def _read(text: str, parts: Sequence[str]) -> Scheme:
         if parsed is not None:
             weight, rest = parsed
             return Scheme(weight, _quantizer(text, rest))
-    raise SchemeError(f"Scheme must be spelled {grammar()}. Got {text!r}. Use for example 'w4' or 'w4-g128'.")
+    raise SchemeError(
+        f"Scheme must be spelled {_spellings()}. Got {text!r}. Use for example 'w4' or 'w4-g128'."
+    )
 
 
 def _quantizer(text: str, rest: Sequence[str]) -> str:
     unknown = [part for part in rest if part not in QUANTIZERS]
     if unknown:
         raise SchemeError(
-            f"Scheme must be spelled {grammar()}. Got {text!r} with the unknown part {unknown[0]!r}."
+            f"Scheme must be spelled {_spellings()}. Got {text!r} with the unknown part {unknown[0]!r}."
             " Drop or correct it."
         )
     if len(rest) > 1:

@@ -62,6 +62,9 @@ class Format(Protocol):
     def refuses(self, matrix: Matrix) -> str | None:
         """Why this format is not offered for a matrix, or None."""
 
+    def fallback(self, matrix: Matrix) -> str | None:
+        """The scheme its runtime stores a refused matrix in, or None where the runtime refuses it too."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -69,7 +72,8 @@ class Family:
 
     `parse` takes the parts of a scheme's spelling and gives the format and the parts it did not use, or
     None where the spelling is another family's. `codec` is the module whose `decode`, `pack` and `unpack`
-    handle the family's tensors; it needs torch and is loaded when used. `examples` are what the
+    handle the family's tensors; beyond integers its `nearest` and `closest` choose scales for the
+    quantizers `rtn` and `mse_clip`. It needs torch and is loaded when used. `examples` are what the
     conformance tests check.
     """
 

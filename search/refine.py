@@ -83,8 +83,8 @@ def refine(
     `measure` gets layer -> scheme mappings and returns one Measured for each, in their order.
     """
     model = predicted or additive_model(compiled.problem)
-    search = _Search(compiled, measure, model)
-    search.take([(candidate.source, search.checked(candidate)) for candidate in candidates])
+    search = MeasuredSearch(compiled, measure, model)
+    search.begin(candidates)
     left = evaluations
     while left > 0:
         proposed = search.proposals()
@@ -98,7 +98,7 @@ def refine(
     return search.result()
 
 
-class _Search:
+class MeasuredSearch:
     """The best plan so far and everything that has been measured."""
 
     def __init__(self, compiled: Compiled, measure: Measure, model: PairwiseModel) -> None:
@@ -110,7 +110,23 @@ class _Search:
         self._trace: list[Evaluation] = []
         self._best: tuple[Choice, Evaluation] | None = None
 
+    @property
+    def room(self) -> Room:
+        """What moves and repairs work on."""
+        return self._room
+
+    @property
+    def measured(self) -> list[tuple[Choice, float]]:
+        """Every measured choice with its mean, in the order of measuring."""
+        return [(self._compiled.choice(step.assignment), step.measured.mean) for step in self._trace]
+
+    def begin(self, candidates: Sequence[Candidate]) -> None:
+        """Measures the candidates. Raises CompileError without any, or for one that is not allowed."""
+        self.take([(candidate.source, self.checked(candidate)) for candidate in candidates])
+        self._current()
+
     def checked(self, candidate: Candidate) -> Choice:
+        """The choice of a candidate. Raises CompileError for one that breaks a limit, tie or pin."""
         choice = self._compiled.choice(candidate.assignment)
         if not self._compiled.problem.feasible(choice):
             raise CompileError(
@@ -151,6 +167,7 @@ class _Search:
                 yield neighbor
 
     def result(self) -> Refined:
+        """The best measured plan with everything that was measured."""
         _, best = self._current()
         return Refined(best.assignment, best.source, best.measured, tuple(self._trace))
 

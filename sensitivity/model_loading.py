@@ -20,6 +20,9 @@ from sensitivity.catalog import TASKS
 from sensitivity.errors import BadModel, ModelAlreadyQuantized, NonFiniteWeights, SessionError
 from sensitivity.spec import ModelSource
 
+DIGEST_LENGTH = 64
+"""Hexadecimal digits of a SHA-256; a shorter digest is a name that says nothing about the weights."""
+
 _AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "image_classification": "AutoModelForImageClassification",
@@ -220,9 +223,20 @@ def _from_factory(source: ModelSource, task: str) -> LoadedModel:
     model = _called(_imported(module_name, function_name), source.location)
     if not isinstance(model, nn.Module):
         raise BadModel(f"factory {source.location!r} must return an nn.Module. Got {type(model).__name__}.")
+    _require_same_weights(model, source)
     config = getattr(model, "config", None)
     resolved = (task_of(config) if config is not None else "generic") if task == "auto" else task
     return LoadedModel(model, resolved if resolved in TASKS else "generic")
+
+
+def _require_same_weights(model: nn.Module, source: ModelSource) -> None:
+    """Workers that each drew their own random weights would measure different models."""
+    known = len(source.digest) == DIGEST_LENGTH
+    if known and model_digest(model) != source.digest:
+        raise BadModel(
+            f"factory {source.location!r} must return the same weights each time. Got other ones. "
+            "Load them from a file, or seed the generator."
+        )
 
 
 def _imported(module_name: str, function_name: str) -> Any:

@@ -163,7 +163,7 @@ def _run_api(settings: Settings) -> None:
 
 
 def _stop_with_supervisor() -> None:
-    """Wait for the end of the pipe, below Python's buffers, whose lock the interpreter wants when it exits."""
+    """Wait for the end of the pipe, below Python's buffers, whose lock the interpreter wants at its end."""
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

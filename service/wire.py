@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from quant.schemes import parse_scheme
 from search.budget import BudgetError, parse_budget
+from search.choosers import CHOOSERS
 from sensitivity.catalog import SCORERS, TASKS
 
 DEFAULT_SCHEMES = ("w2", "w3", "w4", "w5", "w6", "w8")
@@ -186,6 +187,9 @@ class JobRequest(WireModel):
     batch_size: Integer = Field(default=8, ge=1, le=4096, description="Samples per forward pass.")
     evaluations: Integer = Field(
         default=40, ge=0, le=10_000, description="Measured plans of the local search, per budget."
+    )
+    chooser: Annotated[Name, AfterValidator(_one_of("chooser", CHOOSERS))] = Field(
+        default="local_search", description="How plans are tried beyond the candidates: see GET /v1/solvers."
     )
     time_limit_seconds: TimeLimit = 60.0
     gap: Gap = 1e-9

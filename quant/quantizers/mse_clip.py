@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from quant.formats import codec_of
 from quant.integer import IntegerFormat
 from quant.packing import Encoded, encode, group, stored_scale
 from quant.quantizers.rtn import span
@@ -35,15 +37,24 @@ MARGIN = 1e-5
 def quantize(weight_matrix: Tensor, fmt: IntegerFormat) -> Encoded:
     """Quantize (output channels, columns) of finite floats; never worse than `rtn` in squared error.
 
-    Temporary memory is a few copies of one block, besides the padded matrix and the result.
+    Temporary memory is that of a block of rows; per tensor, that of one float32 copy of the matrix.
     """
-    grouped = group(weight_matrix.float(), fmt)
-    whole = fmt.granularity == "tensor"
-    rows = grouped.reshape(1, -1) if whole else grouped.reshape(-1, grouped.shape[-1])
-    found = [_search(block, fmt) for block in torch.split(rows, max(1, BLOCK // max(1, rows.shape[1])))]
+    if fmt.family != "integer":
+        return cast(Encoded, codec_of(fmt).closest(weight_matrix, fmt))
+    found = [_search(block, fmt) for block in _blocks(weight_matrix, fmt)]
     scales = torch.cat([scale for scale, _ in found])
     points = None if fmt.symmetric else torch.cat([point for _, point in found if point is not None])
     return encode(weight_matrix, fmt, scales, points)
+
+
+def _blocks(matrix: Tensor, fmt: IntegerFormat) -> Iterator[Tensor]:
+    """(groups, size) weights, some rows of the matrix at a time; per tensor one (1, all) block."""
+    if fmt.granularity == "tensor":
+        yield matrix.float().reshape(1, -1)
+        return
+    for rows in torch.split(matrix, max(1, BLOCK // matrix.shape[1])):
+        grouped = group(rows.float(), fmt)
+        yield grouped.reshape(-1, grouped.shape[-1])
 
 
 def _search(groups: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
+from quant.formats import codec_of
 from quant.integer import IntegerFormat
 from quant.packing import Encoded, encode, group, stored_scale
 
 
 def quantize(weight_matrix: Tensor, fmt: IntegerFormat) -> Encoded:
-    """Quantize (output channels, columns) of finite floats.
+    """Quantize (output channels, columns) of finite floats; other families than integers by their codec.
 
     Symmetric: scale = max |w| / (2^(bits-1) - 1). Asymmetric: the range from min(w, 0) to max(w, 0) is cut
     into 2^bits - 1 steps. Scales are rounded to their stored type before the weights are.
     """
+    if fmt.family != "integer":
+        return cast(Encoded, codec_of(fmt).nearest(weight_matrix, fmt))
     grouped = group(weight_matrix.float(), fmt)
     whole = fmt.granularity == "tensor"
     low = grouped.amin(dim=(0, 1, 2) if whole else -1).clamp(max=0)

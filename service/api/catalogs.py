@@ -11,6 +11,7 @@ from quant.formats import FORMATS
 from quant.schemes import grammar, parse_scheme
 from search.budget import BYTE_UNITS, EXAMPLES, TIME_UNITS
 from search.catalog import SOLVERS
+from search.choosers import CHOOSERS
 from sensitivity.catalog import SCORERS, TASKS
 from service.api.context import LARGEST_PAGE, Ctx
 from service.ingest.kinds import CALIBRATION_FILES, MODEL_FILES
@@ -59,8 +60,11 @@ def metrics() -> dict[str, Any]:
 
 @router.get("/solvers")
 def solvers() -> dict[str, Any]:
-    """Programs that pick one scheme per layer; "auto" is the first that suits."""
-    return {"items": [{"name": name, "summary": solver.summary} for name, solver in SOLVERS.items()]}
+    """Programs that pick one scheme per layer ("auto" is the first that suits), and the measured searches."""
+    return {
+        "items": [{"name": name, "summary": solver.summary} for name, solver in SOLVERS.items()],
+        "choosers": [{"name": name, "summary": chooser.summary} for name, chooser in CHOOSERS.items()],
+    }
 
 
 @router.get("/tasks")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -29,6 +31,10 @@ IdempotencyKey = Annotated[
 ]
 
 
+_in_progress: set[tuple[str, str, str]] = set()
+_lock = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a POST answers with."""
@@ -43,6 +49,7 @@ def once(
 ) -> Response:
     """Run `action` in one transaction, unless `key` was used before: then repeat its answer.
 
+    The key is committed with what `action` wrote, so a request that was killed can be repeated at once.
     Raises Unprocessable when the key came with another request, Conflict while the first one is being
     answered.
     """
@@ -52,24 +59,38 @@ def once(
             failpoint("api.before_commit")
         failpoint("api.after_commit")
         return _response(answer)
-    with context.database.write() as session:
-        known = idempotency.begin(session, key, digest([route, request]), tenant=context.tenant)
-    if known is not None:
-        return _repeat(known, digest([route, request]))
-    try:
-        with context.database.write() as session:
-            answer = action(session)
-            body = answer.body.model_dump(mode="json")
-            idempotency.finish(
-                session, key, status=answer.status, body=body, headers=answer.headers, tenant=context.tenant
-            )
-            failpoint("api.before_commit")
-    except BaseException:
-        with context.database.write() as session:
-            idempotency.forget(session, key, tenant=context.tenant)
-        raise
+    request_digest = digest([route, request])
+    with _answering((context.database.url, context.tenant, key)), context.database.write() as session:
+        known = idempotency.begin(session, key, request_digest, tenant=context.tenant)
+        if known is not None:
+            return _repeat(known, request_digest)
+        answer = action(session)
+        body = answer.body.model_dump(mode="json")
+        idempotency.finish(
+            session, key, status=answer.status, body=body, headers=answer.headers, tenant=context.tenant
+        )
+        failpoint("api.before_commit")
     failpoint("api.after_commit")
     return _response(answer)
+
+
+@contextmanager
+def _answering(key: tuple[str, str, str]) -> Iterator[None]:
+    """Hold the key while this process answers its request; another process waits in the database instead."""
+    with _lock:
+        if key in _in_progress:
+            raise Conflict(
+                "idempotency-key-in-use",
+                "An Idempotency-Key must be answered before it is used again. Got it while the first request "
+                "is still running. Try again in a second.",
+                headers={"Retry-After": "1"},
+            )
+        _in_progress.add(key)
+    try:
+        yield
+    finally:
+        with _lock:
+            _in_progress.discard(key)
 
 
 def _repeat(known: IdempotencyRecord, request_digest: str) -> Response:
@@ -79,13 +100,7 @@ def _repeat(known: IdempotencyRecord, request_digest: str) -> Response:
             "An Idempotency-Key must stand for one request. Got it again with another request. Use a new "
             "key.",
         )
-    if known.status is None:
-        raise Conflict(
-            "idempotency-key-in-use",
-            "An Idempotency-Key must be answered before it is used again. Got it while the first request is "
-            "still running. Try again in a second.",
-            headers={"Retry-After": "1"},
-        )
+    assert known.status is not None, "a key is committed with its answer"
     headers = {**known.headers, "Idempotent-Replayed": "true"}
     return Response(json.dumps(known.body), known.status, headers, media_type="application/json")
 

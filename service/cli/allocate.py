@@ -18,7 +18,7 @@ from search.compile import Compiled, compile_problem, exact_number
 from search.problem import DEFAULT_GAP, Solution, Status
 from search.solve import solve
 from sensitivity.table_reader import parse_table
-from service.cli.exits import Exit, exits, plan_exit
+from service.cli.exits import exits, leave_with, plan_exit
 from service.cli.options import Json, Pins, Ties, assignments, names
 from service.cli.output import console, print_json
 
@@ -57,7 +57,7 @@ def allocate(
     as_json: Json = False,
 ) -> None:
     """Pick one scheme per layer of a score table under limits. Needs no model."""
-    with exits(as_json=as_json):
+    with exits(as_json=as_json, interrupted="nothing is kept: run it again from the beginning"):
         compiled = _compiled(table, limit or (), tie, pin, metric)
         solution = solve(compiled.problem, solver=solver, gap=gap, time_limit=time_limit)
         answer = allocation_json(compiled, solution)
@@ -67,9 +67,7 @@ def allocate(
         print_json(answer)
     else:
         _show(compiled, solution, answer)
-    code = plan_exit([solution.status.value])
-    if code != Exit.DONE:
-        raise typer.Exit(int(code))
+    leave_with(plan_exit([solution.status.value]))
 
 
 def allocation_json(compiled: Compiled, solution: Solution) -> dict[str, Any]:

@@ -4,84 +4,113 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from quant.plan import Plan, parse_plan
 from service.cli import options
 from service.cli.exits import exits
 from service.cli.output import console, interval, print_json
-from service.local import Local, local_settings
-from service.wire import JobRequest
+from service.cli.plan_files import read_plan
+from service.cli.run import own_model
 
-ModelDir = Annotated[
-    Path, typer.Argument(metavar="MODEL_DIR", help="The Hugging Face folder the plan was made for.")
+if TYPE_CHECKING:
+    from quant.plan import Plan
+    from sensitivity.spec import ModelSource
+    from service.local_inputs import LocalData
+    from service.settings import Settings
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Take other weights than the plan was made for, of the same shapes.")
 ]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan file.")]
 
 
 def apply(
-    model: ModelDir,
-    plan: PlanFile,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="The Hugging Face folder the plan was made for.")
+    ],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Apply to other weights of the same shapes; the checkpoint says so."),
-    ] = False,
+    force: Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a loadable checkpoint whose weights are quantized and dequantized as planned."""
-    with exits(as_json=as_json):
+    with exits(as_json=as_json, interrupted="no checkpoint was written"):
+        wanted = read_plan(plan)
+
         from quant.checkpoint import apply_plan
 
-        written = apply_plan(model, read_plan(plan), output, force=force)
+        written = apply_plan(model, wanted, output, force=force)
         if as_json:
             print_json({"output": str(output), **asdict(written)})
         else:
-            console().print(f"wrote {output}")
+            console().print(f"wrote {output}", markup=False)
 
 
 def evaluate(
-    model: ModelDir,
     plan: Annotated[Path, typer.Option("--plan", help="A plan file.")],
     data: Annotated[
         Path, typer.Option("--data", help="Data: .safetensors, .txt or .jsonl, all of it is used.")
     ],
+    model: options.ModelDir = None,
+    factory: options.Factory = None,
     task: options.Task = "auto",
     sequence_length: options.SequenceLength = 512,
     samples: Annotated[int, typer.Option("--samples", min=8, help="At most this many samples.")] = 100_000,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     batch_size: options.BatchSize = 8,
-    data_dir: options.DataDir = None,
+    force: Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a plan beside full precision on data of your own, with 95 % intervals."""
-    with exits(as_json=as_json), Local(local_settings(data_dir)) as local:
+    """Measure a plan beside full precision on data of your own, with 95 % intervals. Stores nothing."""
+    with exits(as_json=as_json, interrupted="nothing was stored"):
         wanted = read_plan(plan)
-        record, sample_set = local.folder(model), local.calibration(data)
-        request = JobRequest(
-            model=record.id,
-            calibration=sample_set.id,
-            budgets=["1 GB"],
-            task=task,
-            sequence_length=sequence_length,
-            samples=samples,
-            seed=seed,
-            device=device,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            include=list(wanted.layers),
-        )
-        spec = local.spec(request, record, sample_set)
-        full, planned = local.measure(spec, [{}, wanted.assignment])
+
+        from service.local import local_settings
+        from service.local_inputs import file_data
+
+        settings, read = local_settings(), file_data(data)
+        found = own_model(model, factory, settings)
+        _require_same_model(wanted, found, force=force)
+        chosen = {
+            "task": task,
+            "sequence_length": sequence_length,
+            "samples": samples,
+            "seed": seed,
+            "device": device,
+            "batch_size": batch_size,
+        }
+        full, planned = _measure(settings, found, read, wanted, chosen)
         _show(wanted, {"full_precision": full, "plan": planned}, as_json=as_json)
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan of a file. Raises OSError or PlanError."""
-    return parse_plan(path.read_text(encoding="utf-8"))
+def _require_same_model(plan: Plan, model: ModelSource, *, force: bool) -> None:
+    if plan.digests.model != model.digest and not force:
+        raise ValueError(
+            f"Plan must be made for this model. Got a plan for {plan.digests.model or 'no digest'}, and the "
+            f"model {model.digest}. Pass the plan's own model, or --force."
+        )
+
+
+def _measure(
+    settings: Settings, model: ModelSource, data: LocalData, plan: Plan, chosen: dict[str, Any]
+) -> list[dict[str, Any]]:
+    from service.one_off import measure
+    from service.runner.inputs import spec_of
+    from service.wire import JobRequest
+
+    request = JobRequest.model_validate(
+        {
+            "model": "model",
+            "calibration": "data",
+            "budgets": ["32 bpw"],
+            "include": list(plan.layers),
+            **chosen,
+        }
+    )
+    return measure(settings, spec_of(request, model, data.source), [{}, plan.assignment])
 
 
 def _show(plan: Plan, measured: dict[str, Any], *, as_json: bool) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import TYPE_CHECKING, Any
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 
-from service.errors import ServiceError
-from service.remote.transport import ClientError, JobFailed, ProblemError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class Exit(IntEnum):
@@ -27,6 +26,11 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+Told = tuple[str, Exit]
+UNREADABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+NOT_UTF8 = "A file must be UTF-8 text. Got {}. Save it as UTF-8."
+
+
 class CommandError(Exception):
     """A message for the user and the exit status that goes with it."""
 
@@ -35,7 +39,7 @@ class CommandError(Exception):
         self.code = code
 
 
-def plan_exit(statuses: list[str]) -> Exit:
+def plan_exit(statuses: Sequence[str]) -> Exit:
     """The exit status for plans with these statuses: the worst of them decides.
 
     >>> plan_exit(["optimal", "infeasible"]).name
@@ -46,51 +50,105 @@ def plan_exit(statuses: list[str]) -> Exit:
     return Exit.NO_PLAN_IN_TIME if "unknown" in statuses else Exit.DONE
 
 
-@contextmanager
-def exits(*, as_json: bool = False) -> Iterator[None]:
-    """Turn exceptions into a message on standard error and an exit status.
+def leave_with(code: Exit) -> None:
+    """End the command with this status, unless it is done."""
+    if code is not Exit.DONE:
+        raise typer.Exit(int(code))
 
-    ValueError, OSError and problems of the 400s are what users' input causes (status 2); a `CommandError`
-    brings its own status; a server that cannot be reached and problems of the 500s are failures (status 1).
+
+@contextmanager
+def exits(*, as_json: bool = False, interrupted: str = "nothing was changed") -> Iterator[None]:
+    """Turn exceptions into a message on standard error and an exit status; with `as_json`, into a JSON
+    document on standard output too.
+
+    ValueError, missing files and problems of the 400s are what users' input causes (status 2); a
+    `CommandError` brings its own status; a server that cannot be reached, a database that cannot be used and
+    problems of the 500s are failures (status 1). `interrupted` says how things stand after Ctrl-C.
     """
     try:
         yield
-    except CommandError as error:
-        _leave(str(error), error.code, as_json=as_json)
     except KeyboardInterrupt:
-        _leave(
-            "interrupted: run the same command again to go on where it stopped",
-            Exit.INTERRUPTED,
-            as_json=as_json,
-        )
-    except ServiceError as error:
-        _leave(error.detail, _blame(error.status), as_json=as_json)
-    except ProblemError as error:
-        _leave(str(error), _blame(error.status), as_json=as_json)
-    except JobFailed as error:
-        problem = error.resource.get("problem") or {}
-        _leave(str(error), _blame(int(problem.get("status", 500))), as_json=as_json)
-    except ClientError as error:
-        _leave(str(error), Exit.FAILED, as_json=as_json)
-    except ValidationError as error:
-        _leave(validation_message(error), Exit.BAD_INPUT, as_json=as_json)
-    except (ValueError, OSError) as error:
-        _leave(str(error) or type(error).__name__, Exit.BAD_INPUT, as_json=as_json)
+        refuse(f"interrupted: {interrupted}", Exit.INTERRUPTED, as_json=as_json)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        told = explain(error)
+        if told is None:
+            raise
+        refuse(*told, as_json=as_json)
+
+
+def explain(error: Exception) -> Told | None:
+    """The message and the exit status of an exception; None for one that nobody expects."""
+    from pydantic import ValidationError
+
+    from service.errors import ServiceError
+    from service.remote.transport import ClientError, JobFailed, ProblemError
+
+    expected: Sequence[tuple[Any, Callable[[Any], Told]]] = (
+        (CommandError, lambda known: (str(known), known.code)),
+        (ServiceError, lambda problem: (problem.detail, _blame(problem.status))),
+        (ProblemError, lambda problem: (str(problem), _blame(problem.status))),
+        (
+            JobFailed,
+            lambda failed: (
+                str(failed),
+                _blame(int((failed.resource.get("problem") or {}).get("status", 500))),
+            ),
+        ),
+        (ClientError, lambda failure: (str(failure), Exit.FAILED)),
+        (ValidationError, lambda faults: (validation_message(faults), Exit.BAD_INPUT)),
+        (UnicodeDecodeError, lambda fault: (NOT_UTF8.format(fault.reason), Exit.BAD_INPUT)),
+        (ValueError, lambda misuse: (str(misuse) or type(misuse).__name__, Exit.BAD_INPUT)),
+        (UNREADABLE, lambda fault: (_unreadable(fault), Exit.BAD_INPUT)),
+        (OSError, lambda fault: (str(fault), Exit.FAILED)),
+    )
+    for kinds, tell in expected:
+        if isinstance(error, kinds):
+            return tell(error)
+    if type(error).__module__.partition(".")[0] in ("service", "sqlalchemy"):
+        return str(getattr(error, "orig", error)), Exit.FAILED
+    return None
+
+
+OPTIONS = {
+    "latency_ns": "latency-table",
+    "time_limit_seconds": "time-limit",
+    "interactions": "no-interactions",
+}
+REPEATED = frozenset({"budgets", "limits", "metrics", "pins", "ties"})
 
 
 def validation_message(error: ValidationError) -> str:
-    """Every fault of a request on a line of its own, with the member it is in."""
-    return "\n".join(
-        ".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors(include_url=False)
-    )
+    """Every fault of a request on a line of its own, with the option or variable that it is in."""
+    return "\n".join(_fault(fault, error.title) for fault in error.errors(include_url=False))
+
+
+def _fault(fault: Any, title: str) -> str:
+    if not fault["loc"]:
+        return str(fault["msg"])
+    member = str(fault["loc"][0])
+    if title == "Settings":
+        return f"BITPLAN_{member.upper()}: {fault['msg']}. Got {fault['input']!r}."
+    option = "--" + OPTIONS.get(member, member.removesuffix("s") if member in REPEATED else member)
+    own_words = "-" in fault["type"]
+    words = fault["msg"] if own_words else f"{fault['msg']}. Got {fault['input']!r}."
+    return f"{option.replace('_', '-')}: {words}"
+
+
+def _unreadable(error: OSError) -> str:
+    if error.filename is None:
+        return str(error)
+    return f"A file must exist and be readable. Got {error.filename!r}: {error.strerror}. Check the path."
 
 
 def _blame(status: int) -> Exit:
     return Exit.BAD_INPUT if 400 <= status < 500 else Exit.FAILED
 
 
-def _leave(message: str, code: Exit, *, as_json: bool) -> None:
+def refuse(message: str, code: Exit, *, as_json: bool) -> None:
+    """Tell why on standard error, with `as_json` on standard output too, and end the command."""
     if as_json:
-        sys.stdout.write(json.dumps({"error": message, "exit": int(code)}) + "\n")
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"bitplan: {message}", markup=False)
+        sys.stdout.write(json.dumps({"error": message, "exit": int(code)}, ensure_ascii=False) + "\n")
+    sys.stderr.write(f"bitplan: {message}\n")
     raise typer.Exit(int(code))

@@ -15,8 +15,6 @@ from quant.plan import Plan, parse_plan
 from service.cli import options
 from service.cli.exits import exits
 from service.cli.output import console, print_json
-from service.db.repositories import models
-from service.local import Local, local_settings
 
 
 def export(
@@ -57,6 +55,9 @@ def model_facts(folder: Path, plan: Plan) -> ModelFacts:
 
 def _known_folder(plan: Plan, data_dir: Path | None) -> Path:
     """The folder of the plan's own model, if this machine planned it."""
+    from service.db.repositories import models
+    from service.local import Local, local_settings
+
     if plan.digests.model is not None:
         with Local(local_settings(data_dir)) as local, local.database.read() as session:
             for record in models.list_by_digest(session, plan.digests.model):

@@ -10,6 +10,16 @@ import typer
 DEFAULT_SCHEMES = "w2,w3,w4,w5,w6,w8"
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
+ModelDir = Annotated[
+    Path | None, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face folder with safetensors weights.")
+]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--factory",
+        help="Instead of MODEL_DIR: package.module:function of your own that returns an nn.Module.",
+    ),
+]
 Calibration = Annotated[
     Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .txt or .jsonl.")
 ]
@@ -59,6 +69,10 @@ Gap = Annotated[float, typer.Option("--gap", min=0.0, help="Proven relative gap 
 Evaluations = Annotated[
     int, typer.Option("--evaluations", min=0, help="Measured plans of the local search, per budget.")
 ]
+ChooserName = Annotated[
+    str,
+    typer.Option("--chooser", help="How plans are tried beyond the candidates: local_search or black_box."),
+]
 RelativeError = Annotated[
     float, typer.Option("--relative-error", help="Relative standard error at which a Hessian trace is done.")
 ]
@@ -69,6 +83,10 @@ NoInteractions = Annotated[
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Plan file; a folder when there are several budgets.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only say what would be measured, in what time and memory."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on standard output.")]
 Server = Annotated[str, typer.Option("--server", envvar="BITPLAN_SERVER", help="Address of the service.")]

@@ -13,13 +13,14 @@ from rich.table import Table
 
 Json = Mapping[str, Any]
 DIGITS = 4
-LEAST_WIDTH = 120
+PIPED_WIDTH = 1000
+"""Columns where nobody looks: tables keep their own width and no cell is cut."""
 
 
 def console() -> Console:
-    """The console for people: standard output, no highlighting of numbers, wide enough for tables."""
+    """The console for people: standard output, no highlighting of numbers, tables whole in a pipe."""
     plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=LEAST_WIDTH)
+    return plain if plain.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
 
 
 def print_json(value: object) -> None:

@@ -2,120 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from service.cli import options
-from service.cli.exits import CommandError, Exit, exits, plan_exit
+from service.cli.exits import exits, leave_with, plan_exit
 from service.cli.output import JobProgress, console, print_json, show_plans
-from service.cli.request import file_of, job_parameters
-from service.client import Client
-from service.remote.handles import JobHandle, PlanHandle
+from service.cli.plan_files import check_output, file_of
+from service.cli.request import SearchOptions, required
+from service.cli.run import show_preview
+from service.cli.spread import spread
 
-JobId = Annotated[str, typer.Argument(help="Id of a job, as `bitplan jobs` lists it.")]
+if TYPE_CHECKING:
+    from service.client import Client
+    from service.remote.handles import JobHandle, PlanHandle
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `bitplan jobs` lists it.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay, show progress, and print the plans at the end.")]
+SHORT_TRIES = 2
+"""Repeated requests of a command that answers at once: a server that is away is told within a second."""
+GOES_ON = (
+    "a job that was started goes on at the server: follow it with `bitplan jobs` and `bitplan watch JOB`"
+)
 
 
+@spread
 def submit(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, or the id of a model the server has.")],
-    calibration: options.Calibration,
-    budgets: options.Budgets = None,
-    schemes: options.Schemes = options.DEFAULT_SCHEMES,
-    limits: options.Limits = None,
-    metrics: options.Metrics = None,
-    task: options.Task = "auto",
-    samples: options.Samples = 64,
-    sequence_length: options.SequenceLength = 512,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    pins: options.Pins = None,
-    ties: options.Ties = None,
-    exclude: options.Excludes = None,
-    include: options.Includes = None,
-    latency_table: options.Latency = None,
-    time_limit: options.TimeLimit = 60.0,
-    gap: options.Gap = 1e-9,
-    evaluations: options.Evaluations = 40,
-    relative_error: options.RelativeError = 0.1,
-    max_probes: options.MaxProbes = 128,
-    batch_size: options.BatchSize = 8,
-    no_interactions: options.NoInteractions = False,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A Hugging Face folder, or the id of a model the server has."),
+    ],
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration", "-c", help="A .safetensors, .txt or .jsonl file, or an id of the server's."
+        ),
+    ],
+    search: SearchOptions,
     output: options.Output = None,
     watch: Watch = False,
+    dry_run: options.DryRun = False,
     server: options.Server = options.DEFAULT_SERVER,
     as_json: options.Json = False,
 ) -> None:
-    """Send a model and calibration data to a server and start a search there."""
-    with exits(as_json=as_json):
-        parameters = job_parameters(
-            budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
-            sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
-            include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
-            batch_size=batch_size, no_interactions=no_interactions,
-        )  # fmt: skip
-        job = Client(server).submit(model=model, calibration=calibration, **parameters)
-        if not (watch or output):
-            _print_job(job, as_json=as_json)
+    """Send a model and calibration data to a server and start a search there; -o waits for its plans."""
+    with exits(as_json=as_json, interrupted=GOES_ON):
+        parameters = search.parameters()
+        check_output(output, parameters["budgets"])
+        if dry_run:
+            _preview(Path(model), Path(calibration), parameters, as_json=as_json)
             return
-        _follow(job, as_json=as_json)
-        _finish(job.plans(), parameters["budgets"], output, as_json=as_json)
+        with _client(server, patient=True) as client:
+            job = client.submit(model=model, calibration=calibration, **parameters)
+            if not (watch or output):
+                _print_job(job, as_json=as_json)
+                return
+            _follow(job, as_json=as_json)
+            _finish(job.plans(), output, several=len(parameters["budgets"]) > 1, as_json=as_json)
 
 
 def models(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """List the models that the server has."""
-    with exits(as_json=as_json):
-        rows = Client(server).models()
-        if as_json:
-            print_json(rows)
-        else:
-            _table(("id", "state", "created_at"), rows)
+    with exits(as_json=as_json), _client(server) as client:
+        _show_rows(("id", "state", "created_at"), client.models(), as_json=as_json)
 
 
 def jobs(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """List the jobs of the server, the newest first."""
-    with exits(as_json=as_json):
-        rows = [job.resource for job in Client(server).jobs()]
-        if as_json:
-            print_json(rows)
-        else:
-            _table(("id", "state", "stage", "name", "created_at"), rows)
+    with exits(as_json=as_json), _client(server) as client:
+        rows = [job.resource for job in client.jobs()]
+        _show_rows(("id", "kind", "state", "stage", "name", "created_at"), rows, as_json=as_json)
 
 
 def status(
     job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
 ) -> None:
-    """Show where one job stands."""
-    with exits(as_json=as_json):
-        _print_job(Client(server).job(job), as_json=as_json)
+    """Show where one job stands, and why it failed if it did."""
+    with exits(as_json=as_json), _client(server) as client:
+        _print_job(client.job(job), as_json=as_json)
 
 
 def watch(job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """Follow a job to its end and show its plans. Ctrl-C leaves the job running."""
-    with exits(as_json=as_json):
-        handle = Client(server).job(job)
+    with exits(as_json=as_json, interrupted=GOES_ON), _client(server, patient=True) as client:
+        handle = client.job(job)
         _follow(handle, as_json=as_json)
-        show_plans([plan.resource for plan in handle.plans()], as_json=as_json)
+        _finish(handle.plans(), as_json=as_json)
 
 
 def cancel(
     job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
 ) -> None:
     """Stop a job; its scores are kept."""
-    with exits(as_json=as_json):
-        _print_job(Client(server).job(job).cancel(), as_json=as_json)
+    with exits(as_json=as_json), _client(server) as client:
+        _print_job(client.job(job).cancel(), as_json=as_json)
 
 
 def resume(
     job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
 ) -> None:
     """Go on from the scores of a job that failed or was cancelled, as a new job."""
-    with exits(as_json=as_json):
-        _print_job(Client(server).job(job).resume(), as_json=as_json)
+    with exits(as_json=as_json), _client(server) as client:
+        _print_job(client.job(job).resume(), as_json=as_json)
 
 
 def scores(
@@ -125,12 +118,9 @@ def scores(
     as_json: options.Json = False,
 ) -> None:
     """Show what each layer loses in each scheme, with standard errors."""
-    with exits(as_json=as_json):
-        rows = [vars(score) for score in Client(server).job(job).scores(metric)]
-        if as_json:
-            print_json(rows)
-        else:
-            _table(("layer", "scheme", "metric", "value", "stderr", "samples"), rows)
+    with exits(as_json=as_json), _client(server) as client:
+        rows = [vars(score) for score in client.job(job).scores(metric)]
+        _show_rows(("layer", "scheme", "metric", "value", "stderr", "samples"), rows, as_json=as_json)
 
 
 def plan(
@@ -149,11 +139,11 @@ def plan(
     server: options.Server = options.DEFAULT_SERVER,
     as_json: options.Json = False,
 ) -> None:
-    """Plan from stored scores, in milliseconds: an existing budget of the job, or any other."""
-    with exits(as_json=as_json):
-        wanted = _required(budgets)
-        handle = Client(server).job(job)
-        solved = handle.solve(
+    """Plan from stored scores, in milliseconds: other budgets, limits, pins or ties than the job had."""
+    with exits(as_json=as_json, interrupted=GOES_ON), _client(server, patient=measure) as client:
+        wanted = required(budgets)
+        check_output(output, wanted)
+        solved = client.job(job).solve(
             wanted,
             limits=limits,
             pins=options.assignments(pins) if pins is not None else None,
@@ -164,7 +154,27 @@ def plan(
         )
         if measure:
             solved = [_measured(one) for one in solved]
-        _finish(solved, wanted, output, as_json=as_json)
+        _finish(solved, output, several=len(wanted) > 1, as_json=as_json)
+
+
+def _client(server: str, *, patient: bool = False) -> Client:
+    """A client that, unless it is patient, gives up on a server that is not there within a second."""
+    from service.client import Client
+
+    if not server.startswith(("http://", "https://")):
+        raise ValueError(
+            f"--server must be an address that begins with http:// or https://. Got {server!r}. "
+            f"Use for example {options.DEFAULT_SERVER}."
+        )
+    return Client(server) if patient else Client(server, retries=SHORT_TRIES)
+
+
+def _preview(model: Path, calibration: Path, parameters: Mapping[str, Any], *, as_json: bool) -> None:
+    """What would be measured, estimated on this machine from the files that would be sent."""
+    from service.local import local_settings
+    from service.local_inputs import file_data, folder_source
+
+    show_preview(local_settings(), folder_source(model), file_data(calibration), parameters, as_json=as_json)
 
 
 def _measured(plan: PlanHandle) -> PlanHandle:
@@ -173,50 +183,47 @@ def _measured(plan: PlanHandle) -> PlanHandle:
     return plan.refresh()
 
 
-def _required(budgets: list[str] | None) -> list[str]:
-    if not budgets:
-        raise ValueError('A budget must be given. Got none. Add for example --budget "3.5 bpw".')
-    return budgets
-
-
 def _follow(job: JobHandle, *, as_json: bool) -> None:
     with JobProgress(quiet=as_json) as bar:
         job.wait(on_progress=bar)
 
 
 def _finish(
-    plans: Sequence[PlanHandle], budgets: Sequence[str], output: Path | None, *, as_json: bool
+    plans: Sequence[PlanHandle], output: Path | None = None, *, several: bool = False, as_json: bool
 ) -> None:
-    code = plan_exit([plan.status for plan in plans])
     show_plans([plan.resource for plan in plans], as_json=as_json)
-    if output is not None:
-        for one in plans:
-            if one.document is not None:
-                console_path = one.save(file_of(output, one.resource["budget"], several=len(budgets) > 1))
-                if not as_json:
-                    console().print(f"wrote {console_path}")
-    if code is not Exit.DONE:
-        raise typer.Exit(int(code))
+    for one in plans:
+        if output is not None and one.document is not None:
+            written = one.save(file_of(output, one.resource["budget"], several=several))
+            if not as_json:
+                console().print(f"wrote {written}", markup=False)
+    leave_with(plan_exit([plan.status for plan in plans]))
 
 
 def _print_job(job: JobHandle, *, as_json: bool) -> None:
     if as_json:
         print_json(job.resource)
         return
-    progress = job.resource.get("progress") or {}
-    stage = (
-        f", {job.resource['stage']} {progress.get('done')}/{progress.get('total')}"
-        if job.resource["stage"]
-        else ""
-    )
-    console().print(f"{job.id}  {job.state}{stage}")
-    problem = job.resource.get("problem")
-    if problem:
-        raise CommandError(str(problem.get("detail") or problem.get("title")))
+    stage, progress = job.resource["stage"], job.resource.get("progress") or {}
+    where = f", {stage} {progress.get('done')}/{progress.get('total')}" if stage else ""
+    problem = job.resource.get("problem") or {}
+    why = f": {problem.get('detail') or problem.get('title')}" if problem else ""
+    console().print(f"{job.id}  {job.state}{where}{why}", markup=False, soft_wrap=True)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Any]) -> None:
-    table = Table(*columns)
+def _show_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print_json(list(rows))
+        return
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
+        table.add_row(*(_cell(row.get(column)) for column in columns))
     console().print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else escape(str(value))

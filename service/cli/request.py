@@ -1,84 +1,81 @@
-"""From command options to the parameters of a search: the same for `run` and `submit`."""
+"""The options that describe a search, the same for `run` and `submit`, and the request that they make."""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.costs import read_latency_table
 from service.cli import options
 
 DEFAULT_METRIC = "output_kl"
 
 
-def job_parameters(
-    *,
-    budgets: list[str] | None,
-    schemes: str,
-    limits: list[str] | None,
-    metrics: list[str] | None,
-    task: str,
-    samples: int,
-    sequence_length: int,
-    seed: int,
-    device: str,
-    pins: list[str] | None,
-    ties: list[str] | None,
-    exclude: list[str] | None,
-    include: list[str] | None,
-    latency_table: Path | None,
-    time_limit: float,
-    gap: float,
-    evaluations: int,
-    relative_error: float,
-    max_probes: int,
-    batch_size: int,
-    no_interactions: bool,
-) -> dict[str, Any]:
-    """The keyword parameters of `Client.submit` (without model and calibration). Raises ValueError."""
+@dataclass(frozen=True)
+class SearchOptions:
+    """What to search for, as it was typed."""
+
+    budgets: options.Budgets = None
+    schemes: options.Schemes = options.DEFAULT_SCHEMES
+    limits: options.Limits = None
+    metrics: options.Metrics = None
+    task: options.Task = "auto"
+    samples: options.Samples = 64
+    sequence_length: options.SequenceLength = 512
+    seed: options.Seed = 0
+    device: options.Device = "cpu"
+    pins: options.Pins = None
+    ties: options.Ties = None
+    exclude: options.Excludes = None
+    include: options.Includes = None
+    latency_table: options.Latency = None
+    time_limit: options.TimeLimit = 60.0
+    gap: options.Gap = 1e-9
+    evaluations: options.Evaluations = 40
+    chooser: options.ChooserName = "local_search"
+    relative_error: options.RelativeError = 0.1
+    max_probes: options.MaxProbes = 128
+    batch_size: options.BatchSize = 8
+    no_interactions: options.NoInteractions = False
+
+    def parameters(self) -> dict[str, Any]:
+        """The keyword parameters of `Client.submit` (without model and calibration). Raises ValueError."""
+        return {
+            "budgets": required(self.budgets),
+            "schemes": [scheme.strip() for scheme in self.schemes.split(",") if scheme.strip()],
+            "limits": self.limits or [],
+            "metrics": self.metrics or [DEFAULT_METRIC],
+            "task": self.task,
+            "samples": self.samples,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "device": self.device,
+            "pins": options.assignments(self.pins),
+            "ties": options.names(self.ties),
+            "exclude": self.exclude or [],
+            "include": self.include or [],
+            "latency_ns": None if self.latency_table is None else _latency(self.latency_table),
+            "time_limit_seconds": self.time_limit,
+            "gap": self.gap,
+            "evaluations": self.evaluations,
+            "chooser": self.chooser,
+            "relative_error": self.relative_error,
+            "max_probes": self.max_probes,
+            "batch_size": self.batch_size,
+            "interactions": not self.no_interactions,
+        }
+
+
+def required(budgets: list[str] | None) -> list[str]:
+    """The budgets, of which there must be one. Raises ValueError."""
     if not budgets:
         raise ValueError('A budget must be given. Got none. Add for example --budget "3.5 bpw".')
-    return {
-        "budgets": budgets,
-        "schemes": [scheme.strip() for scheme in schemes.split(",") if scheme.strip()],
-        "limits": limits or [],
-        "metrics": metrics or [DEFAULT_METRIC],
-        "task": task,
-        "samples": samples,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "device": device,
-        "pins": options.assignments(pins),
-        "ties": options.names(ties),
-        "exclude": exclude or [],
-        "include": include or [],
-        "latency_ns": None if latency_table is None else _latency(latency_table),
-        "time_limit_seconds": time_limit,
-        "gap": gap,
-        "evaluations": evaluations,
-        "relative_error": relative_error,
-        "max_probes": max_probes,
-        "batch_size": batch_size,
-        "interactions": not no_interactions,
-    }
+    return budgets
 
 
 def _latency(path: Path) -> dict[str, dict[str, float]]:
+    from quant.costs import read_latency_table
+
     text = path.read_text(encoding="utf-8")
     table = read_latency_table(text, "csv" if path.suffix.lower() == ".csv" else "json")
     return {layer: {scheme: float(value) for scheme, value in row.items()} for layer, row in table.items()}
-
-
-def file_of(output: Path, budget: str, *, several: bool) -> Path:
-    """Where the plan of `budget` goes: `output` itself, or a file of that folder when there are several.
-
-    >>> file_of(Path("plans"), "bytes<=2 MiB", several=True).as_posix()
-    'plans/bytes-at-most-2-MiB.plan.json'
-    """
-    if not several:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return output
-    output.mkdir(parents=True, exist_ok=True)
-    words = budget.replace("<=", " at most ").replace(">=", " at least ")
-    return output / (re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-") + ".plan.json")

@@ -2,130 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
 from service.cli import options
-from service.cli.exits import CommandError, Exit, exits, plan_exit
+from service.cli.exits import CommandError, Exit, exits, leave_with, plan_exit
 from service.cli.output import JobProgress, console, duration, print_json, show_plans, size
-from service.cli.request import file_of, job_parameters
-from service.estimate import estimate
-from service.local import Local, local_settings
-from service.records import CalibrationRecord, JobRecord, ModelRecord
-from service.states import JobState
-from service.wire import JobRequest
+from service.cli.plan_files import check_output, file_of
+from service.cli.request import SearchOptions
+from service.cli.spread import spread
+
+if TYPE_CHECKING:
+    from sensitivity.spec import ModelSource
+    from service.local_inputs import LocalData
+    from service.records import JobRecord
+    from service.settings import Settings
+
+AGAIN = "run the same command again to go on where it stopped"
 
 
+@spread
 def run(
     calibration: options.Calibration,
-    model: Annotated[
-        Path | None,
-        typer.Argument(metavar="MODEL_DIR", help="A Hugging Face folder with safetensors weights."),
-    ] = None,
-    factory: Annotated[
-        str | None,
-        typer.Option("--factory", help="package.module:function of your own that returns an nn.Module."),
-    ] = None,
-    budgets: options.Budgets = None,
-    schemes: options.Schemes = options.DEFAULT_SCHEMES,
-    limits: options.Limits = None,
-    metrics: options.Metrics = None,
-    task: options.Task = "auto",
-    samples: options.Samples = 64,
-    sequence_length: options.SequenceLength = 512,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    pins: options.Pins = None,
-    ties: options.Ties = None,
-    exclude: options.Excludes = None,
-    include: options.Includes = None,
-    latency_table: options.Latency = None,
-    time_limit: options.TimeLimit = 60.0,
-    gap: options.Gap = 1e-9,
-    evaluations: options.Evaluations = 40,
-    relative_error: options.RelativeError = 0.1,
-    max_probes: options.MaxProbes = 128,
-    batch_size: options.BatchSize = 8,
-    no_interactions: options.NoInteractions = False,
+    search: SearchOptions,
+    model: options.ModelDir = None,
+    factory: options.Factory = None,
     output: options.Output = None,
     data_dir: options.DataDir = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be measured, in what time and memory.")
-    ] = False,
+    dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure, solve and prove on this machine; run it again to go on after an interruption."""
-    with exits(as_json=as_json):
-        parameters = job_parameters(
-            budgets=budgets, schemes=schemes, limits=limits, metrics=metrics, task=task, samples=samples,
-            sequence_length=sequence_length, seed=seed, device=device, pins=pins, ties=ties, exclude=exclude,
-            include=include, latency_table=latency_table, time_limit=time_limit, gap=gap,
-            evaluations=evaluations, relative_error=relative_error, max_probes=max_probes,
-            batch_size=batch_size, no_interactions=no_interactions,
-        )  # fmt: skip
-        with Local(local_settings(data_dir)) as local:
-            found = _model(local, model, factory)
-            data = local.calibration(calibration)
-            request = local.request(found, data, parameters)
-            if dry_run:
-                _show_estimate(_estimate(local, request, found, data), as_json=as_json)
-                return
-            plans = _run(local, request, as_json=as_json)
-        _finish(plans, request.budgets, output, as_json=as_json)
+    with exits(as_json=as_json, interrupted=AGAIN):
+        from service.local import local_settings
+        from service.local_inputs import file_data
+
+        parameters = search.parameters()
+        check_output(output, parameters["budgets"])
+        settings, data = local_settings(data_dir), file_data(calibration)
+        found = own_model(model, factory, settings)
+        if dry_run:
+            show_preview(settings, found, data, parameters, as_json=as_json)
+            return
+        plans = _run(settings, found, data, parameters, as_json=as_json)
+        show_plans(plans, as_json=as_json)
+        _write(plans, output, several=len(parameters["budgets"]) > 1, as_json=as_json)
+        leave_with(plan_exit([plan["status"] for plan in plans]))
 
 
-def _model(local: Local, model: Path | None, factory: str | None) -> ModelRecord:
-    if (model is None) == (factory is None):
-        raise ValueError(
-            "A model must be given as MODEL_DIR or as --factory. Got both or none. Name one of them."
-        )
-    return local.folder(model) if model is not None else local.factory(str(factory))
+def own_model(model: Path | None, factory: str | None, settings: Settings) -> ModelSource:
+    """The model of a folder or of a factory, whichever is given. Raises ValueError or ServiceError."""
+    from service.local_inputs import factory_source, folder_source
+
+    if factory is not None and model is None:
+        return factory_source(factory, settings)
+    if model is not None and factory is None:
+        return folder_source(model)
+    got = "none" if model is None else "both"
+    raise ValueError(f"A model must be given as MODEL_DIR or as --factory. Got {got}. Name one of them.")
 
 
-def _run(local: Local, request: JobRequest, *, as_json: bool) -> list[dict[str, Any]]:
-    with JobProgress(quiet=as_json) as bar:
-        job = local.run(request, bar)
+def _run(
+    settings: Settings, model: ModelSource, data: LocalData, parameters: Mapping[str, Any], *, as_json: bool
+) -> list[dict[str, Any]]:
+    from service.local import Local
+
+    with Local(settings) as local:
+        request = local.request(local.model(model), local.calibration(data), parameters)
+        with JobProgress(quiet=as_json) as bar:
+            job = local.run(request, bar)
+        _require_success(job)
+        return local.plans(job.id)
+
+
+def _require_success(job: JobRecord) -> None:
+    """Raise why the job did not succeed; what the user sent wrong has the exit status of bad input."""
+    from service.states import JobState
+
+    if job.state == JobState.CANCELLED:
+        raise CommandError(f"{job.id} was cancelled: {AGAIN}.", Exit.INTERRUPTED)
     if job.state != JobState.SUCCEEDED:
-        raise CommandError(*_reason(job))
-    return local.plans(job.id)
+        problem: Mapping[str, Any] = job.problem or {}
+        sent = int(problem.get("status", 500)) < 500
+        raise CommandError(str(problem.get("detail", job.state)), Exit.BAD_INPUT if sent else Exit.FAILED)
 
 
-def _reason(job: JobRecord) -> tuple[str, Exit]:
-    """Why the job did not succeed; what the user sent wrong has the exit status of bad input."""
-    if job.state in (JobState.QUEUED, JobState.CANCELLED, JobState.CANCELLING):
-        return f"{job.id} is {job.state}: run the same command again to go on", Exit.INTERRUPTED
-    problem: Mapping[str, Any] = job.problem or {}
-    sent = int(problem.get("status", 500)) < 500
-    return str(problem.get("detail", job.state)), Exit.BAD_INPUT if sent else Exit.FAILED
-
-
-def _finish(plans: list[dict[str, Any]], budgets: list[str], output: Path | None, *, as_json: bool) -> None:
+def _write(plans: Sequence[Mapping[str, Any]], output: Path | None, *, several: bool, as_json: bool) -> None:
     from quant.digest import canonical_json
 
-    show_plans(plans, as_json=as_json)
     for plan in plans:
         if output is not None and plan["document"] is not None:
-            file = file_of(output, plan["budget"], several=len(budgets) > 1)
+            file = file_of(output, plan["budget"], several=several)
             file.write_text(canonical_json(plan["document"]), encoding="utf-8")
             if not as_json:
-                console().print(f"wrote {file}")
-    code = plan_exit([plan["status"] for plan in plans])
-    if code is not Exit.DONE:
-        raise typer.Exit(int(code))
+                console().print(f"wrote {file}", markup=False)
 
 
-def _estimate(
-    local: Local, request: JobRequest, model: ModelRecord, data: CalibrationRecord
-) -> dict[str, Any]:
-    inspection = local.inspect(local.spec(request, model, data))
-    return estimate(request, inspection, local.settings.workers)
+def show_preview(
+    settings: Settings, model: ModelSource, data: LocalData, parameters: Mapping[str, Any], *, as_json: bool
+) -> None:
+    """Print what would be measured."""
+    from service.estimate import preview
 
-
-def _show_estimate(found: Mapping[str, Any], *, as_json: bool) -> None:
+    found = preview(settings, model, data.source, parameters)
     if as_json:
         print_json(found)
         return
@@ -136,8 +118,12 @@ def _show_estimate(found: Mapping[str, Any], *, as_json: bool) -> None:
         "left out", "\n".join(f"{item['name']}: {item['reason']}" for item in found["excluded"]) or "nothing"
     )
     table.add_row("samples", ", ".join(f"{part} {count}" for part, count in found["samples"].items()))
+    scores = found["scores"]
+    table.add_row("scores", f"{scores['wanted']:,}, of which {scores['stored']:,} are stored")
     for name, forwards in found["forwards"].items():
         table.add_row(f"forward passes, {name}", f"{forwards:,}")
-    table.add_row("time", f"about {duration(found['seconds'])} with {found['workers']} workers")
+    table.add_row(
+        "time", f"about {duration(found['seconds'] + 1)} after loading, with {found['workers']} workers"
+    )
     table.add_row("memory", f"about {size(found['bytes_per_worker'])} per worker")
     console().print(table)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.cli import options
 from service.cli.exits import exits
-from service.cli.output import console
-from service.settings import Settings
+from service.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 DatabaseUrl = Annotated[
     str | None,
@@ -30,12 +32,14 @@ def serve(
     workers: Workers = None,
 ) -> None:
     """Start the API and a runner; Ctrl-C stops both."""
-    from service.serve import serve as run
-
     with exits():
+        from service.serve import require_local
+        from service.serve import serve as run
+
         settings = settings_of(
             data_dir=data_dir, database_url=database_url, workers=workers, host=host or None, port=port
         )
+        require_local(settings.host)
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         console().print(f"http://{shown}:{settings.port}  (docs at /docs)  data in {settings.data_dir}")
         code = run(settings)
@@ -46,22 +50,30 @@ def runner(
     data_dir: options.DataDir = None, database_url: DatabaseUrl = None, workers: Workers = None
 ) -> None:
     """Start a runner alone: it claims jobs from the database and measures them."""
-    from service.runner import process
+    with exits(interrupted="the runner gave its job back"):
+        from service.runner import process
 
-    with exits():
         process.run(settings_of(data_dir=data_dir, database_url=database_url, workers=workers))
 
 
-def migrate(data_dir: options.DataDir = None, database_url: DatabaseUrl = None) -> None:
+def migrate(
+    data_dir: options.DataDir = None, database_url: DatabaseUrl = None, as_json: options.Json = False
+) -> None:
     """Bring the database to the schema of this version."""
-    from service.db.migrate import upgrade
+    with exits(as_json=as_json):
+        from service.db.migrate import upgrade
 
-    with exits():
         settings = settings_of(data_dir=data_dir, database_url=database_url)
-        upgrade(settings.database_url)
-        console().print("the database is at the schema of this version")
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        version = upgrade(settings.database_url)
+        if as_json:
+            print_json({"schema_version": version})
+        else:
+            console().print(f"the database is at schema version {version}, that of this Bitplan")
 
 
 def settings_of(**given: object) -> Settings:
     """Settings of the environment with what the command line says on top. Raises ValueError."""
+    from service.settings import Settings
+
     return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

@@ -16,9 +16,11 @@ DEFAULT_SESSION = "sensitivity.session:Session"
 class Failure:
     """Why a unit has no result.
 
-    worker_crash    the worker died (`detail` has its exit code or signal and the end of its log): may be
-    tried again out_of_memory   the unit asked for more memory than there is bad_input       the session
-    could not be built: no unit can run unit_error      the unit raised: it would raise again
+    worker_crash   the worker died (`detail` has its exit code or signal and the end of its log): may be
+                   tried again
+    out_of_memory  the unit asked for more memory than there is
+    bad_input      the session could not be built: no unit can run
+    unit_error     the unit raised: it would raise again
 
     `detail["error"]` is the stable kind of a `SessionError`, or the exception's class name.
     """

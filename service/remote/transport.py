@@ -108,7 +108,7 @@ class Transport:
                     raise self._unreachable(error) from error
                 self.pause(backoff(attempt))
                 continue
-            if response.status_code in BUSY and not last:
+            if is_busy(response) and not last:
                 self.pause(retry_after(response) or backoff(attempt))
                 continue
             return raise_problem(response)
@@ -119,6 +119,15 @@ class Transport:
             f"The Bitplan server must be reachable at {self.http.base_url}. Got {type(error).__name__}: "
             f"{error}. Start it with `bitplan serve`, or give the address of a running one."
         )
+
+
+def is_busy(response: httpx2.Response) -> bool:
+    """Whether the same request may do better in a moment; also when its first try is still being
+    answered.
+    """
+    if response.status_code == 409:
+        return "idempotency-key-in-use" in response.text
+    return response.status_code in BUSY
 
 
 def backoff(attempt: int) -> float:

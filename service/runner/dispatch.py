@@ -29,6 +29,14 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
+class Span:
+    """Where a call stands in a stage of several calls: units before it, and units of the whole stage."""
+
+    before: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """How many units were measured now, and how many were stored before."""
 
@@ -43,15 +51,16 @@ def run_units(
     wanted: Iterable[Unit],
     stage: Stage,
     *,
+    span: Span = Span(),
     on_result: OnResult | None = None,
 ) -> Dispatched:
     """Have every unit of `wanted` stored in `score_set` (which must exist), measuring only what is missing.
 
     executor    started; the caller closes it. After any exception but those of `on_result` it is closed
-    already on_result   called once per newly stored unit, after its commit, in the order of arrival. A
-    `ScoreUnit` of which some
-                metrics were stored before comes with the missing metrics only. Not called for reused units:
-                read those with `stored_result` or `context.scored`
+    span        what progress is counted in, when the stage has several calls
+    on_result   called once per newly stored unit, after its commit, in the order of arrival; a `ScoreUnit`
+                of which some metrics were stored before comes with the missing ones. Not called for reused
+                units: read those with `stored_result` or `context.scored`
 
     A worker that dies costs its unit an attempt (counted in the database, per job); after three the job
     fails as worker-crash. A unit that raises fails the job at once, with its layer and scheme in the
@@ -61,7 +70,7 @@ def run_units(
     Raises `ServiceError` for failures, and what `context.check` raises.
     """
     missing = missing_units(context, score_set, wanted)
-    dispatch = _Dispatch(context, executor, score_set, missing, stage, on_result=on_result)
+    dispatch = _Dispatch(context, executor, score_set, missing, stage, span=span, on_result=on_result)
     dispatch.run()
     return Dispatched(dispatch.measured, dispatch.reused)
 
@@ -160,11 +169,13 @@ class _Dispatch:
         missing: Missing,
         stage: Stage,
         *,
+        span: Span,
         on_result: OnResult | None,
     ):
         self._context, self._executor, self._score_set = context, executor, score_set
         self._waiting = deque(missing.units)
-        self._stage, self._total = stage, len(missing.units) + missing.reused
+        self._stage, self._before = stage, span.before
+        self._total = max(span.total, span.before + len(missing.units) + missing.reused)
         self._flying: dict[str, Unit] = {}
         self._finished: dict[str, Unit] = {}
         self._on_result = on_result
@@ -193,6 +204,7 @@ class _Dispatch:
                 self.reused += 1
                 continue
             self._flying[unit.key] = unit
+            log.debug("dispatch.unit", job=self._context.job.id, key=unit.key)
             self._executor.submit(unit.key, unit)
 
     def _stored_meanwhile(self, unit: Unit) -> bool:
@@ -225,7 +237,8 @@ class _Dispatch:
             self._on_result(unit, result)
 
     def _report(self) -> None:
-        self._context.report_progress(self._stage, self.measured + self.reused, self._total)
+        done = self._before + self.measured + self.reused
+        self._context.report_progress(self._stage, done, self._total)
 
     def _fail(self, unit: Unit, failure: Failure) -> None:
         if failure.kind != "worker_crash":

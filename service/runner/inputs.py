@@ -34,9 +34,14 @@ def session_spec(
     request: JobRequest, model: ModelRecord, calibration: CalibrationRecord, store: BlobStore
 ) -> SessionSpec:
     """What the workers of this job measure."""
+    return spec_of(request, model_source(model, store), data_source(calibration, store))
+
+
+def spec_of(request: JobRequest, model: ModelSource, calibration: DataSource) -> SessionSpec:
+    """What workers measure for this request in this model with these data."""
     return SessionSpec(
-        model=model_source(model, store),
-        calibration=data_source(calibration, store),
+        model=model,
+        calibration=calibration,
         task=request.task,
         samples=request.samples,
         sequence_length=request.sequence_length,

@@ -4,6 +4,7 @@ needed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from sensitivity.units import BlockPlan, InspectUnit, MeasureUnit, ScoreRow, Sco
 from service.db.repositories import scores, units
 from service.records import ScoreRecord, UnitRecord
 from service.runner.context import JobContext
-from service.runner.dispatch import run_units
+from service.runner.dispatch import Span, run_units
 from service.states import Stage
 
 Choices = Mapping[str, Sequence[str]]
@@ -37,9 +38,10 @@ class Lab:
     def __init__(self, context: JobContext, spec: SessionSpec) -> None:
         self._context, self.spec = context, spec
         self._executor = context.executor(spec)
-        settings = {"tenant": context.job.tenant, **spec.score_settings()}
-        self.score_set = digest(settings)
+        self.score_set, settings = score_set_of(spec, context.job.tenant)
         context.open_score_set(self.score_set, settings)
+        self._done: Counter[Stage] = Counter()
+        self._expected: dict[Stage, int] = {}
 
     def __enter__(self) -> Lab:
         return self
@@ -48,6 +50,10 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._executor.close(self._context.settings.grace_seconds if kind is None else 0.0)
+
+    def expect(self, stage: Stage, total: int) -> None:
+        """Say how many units a stage of several calls will have at most, for its progress."""
+        self._expected[stage] = total
 
     def inspect(self) -> Mapping[str, Any]:
         """What the workers see in model and data: inventory, task, sample counts, offered metrics."""
@@ -126,7 +132,15 @@ class Lab:
         return {key: record for key, record in found.items() if record is not None}
 
     def _run(self, wanted: Sequence[Unit], stage: Stage) -> None:
-        run_units(self._context, self._executor, self.score_set, wanted, stage)
+        span = Span(self._done[stage], self._expected.get(stage, 0))
+        run_units(self._context, self._executor, self.score_set, wanted, stage, span=span)
+        self._done[stage] += len(wanted)
+
+
+def score_set_of(spec: SessionSpec, tenant: str = "default") -> tuple[str, dict[str, Any]]:
+    """The digest of the score set that sessions of `spec` fill, and the settings it is the digest of."""
+    settings = {"tenant": tenant, **spec.score_settings()}
+    return digest(settings), settings
 
 
 def inventory_of(inspection: Mapping[str, Any]) -> Inventory:

@@ -20,15 +20,16 @@ from quant.patterns import PatternError
 from quant.plan import Digests
 from quant.schemes import parse_scheme
 from search.budget import BudgetError
+from search.choosers import CHOOSERS
 from search.compile import CompileError
 from search.pairwise import factor_of
-from search.refine import Measured, Refined, refine
+from search.refine import Measured, Refined
 from search.solve import solve
 from sensitivity.catalog import SCORERS
 from sensitivity.gram import gram_matrix
 from sensitivity.units import ScoreRow
 from service.db.repositories import calibrations, models, plans
-from service.errors import Unprocessable
+from service.errors import Conflict, Unprocessable
 from service.failpoints import failpoint
 from service.planning import (
     Ask,
@@ -41,7 +42,7 @@ from service.planning import (
     score_table,
     table_schemes,
 )
-from service.runner.context import JobContext, JobFailed
+from service.runner.context import JobContext
 from service.runner.evidence import measured_evidence
 from service.runner.inputs import session_spec
 from service.runner.lab import Choices, Lab, inventory_of
@@ -50,6 +51,8 @@ from service.states import InputState, Stage
 from service.wire import JobRequest
 
 INTERACTIONS = "gram_output"
+CANDIDATES = 8
+"""About so many plans are measured per budget before the local search."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,25 +71,30 @@ def run_search(context: JobContext) -> Mapping[str, Any]:
     with open_lab(context, request) as lab:
         search = scored(context, lab, request)
         asks = asks_of(request)
+        lab.expect(Stage.SOLVING, len(asks) * (request.evaluations + CANDIDATES))
         statuses = [_plan(context, lab, search, ask) for ask in asks]
     return _summary(search, lab, statuses)
 
 
 def open_lab(context: JobContext, request: JobRequest) -> Lab:
-    """The measurements of this request's model and data. Raises JobFailed when either cannot be used any
+    """The measurements of this request's model and data. Raises Conflict when either cannot be used any
     more.
     """
     with context.database.read() as session:
         model = models.get(session, request.model, context.job.tenant)
         calibration = calibrations.get(session, request.calibration, context.job.tenant)
     if model is None or model.state in (InputState.DELETED, InputState.REJECTED):
-        why = "deleted" if model is None else f"{model.state}: {(model.problem or {}).get('detail', '')}"
-        raise JobFailed(
-            "model-not-usable", f"The model must be usable. Got {request.model}, {why}. Send it again."
+        cause = dict((model.problem if model else None) or {})
+        why = f"rejected: {cause['detail']}" if cause else "deleted."
+        raise Conflict(
+            "model-not-usable",
+            f"The model must be usable. Got {request.model}, which was {why} Send a model again.",
+            extra={"cause": cause} if cause else {},
         )
     if calibration is None or calibration.state == InputState.DELETED:
-        raise JobFailed(
-            "calibration-not-usable", f"The calibration must exist. Got {request.calibration}. Send it again."
+        raise Conflict(
+            "calibration-not-usable",
+            f"The calibration must exist. Got {request.calibration}, which was deleted. Send it again.",
         )
     return Lab(context, session_spec(request, model, calibration, context.store))
 
@@ -129,7 +137,7 @@ def check_asks(inventory: Inventory, request: JobRequest) -> None:
 
 
 def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[str]:
-    """The metrics of the request and, unless it declines, the interactions. Raises JobFailed for one not
+    """The metrics of the request and, unless it declines, the interactions. Raises Unprocessable for one not
     offered.
     """
     offered = inspection["available_metrics"]
@@ -188,7 +196,8 @@ def asks_of(request: JobRequest) -> list[Ask]:
 
 def _plan(context: JobContext, lab: Lab, search: Search, ask: Ask) -> str:
     """Solve, refine, prove and store the plan of one budget; its status."""
-    settings = digest(["search", ask.settings_digest(search.inputs.menu), search.request.evaluations])
+    tries = [search.request.chooser, search.request.evaluations]
+    settings = digest(["search", ask.settings_digest(search.inputs.menu), *tries])
     with context.database.read() as session:
         known = plans.find(session, context.job.id, ask.budget, settings)
     if known is not None:
@@ -199,7 +208,7 @@ def _plan(context: JobContext, lab: Lab, search: Search, ask: Ask) -> str:
     plan, evidence = None, None
     tried: tuple[dict[str, Any], ...] = ()
     if solution.choice is not None:
-        refined = refine(
+        refined = CHOOSERS[search.request.chooser].choose(
             compiled,
             candidates(search.inputs, ask, compiled, solution, search.factor),
             lambda assignments: _choose(lab, assignments),

@@ -66,5 +66,14 @@ def test_unpack_inverts_pack_and_decoding_is_of_the_stored_bytes(family, fmt):
 @every_format
 def test_storage_grows_with_the_matrix_and_refusals_have_reasons(family, fmt):
     assert fmt.storage((4, 64)).bytes >= fmt.storage((4, 32)).bytes >= fmt.storage((2, 32)).bytes > 0
-    assert fmt.refuses((4, 64)) is None
-    assert fmt.refuses((0, 64))
+    assert fmt.refuses((4, 256)) is None
+    assert fmt.refuses((0, 256))
+
+
+@every_format
+def test_a_fallback_is_a_scheme_that_takes_the_refused_matrix(family, fmt):
+    for matrix in ((4, 256), (4, 96), (4, 33), (3, 1)):
+        other = fmt.fallback(matrix)
+        if other is not None:
+            assert fmt.refuses(matrix)
+            assert parse_scheme(other).weight.refuses(matrix) is None

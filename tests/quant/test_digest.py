@@ -62,7 +62,9 @@ def test_shards_come_from_the_index(folder):
     assert "model.safetensors.index.json" in {entry["path"] for entry in folder_digest(folder)[1]}
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.bin", ""])
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.bin", ""]
+)
 def test_an_index_may_not_point_elsewhere(folder, name):
     write_index(folder, [name])
     with pytest.raises(FolderError, match=r"must name plain \*\.safetensors files of its own folder"):

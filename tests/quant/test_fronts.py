@@ -22,10 +22,15 @@ FRONTS = (
     "export.protocol",
     "export.rules",
     "export.vllm",
+    "elements",
+    "floating",
     "formats",
+    "gguf_blocks",
     "integer",
     "layers",
+    "microscaling",
     "patterns",
+    "plain",
     "plan",
     "planning",
     "reading",
@@ -33,7 +38,7 @@ FRONTS = (
     "schemes",
     "storage",
 )
-PACKAGES = ("quant.quantizers", "quant.export")
+PACKAGES = ("quant.codecs", "quant.quantizers", "quant.export")
 MODULES = sorted(found.name for found in walk_packages(quant.__path__, "quant."))
 
 

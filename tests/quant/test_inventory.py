@@ -133,6 +133,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(4, 6, 8))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_what_has_no_layer_is_listed_with_its_reason():
     model = nn.ModuleDict(
         {
@@ -178,10 +179,15 @@ def quantized(change):
     ("change", "message"),
     [
         (lambda m: setattr(m, "config", type("C", (), {"quantization_config": {}})()), "quantization_config"),
-        (lambda m: m.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32)), "'qweight' is stored as"),
+        (
+            lambda m: m.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32)),
+            "'qweight' is stored as",
+        ),
         (lambda m: m.to(torch.float8_e4m3fn), "stored as float8_e4m3fn"),
         (
-            lambda m: m.add_module("x", type("Linear4bit", (nn.Module,), {"__module__": "bitsandbytes.nn"})()),
+            lambda m: m.add_module(
+                "x", type("Linear4bit", (nn.Module,), {"__module__": "bitsandbytes.nn"})()
+            ),
             "is a Linear4bit of bitsandbytes",
         ),
     ],

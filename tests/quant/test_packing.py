@@ -42,7 +42,9 @@ def as_bits(values, bits):
     """The naive stream: the lowest bit of the first value first."""
     stream = [value >> place & 1 for value in values for place in range(bits)]
     stream += [0] * (-len(stream) % 8)
-    return [sum(bit << place for place, bit in enumerate(stream[at : at + 8])) for at in range(0, len(stream), 8)]
+    return [
+        sum(bit << place for place, bit in enumerate(stream[at : at + 8])) for at in range(0, len(stream), 8)
+    ]
 
 
 @settings(deadline=None, max_examples=300)
@@ -64,7 +66,9 @@ def test_packing_and_encoding_lose_nothing_that_is_stored(fmt, shape, seed):
     again = unpack(pack(encoded))
     for name in ("values", "scales", "zero_points"):
         before, after = getattr(encoded, name), getattr(again, name)
-        assert (before is None and after is None) or (before.dtype == after.dtype and torch.equal(before, after))
+        assert (before is None and after is None) or (
+            before.dtype == after.dtype and torch.equal(before, after)
+        )
     twice = encode(decode(encoded), fmt, encoded.scales, encoded.zero_points)
     assert torch.equal(decode(twice), decode(encoded))
 

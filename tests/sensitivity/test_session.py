@@ -345,3 +345,14 @@ def test_half_precision_models_are_measured_in_their_own_precision(
         result = half.run(unit)
         assert all(np.isfinite(row.value) for row in result.scores)
     assert half.run(MeasureUnit((), "choosing")).facts["divergence"]["mean"] == 0
+
+
+def test_every_family_of_formats_is_scored(session: Callable[[str], Session]) -> None:
+    kept = session("llama")
+    first, *_ = layer_names(kept)
+    errors = {
+        scheme: kept.run(ScoreUnit(first, scheme, ("output_kl",))).scores[0].value
+        for scheme in ("w2", "fp8", "nf4-g16", "nvfp4", "bf16")
+    }
+    assert 0 <= errors["bf16"] < errors["fp8"] < errors["nf4-g16"] < errors["w2"]
+    assert errors["fp8"] < errors["nvfp4"] < errors["w2"]

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers")
 MODULES = (
     "service.app",
+    "service.cli.main",
     "service.client",
+    "service.estimate",
+    "service.local",
     "service.serve",
     "service.db.migrate",
     "service.store.blobs",

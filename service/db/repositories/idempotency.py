@@ -1,7 +1,6 @@
 """Idempotency keys: the same key and body give the same answer."""
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -12,13 +11,12 @@ from service.records import IdempotencyRecord
 
 
 def begin(
-    session: Session, key: str, request_digest: str, *, tenant: str = "default", stale_seconds: float = 60.0
+    session: Session, key: str, request_digest: str, *, tenant: str = "default"
 ) -> IdempotencyRecord | None:
-    """None when the key is new (or its first request died over `stale_seconds` ago): do the work, then
-    `finish`.
+    """None when the key is new: do the work and `finish` in this same transaction.
 
-    Else what is remembered: another `request_digest` is misuse of the key, `status` None means that the
-    first request is still being answered, and anything else is the answer to repeat.
+    Else the answer to repeat; another `request_digest` is misuse of the key. A request that dies before it
+    commits leaves nothing, so its key is new again. A concurrent one waits for the first to end.
     """
     values = {
         "tenant": tenant,
@@ -29,13 +27,7 @@ def begin(
     }
     if insert_or_keep(session, IdempotencyKeyRow, values):
         return None
-    row = session.get_one(IdempotencyKeyRow, (tenant, key), with_for_update=True)
-    abandoned = row.status is None and now() - row.created_at > timedelta(seconds=stale_seconds)
-    if abandoned and row.request_digest == request_digest:
-        row.created_at = now()
-        session.flush()
-        return None
-    return record_of(IdempotencyRecord, row)
+    return record_of(IdempotencyRecord, session.get_one(IdempotencyKeyRow, (tenant, key)))
 
 
 def finish(
@@ -52,10 +44,3 @@ def finish(
     row.status, row.body, row.headers = status, dict(body), dict(headers or {})
     session.flush()
     return record_of(IdempotencyRecord, row)
-
-
-def forget(session: Session, key: str, *, tenant: str = "default") -> None:
-    """Give up a key whose request failed before it changed anything."""
-    row = session.get(IdempotencyKeyRow, (tenant, key))
-    if row is not None and row.status is None:
-        session.delete(row)

@@ -88,17 +88,23 @@ def test_the_same_key_with_another_body_is_refused(api):
     )
 
 
-def test_a_key_whose_first_request_is_running_is_refused(api):
-    from quant.digest import digest
-    from service.db.repositories import idempotency
-    from service.wire import JobRequest
+def test_a_key_whose_first_request_is_running_is_refused(api, monkeypatch):
+    from service.api import jobs
 
-    body = api.request()
-    known = digest(["POST /v1/jobs", JobRequest(**body).model_dump(mode="json")])
-    with api.context.database.write() as session:
-        idempotency.begin(session, "k1", known)
-    response = api.http.post("/v1/jobs", json=body, headers={"Idempotency-Key": "k1"})
+    body, headers = api.request(), {"Idempotency-Key": "k1"}
+    during = []
+    check = jobs.check_job
+
+    def check_and_repeat(*arguments):
+        during.append(api.http.post("/v1/jobs", json=body, headers=headers))
+        check(*arguments)
+
+    monkeypatch.setattr(jobs, "check_job", check_and_repeat)
+    assert api.http.post("/v1/jobs", json=body, headers=headers).status_code == 202
+    (response,) = during
     assert (response.status_code, response.headers["Retry-After"]) == (409, "1")
+    assert response.json()["type"] == "urn:bitplan:problem:idempotency-key-in-use"
+    assert api.http.post("/v1/jobs", json=body, headers=headers).headers["Idempotent-Replayed"] == "true"
 
 
 def test_a_failed_request_gives_its_key_back(api):

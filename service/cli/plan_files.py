@@ -1,0 +1,53 @@
+"""Where plans are written and read: one file for one budget, a folder for several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quant.plan import Plan
+
+
+def check_output(output: Path | None, budgets: Sequence[str]) -> None:
+    """Raise ValueError when `output` cannot be written later: said before anything is measured."""
+    if output is None:
+        return
+    if len(budgets) > 1 and output.exists() and not output.is_dir():
+        raise ValueError(
+            f"--output must be a folder when there are several budgets. Got the file {str(output)!r}. "
+            "Name another one."
+        )
+    if len(budgets) == 1 and output.is_dir():
+        raise ValueError(
+            f"--output must be a file when there is one budget. Got the folder {str(output)!r}. "
+            f"Write for example {str(output / 'plan.json')!r}."
+        )
+    folder = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not folder.is_dir() and folder != output:
+        raise ValueError(
+            f"--output must be inside a folder. Got {str(output)!r}, but {str(folder)!r} is a file."
+        )
+
+
+def file_of(output: Path, budget: str, *, several: bool) -> Path:
+    """Where the plan of `budget` goes: `output` itself, or a file of that folder when there are several.
+
+    >>> file_of(Path("plans"), "bytes<=2 MiB", several=True).as_posix()
+    'plans/bytes-at-most-2-MiB.plan.json'
+    """
+    if not several:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return output
+    output.mkdir(parents=True, exist_ok=True)
+    words = budget.replace("<=", " at most ").replace(">=", " at least ")
+    return output / (re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-") + ".plan.json")
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of a file. Raises OSError or PlanError."""
+    from quant.plan import parse_plan
+
+    return parse_plan(path.read_bytes())

@@ -1,0 +1,40 @@
+"""Options that several commands take together: one dataclass, spread over a command's own parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any, get_type_hints
+
+Command = Callable[..., None]
+
+
+def spread(command: Command) -> Command:
+    """A command whose parameter `search`, a dataclass, is replaced by one option per field.
+
+    The fields' annotations are typer's (`Annotated[..., typer.Option(...)]`), their defaults the options'.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    group = hints["search"]
+    members = get_type_hints(group, include_extras=True)
+
+    @wraps(command)
+    def spread_command(**given: Any) -> None:
+        found = {field.name: given.pop(field.name) for field in fields(group)}
+        command(search=group(**found), **given)
+
+    own = inspect.signature(command).parameters.values()
+    parameters = [p.replace(annotation=hints[p.name]) for p in own if p.name != "search"]
+    parameters += [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=members[field.name]
+        )
+        for field in fields(group)
+    ]
+    spread_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    )
+    spread_command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spread_command

@@ -1,0 +1,39 @@
+"""Quantizing takes less than twice the matrix's float32 size on top, counted allocation by allocation."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from quant.catalog import QUANTIZERS
+from quant.formats import codec_of
+from quant.schemes import parse_scheme
+
+SHAPE = (256, 3584)
+SCHEMES = (
+    *("w4", "w4-tensor", "w3-g128-asym", "fp8", "fp8-e5m2-tensor", "fp4", "nf4", "mxfp4", "mxfp8", "nvfp4"),
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "bf16", "fp16"),
+)
+
+
+def peak(work):
+    """Most bytes that were allocated at once while `work` ran, with what it returned still held."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        result = work()
+    events = (event for event in found.profiler.kineto_results.events() if event.name() == "[memory]")
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest, result
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "mse_clip"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_quantizing_and_packing_take_less_than_twice_the_size(name, quantizer):
+    fmt = parse_scheme(name).weight
+    matrix = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    most, encoded = peak(lambda: QUANTIZERS[quantizer].load()(matrix, fmt))
+    assert matrix.nbytes / 8 < most < 2 * matrix.nbytes
+    most, packed = peak(lambda: codec_of(fmt).pack(encoded))
+    assert most < 2 * matrix.nbytes
+    assert packed.nbytes == fmt.storage(SHAPE).bytes

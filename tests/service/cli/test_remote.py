@@ -1,0 +1,222 @@
+"""Commands that talk to a server, against a real one in this process that measures a tiny model."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from quant.plan import parse_plan
+from service.client import Client
+from service.remote.handles import JobHandle
+
+Tiny = Callable[[str], Any]
+Bitplan = Callable[..., Result]
+Answer = Callable[..., Any]
+Few = tuple[str, ...]
+
+
+@pytest.fixture(autouse=True)
+def address(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("BITPLAN_SERVER", server)
+    return server
+
+
+@pytest.fixture(scope="module")
+def finished(server: str, tiny: Tiny) -> str:
+    """A finished job with a plan for "5 bpw"."""
+    model = tiny("resnet")
+    with Client(server) as client:
+        options = {"schemes": "w2,w4,w8", "samples": 8, "evaluations": 2, "name": "mine"}
+        return client.submit(model.folder, model.data, ["5 bpw"], **options).wait().id
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[Client]:
+    with Client(address) as client:
+        yield client
+
+
+def test_submit_watches_and_writes(bitplan: Bitplan, tiny: Tiny, few: Few, tmp_path: Path) -> None:
+    model = tiny("resnet")
+    ask = ("submit", model.folder, "-c", model.data, "-b", "5 bpw", "-b", "6 bpw", *few)
+    result = bitplan(*ask, "--watch", "-o", tmp_path / "plans")
+    assert result.exit_code == 0, result.stderr
+    assert "plan 5 bpw" in result.stdout
+    files = sorted((tmp_path / "plans").iterdir())
+    assert [file.name for file in files] == ["5-bpw.plan.json", "6-bpw.plan.json"]
+    assert all(parse_plan(file.read_bytes()).assignment for file in files)
+
+
+def test_submit_and_run_give_the_same_plan(answer: Answer, tiny: Tiny, few: Few, tmp_path: Path) -> None:
+    model = tiny("resnet")
+    ask = (model.folder, "-c", model.data, "-b", "5 bpw", "--pin", "*.shortcut.convolution=w8", *few)
+    [sent] = answer("submit", *ask, "-o", tmp_path / "sent.json")
+    [own] = answer("run", *ask, "-o", tmp_path / "own.json")
+    assert sent["digest"] == own["digest"]
+    assert (tmp_path / "sent.json").read_bytes() == (tmp_path / "own.json").read_bytes()
+
+
+def test_submit_without_watching_answers_at_once_and_takes_ids(
+    answer: Answer, bitplan: Bitplan, client: Client, finished: str, few: Few
+) -> None:
+    request = client.job(finished).resource["request"]
+    ask = ("submit", request["model"], "-c", request["calibration"], "-b", "7 bpw", *few)
+    job = answer(*ask)
+    assert job["request"]["budgets"] == ["7 bpw"]
+    watched = bitplan("watch", job["id"])
+    assert watched.exit_code == 0
+    assert "7 bpw" in watched.stdout
+
+
+def test_submit_can_say_what_it_would_send(answer: Answer, tiny: Tiny, few: Few, client: Client) -> None:
+    model, before = tiny("resnet"), len(client.jobs())
+    found = answer("submit", model.folder, "-c", model.data, "-b", "5 bpw", *few, "--seed", "5", "--dry-run")
+    assert found["forwards"]["scoring"] > 0
+    assert len(client.jobs()) == before
+
+
+def test_lists(answer: Answer, bitplan: Bitplan, finished: str) -> None:
+    assert finished in [job["id"] for job in answer("jobs")]
+    assert "succeeded" in bitplan("jobs").stdout
+    [model, *_] = answer("models")
+    assert model["state"] == "ready"
+    assert model["id"] in bitplan("models").stdout
+
+
+def test_status_and_scores(answer: Answer, bitplan: Bitplan, finished: str) -> None:
+    assert answer("status", finished)["state"] == "succeeded"
+    assert bitplan("status", finished).stdout.startswith(f"{finished}  succeeded")
+    rows = answer("scores", finished, "--metric", "output_kl")
+    assert {row["metric"] for row in rows} == {"output_kl"}
+    assert {row["scheme"] for row in rows} == {"w2", "w4", "w8"}
+    assert rows[0]["layer"] in bitplan("scores", finished).stdout
+
+
+def test_plan_solves_again_and_measures(
+    answer: Answer, bitplan: Bitplan, finished: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.json"
+    [solved] = answer("plan", finished, "--budget", "4.6 bpw", "--limit", "bytes<=1 MiB", "-o", out)
+    assert solved["evidence"] is None
+    assert parse_plan(out.read_bytes()).totals.bits_per_weight <= 4.6
+    [measured] = answer("plan", finished, "-b", "4.6 bpw", "--limit", "bytes<=1 MiB", "--measure")
+    assert measured["id"] == solved["id"]
+    assert measured["evidence"]["part"] == "reporting"
+    infeasible = bitplan("plan", finished, "-b", "1 bpw", "-b", "5 bpw", "-o", tmp_path / "plans")
+    assert infeasible.exit_code == 3
+    assert [path.name for path in (tmp_path / "plans").iterdir()] == ["5-bpw.plan.json"]
+
+
+def test_plans_with_pins_ties_and_another_metric(answer: Answer, finished: str) -> None:
+    layers = {row["layer"] for row in answer("scores", finished)}
+    first, second, third, *_ = sorted(layers)
+    [plan] = answer(
+        "plan", finished, "-b", "6 bpw", "--pin", f"{first}=w2", "--tie", f"{second},{third}", "--metric",
+        "gram_output",
+    )  # fmt: skip
+    chosen = plan["document"]["layers"]
+    assert plan["metric"] == "gram_output"
+    assert chosen[first]["scheme"] == "w2"
+    assert chosen[second]["scheme"] == chosen[third]["scheme"]
+
+
+def test_cancel_and_resume(answer: Answer, bitplan: Bitplan, client: Client, tiny: Tiny, few: Few) -> None:
+    model = tiny("llama")
+    ask = ("submit", model.folder, "-c", model.data, "-b", "5 bpw", *few, "--sequence-length", "12")
+    job = answer(*ask, "--metric", "hessian_trace", "--max-probes", "4000", "--relative-error", "0.0001")
+    assert answer("cancel", job["id"])["state"] in ("cancelling", "cancelled")
+    watched = bitplan("watch", job["id"])
+    assert watched.exit_code == 1
+    assert "cancelled" in watched.stderr
+    assert answer("status", job["id"])["state"] == "cancelled"
+    resumed = answer("resume", job["id"])
+    assert resumed["predecessor"] == job["id"]
+    assert answer("cancel", resumed["id"])["cancel_requested"]
+    assert bitplan("watch", resumed["id"]).exit_code == 1
+
+
+def test_a_job_that_failed_says_why(
+    bitplan: Bitplan, answer: Answer, tiny: Tiny, few: Few, tmp_path: Path
+) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("some words here\n" * 30)
+    job = answer("submit", tiny("resnet").folder, "-c", lines, "-b", "5 bpw", *few)
+    watched = bitplan("watch", job["id"], "--json")
+    assert watched.exit_code == 2
+    why = json.loads(watched.stdout)["error"]
+    assert "must succeed. Got failed" in why
+    shown = bitplan("status", job["id"])
+    assert shown.exit_code == 0
+    assert "failed" in shown.stdout
+    assert "must be given tensors" in shown.stdout
+
+
+def test_ctrl_c_leaves_the_job_running(
+    bitplan: Bitplan, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> JobHandle:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JobHandle, "wait", interrupt)
+    result = bitplan("watch", finished)
+    assert result.exit_code == 130
+    assert "goes on at the server" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "cancel", "resume", "scores"])
+def test_unknown_jobs(bitplan: Bitplan, command: str) -> None:
+    result = bitplan(command, "job_none", "--json")
+    assert result.exit_code == 2
+    assert "job_none" in json.loads(result.stdout)["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "A budget must be given"),
+        (["-b", "lots"], "at /budgets/0"),
+        (["-b", "5 bpw", "--pin", "none=w4"], "none"),
+        (["-b", "5 bpw", "--metric", "fisher"], "fisher"),
+    ],
+)
+def test_bad_plans(bitplan: Bitplan, finished: str, arguments: list[str], words: str) -> None:
+    result = bitplan("plan", finished, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_bad_submissions(bitplan: Bitplan, tiny: Tiny, few: Few, tmp_path: Path) -> None:
+    model = tiny("resnet")
+    cases = {
+        "Pass a Hugging Face folder": [tmp_path / "none", "-c", model.data, "-b", "5 bpw"],
+        "Calibration must be": [model.folder, "-c", tmp_path / "none.txt", "-b", "5 bpw"],
+        "at /budgets/0": [model.folder, "-c", model.data, "-b", "lots"],
+        "at /metrics/0": [model.folder, "-c", model.data, "-b", "5 bpw", "--metric", "beauty"],
+        "at /schemes/0": [model.folder, "-c", model.data, "-b", "5 bpw", "--schemes", "w99"],
+    }
+    for words, arguments in cases.items():
+        result = bitplan("submit", *few, *arguments)
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
+def test_a_server_that_is_not_there(bitplan: Bitplan) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    result = bitplan("jobs", "--server", f"http://127.0.0.1:{port}", "--json")
+    assert result.exit_code == 1
+    assert "bitplan serve" in json.loads(result.stdout)["error"]
+
+
+def test_an_address_that_is_none(bitplan: Bitplan) -> None:
+    result = bitplan("jobs", "--server", "localhost:8000")
+    assert result.exit_code == 2
+    assert "--server must be an address that begins with http://" in result.stderr
