@@ -1,4 +1,4 @@
-"""The quantizers that Bitplan offers. A new quantizer is one file and one line of QUANTIZERS."""
+"""The quantizers and exporters that Bitplan offers. A new one is one file and one line here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant.export.protocol import ExporterModule
     from quant.integer import IntegerFormat
     from quant.packing import Encoded
 
@@ -63,3 +64,46 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 DEFAULT_QUANTIZER = "mse_clip"
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
+
+    `library` is the consumer's package that `read_back` parses with; writing needs no library.
+    """
+
+    name: str
+    module: str
+    library: str
+    summary: str
+    source: str
+
+    def load(self) -> ExporterModule:
+        """Import the module."""
+        return cast("ExporterModule", import_module(self.module))
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "vllm": Exporter(
+        name="vllm",
+        module="quant.export.vllm",
+        library="compressed_tensors",
+        summary="config.json with a compressed-tensors quantization_config of mixed precision.",
+        source="vLLM, scheme CompressedTensorsWNA16; compressed-tensors 0.20",
+    ),
+    "llm-compressor": Exporter(
+        name="llm-compressor",
+        module="quant.export.llm_compressor",
+        library="compressed_tensors",
+        summary="recipe.yaml with one QuantizationModifier and explicit config groups.",
+        source="LLM Compressor, QuantizationModifier; compressed-tensors 0.20",
+    ),
+    "mlx": Exporter(
+        name="mlx",
+        module="quant.export.mlx",
+        library="mlx",
+        summary="config.json with a quantization entry for every module.",
+        source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+    ),
+}

@@ -15,6 +15,7 @@ from service import logs
 from service.api import (
     calibrations,
     catalogs,
+    exports,
     frontier,
     health,
     jobs,
@@ -51,6 +52,7 @@ ROUTERS = (
     scores.router,
     frontier.router,
     plans.router,
+    exports.router,
     catalogs.router,
     health.router,
 )

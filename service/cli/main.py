@@ -11,6 +11,7 @@ import typer
 from service.cli.allocate import allocate
 from service.cli.checkpoint import apply, evaluate
 from service.cli.exits import Exit, refuse
+from service.cli.export import export
 from service.cli.lint import lint
 from service.cli.remote import cancel, jobs, models, plan, resume, scores, status, submit, watch
 from service.cli.run import run
@@ -19,7 +20,7 @@ from service.cli.serve import migrate, runner, serve
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 PANELS = {
-    "On this machine": (run, apply, evaluate, allocate, lint),
+    "On this machine": (run, apply, evaluate, export, allocate, lint),
     "The service": (serve, runner, migrate),
     "A server's jobs": (submit, watch, status, jobs, models, scores, plan, cancel, resume),
 }

@@ -1,0 +1,57 @@
+"""LLM Compressor: a recipe that quantizes a model as planned and saves it for vLLM.
+
+Each quantizer becomes the modifier that does the same; the widths and groups are those that vLLM runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from quant.export import vllm
+from quant.export.compressed_config import config_groups, packed_bytes, read_config
+from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
+
+FILE = "recipe.yaml"
+OBSERVERS = {"rtn": "minmax", "mse_clip": "mse"}
+"""Quantizer -> the observer of QuantizationModifier that chooses scales in the same way."""
+
+
+def lint(deployment: Deployment) -> tuple[Violation, ...]:
+    """vLLM's rules, and a modifier for the plan's quantizer: one for the whole recipe."""
+    return (*vllm.lint(deployment), *_quantizers(deployment))
+
+
+def _quantizers(deployment: Deployment) -> Iterator[Violation]:
+    first = next(iter(deployment.schemes.values())).quantizer
+    for name, scheme in deployment.schemes.items():
+        if scheme.quantizer not in OBSERVERS:
+            rule = f"the quantizer must be one of {', '.join(OBSERVERS)}"
+            yield Violation(name, rule, scheme.quantizer)
+        elif scheme.quantizer != first:
+            yield Violation(name, f"all layers must use one quantizer, {first}", scheme.quantizer)
+
+
+def files(deployment: Deployment) -> dict[str, bytes]:
+    """The recipe, with every quantizable module in a group or in `ignore`."""
+    observer = OBSERVERS[next(iter(deployment.schemes.values())).quantizer]
+    groups = config_groups(deployment)
+    for group in groups.values():
+        del group["format"]
+        group["weights"]["observer"] = observer
+    modifier = {"ignore": [module.name for module in deployment.untouched], "config_groups": groups}
+    recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+    return {FILE: yaml.safe_dump(recipe, sort_keys=False).encode()}
+
+
+def stored_bytes(deployment: Deployment) -> int:
+    """Bytes of the packed tensors that the recipe's model will have."""
+    return packed_bytes(deployment)
+
+
+def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | None]:
+    """The modifier's groups through compressed-tensors, which is what LLM Compressor parses them with."""
+    recipe: dict[str, Any] = yaml.safe_load(exported[FILE])
+    return read_config(recipe["quant_stage"]["quant_modifiers"]["QuantizationModifier"], model)

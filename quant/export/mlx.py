@@ -1,0 +1,109 @@
+"""MLX: `config.json` with `quantization`, and the same again under `quantization_config`.
+
+MLX's affine mode stores a scale and a bias of 16 bits for every group, for symmetric plans too: those are
+refused, and an asymmetric plan's bytes in MLX are told by `stored_bytes`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
+from quant.export.rules import only_groups, only_integers, only_ops, only_widths
+
+FILE = "config.json"
+WIDTHS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+OPS = ("linear", "embedding")
+
+
+def lint(deployment: Deployment) -> tuple[Violation, ...]:
+    """Every violation of the rules of MLX's affine mode."""
+    return (
+        *only_ops(deployment, OPS),
+        *only_integers(deployment),
+        *only_widths(deployment, symmetric=(), asymmetric=WIDTHS),
+        *only_groups(deployment, GROUPS),
+    )
+
+
+def files(deployment: Deployment) -> dict[str, bytes]:
+    """The model's own configuration with the plan in it; modules that keep their precision say false."""
+    entries = {name: _entry(facts) for name, facts in deployment.facts.items() if facts is not None}
+    most = Counter(facts for facts in deployment.facts.values() if facts is not None).most_common(1)[0][0]
+    alone = {module.name: False for module in deployment.untouched if module.op in OPS}
+    quantization = {**_entry(most), **entries, **alone}
+    config = {
+        **deployment.model.config,
+        "quantization": quantization,
+        "quantization_config": quantization,
+    }
+    return {FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _entry(facts: WeightFacts) -> dict[str, Any]:
+    return {"group_size": facts.group_size, "bits": facts.bits, "mode": "affine"}
+
+
+def stored_bytes(deployment: Deployment) -> int:
+    """Packed values, and a scale and a bias of 16 bits per group."""
+    stored = 0
+    for name, layer in deployment.plan.layers.items():
+        facts = deployment.facts[name]
+        assert facts is not None, "the linter refuses such plans"
+        assert facts.group_size is not None, "the linter refuses such plans"
+        stored += layer.parameters * facts.bits // 8 + layer.parameters // facts.group_size * 4
+    return stored
+
+
+def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | None]:
+    """What `mlx.nn.quantize` makes of every module, asked as mlx-lm's loader asks it."""
+    from mlx import nn
+
+    config = json.loads(exported[FILE])
+    if config["quantization"] != config["quantization_config"]:
+        raise ValueError("quantization and quantization_config must be equal. Export again.")
+    quantization = config["quantization"]
+    found: dict[str, WeightFacts | None] = {}
+    for module in model.modules:
+        if module.op in OPS:
+            leaf = nn.Linear(1024, 8) if module.op == "linear" else nn.Embedding(8, 1024)
+            tree = _Tree(module.name, leaf)
+            nn.quantize(
+                tree.model,
+                group_size=quantization["group_size"],
+                bits=quantization["bits"],
+                class_predicate=lambda path, _: quantization.get(path, False),
+            )
+            found[module.name] = _facts(tree.leaf())
+        else:
+            found[module.name] = None
+    return found
+
+
+class _Tree:
+    """An MLX model that holds one module at its path."""
+
+    def __init__(self, path: str, leaf: Any) -> None:
+        from mlx import nn
+
+        self.path, self.model = path.split("."), nn.Module()
+        place = self.model
+        for part in self.path[:-1]:
+            place[part] = nn.Module()
+            place = place[part]
+        place[self.path[-1]] = leaf
+
+    def leaf(self) -> Any:
+        place: Any = self.model
+        for part in self.path:
+            place = place[part]
+        return place
+
+
+def _facts(module: Any) -> WeightFacts | None:
+    if not hasattr(module, "scales"):
+        return None
+    return WeightFacts(module.bits, False, "group", module.group_size)

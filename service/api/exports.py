@@ -1,0 +1,137 @@
+"""Exports: a plan as the files that a runtime reads. Built here, because writing them needs no library."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+from fastapi import APIRouter, Response
+from fastapi import Path as PathParameter
+from sqlalchemy.orm import Session
+
+from quant.catalog import EXPORTERS
+from quant.export.front import export
+from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts
+from quant.layers import Inventory
+from quant.plan import plan_from_json
+from service.api.conditional import IfNoneMatch, matches, not_modified
+from service.api.context import Context, Ctx
+from service.api.lookup import find_job, find_model, find_plan, stored_inventory
+from service.api.plans import PlanId
+from service.errors import Conflict, NotFound, Unprocessable
+from service.records import ModelRecord
+
+router = APIRouter(prefix="/v1", tags=["exports"])
+Consumer = Annotated[str, PathParameter(max_length=100)]
+
+
+@router.get("/exports")
+def list_consumers() -> dict[str, Any]:
+    """The consumers that a plan can be exported to."""
+    items = [
+        {"name": entry.name, "summary": entry.summary, "source": entry.source} for entry in EXPORTERS.values()
+    ]
+    return {"items": items}
+
+
+@router.get(
+    "/plans/{plan_id}/exports/{consumer}",
+    response_class=Response,
+    responses={304: {"description": "Unchanged."}},
+)
+def get_export(
+    plan_id: PlanId, consumer: Consumer, context: Ctx, if_none_match: IfNoneMatch = None
+) -> Response:
+    """A zip archive of the consumer's files and their provenance; the same bytes for the same plan.
+
+    A plan that the consumer cannot run is refused with every violation: layer, rule, and what the plan has.
+    """
+    if consumer not in EXPORTERS:
+        raise NotFound(
+            "consumer-not-found",
+            f"A consumer must be one of {', '.join(EXPORTERS)}. Got {consumer[:60]!r}. Pick one of them.",
+        )
+    try:
+        content = archive(export(consumer, _deployment(context, plan_id)))
+    except ExportRefused as error:
+        violations = [asdict(item) for item in error.violations]
+        raise Unprocessable("export-refused", str(error), extra={"violations": violations}) from None
+    except ExportError as error:
+        raise Conflict("export-impossible", str(error)) from None
+    etag = f'"{sha256(content).hexdigest()}"'
+    if matches(etag, if_none_match):
+        return not_modified(etag)
+    headers = {"ETag": etag, "Content-Disposition": f'attachment; filename="bitplan-{consumer}.zip"'}
+    return Response(content, headers=headers, media_type="application/zip")
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """An uncompressed zip archive, sorted by name and without times: equal files give equal bytes.
+
+    >>> archive({"a": b"1", "b": b"2"}) == archive({"b": b"2", "a": b"1"})
+    True
+    """
+    buffer = io.BytesIO()
+    with ZipFile(buffer, "w", ZIP_STORED) as zipped:
+        for name in sorted(files):
+            zipped.writestr(ZipInfo(name), files[name])
+    return buffer.getvalue()
+
+
+def _deployment(context: Context, plan_id: str) -> Deployment:
+    with context.database.read() as session:
+        record = find_plan(context, session, plan_id)
+        if record.document is None:
+            raise Conflict(
+                "plan-has-no-document",
+                f"A plan must fit its budget to be exported. Got {record.status}. Solve for a larger budget "
+                "first.",
+            )
+        facts = _model_facts(context, session, record.job_id)
+    return Deployment(plan_from_json(record.document), facts)
+
+
+def _model_facts(context: Context, session: Session, job_id: str) -> ModelFacts:
+    job = find_job(context, session, job_id)
+    model = find_model(context, session, str(job.request["model"]))
+    inventory = (job.summary or {}).get("inventory") or stored_inventory(model)
+    if inventory is None:
+        raise Conflict(
+            "job-not-finished",
+            f"A job must be finished to export its plans. Got a {job.state} job. Ask when it has ended.",
+            headers={"Retry-After": "2"},
+        )
+    return ModelFacts.of(Inventory.from_json(inventory), _config(context, model))
+
+
+def _config(context: Context, model: ModelRecord) -> dict[str, Any]:
+    """The model's `config.json`."""
+    path = _config_path(context, model)
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise Conflict(
+            "model-without-config",
+            f"The model's config.json must still be there. Got none that can be read for {model.id}. "
+            "Send the model again.",
+        ) from None
+    return config
+
+
+def _config_path(context: Context, model: ModelRecord) -> Path:
+    if model.source["kind"] == "local":
+        return Path(model.source["folder"]) / "config.json"
+    files = {file["path"]: file["sha256"] for file in model.source.get("files", ())}
+    if "config.json" not in files:
+        raise Conflict(
+            "model-without-config",
+            f"A model must come with config.json to be exported. Got a {model.source['kind']} model. "
+            "Plan for a Hugging Face folder.",
+        )
+    return context.store.path(files["config.json"])

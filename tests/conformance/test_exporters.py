@@ -1,0 +1,87 @@
+"""What every exporter must do, checked for every entry of EXPORTERS."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from quant.catalog import EXPORTERS
+from quant.export.front import PROVENANCE_FILE, export
+from quant.export.protocol import Deployment, ExportRefused, ModelFacts
+from quant.layers import Excluded, Inventory, Layer
+from quant.plan import Certificate, Digests
+from quant.planning import build_plan
+
+CANDIDATES = ("w4-g64-asym", "w4-g64", "w4", "w8")
+
+
+def deployment(scheme):
+    layers = tuple(
+        Layer(f"blocks.{n}.fc", "linear", (64, 128), (64, 128), 8192, None, "other", (), "float32")
+        for n in (0, 1, 10)
+    )
+    inventory = Inventory(layers, (Excluded("lm_head", "linear", 64, "head"),), 10**5, 1000)
+    plan = build_plan(
+        inventory,
+        {layer.name: scheme for layer in layers},
+        digests=Digests(model="a" * 64),
+        certificate=Certificate("feasible"),
+        source="test",
+    )
+    return Deployment(plan, ModelFacts.of(inventory, {"model_type": "test"}))
+
+
+def accepted(name):
+    for scheme in CANDIDATES:
+        found = deployment(scheme)
+        if not EXPORTERS[name].load().lint(found):
+            return found
+    raise AssertionError(f"{name} takes none of {CANDIDATES}")
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_entry_is_complete(name):
+    entry = EXPORTERS[name]
+    module = entry.load()
+    assert entry.name == name
+    assert entry.library
+    assert entry.summary
+    assert entry.source
+    assert all(callable(getattr(module, verb)) for verb in ("lint", "files", "stored_bytes", "read_back"))
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_round_trip_names_every_module(name):
+    found = accepted(name)
+    assert EXPORTERS[name].load().read_back(export(name, found), found.model) == found.expected
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_equal_plans_give_equal_bytes_with_provenance(name):
+    found = accepted(name)
+    files = export(name, found)
+    assert files == export(name, found)
+    provenance = json.loads(files[PROVENANCE_FILE])
+    assert provenance["plan"] == found.plan.digest
+    assert provenance["model"] == "a" * 64
+    assert provenance["consumer_bytes"] == EXPORTERS[name].load().stored_bytes(found) > 0
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_refusals_name_layer_and_rule(name):
+    with pytest.raises(
+        ExportRefused, match=r"Plan must be one that .* can run\. blocks\.0\.fc: .*Got w4-tensor\."
+    ) as caught:
+        export(name, deployment("w4-tensor"))
+    assert {item.layer for item in caught.value.violations} == {"blocks.0.fc", "blocks.1.fc", "blocks.10.fc"}
+
+
+def test_writing_needs_neither_torch_nor_a_consumers_library():
+    libraries = sorted({"torch", *(entry.library for entry in EXPORTERS.values())})
+    code = (
+        "import sys; from quant.catalog import EXPORTERS; import quant.export.front;"
+        " [entry.load() for entry in EXPORTERS.values()];"
+        f" sys.exit(bool(set({libraries!r}) & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

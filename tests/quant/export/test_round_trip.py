@@ -1,0 +1,133 @@
+"""Random plans come back from the consumer's own parser module by module."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quant.export import llm_compressor, mlx, vllm
+from quant.export.front import export, lint
+from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts, Module
+
+VLLM_MENU = ["w2", "w3-g32", "w4", "w4-g128", "w4-g32-asym", "w5", "w6-g64", "w8", "w8-asym"]
+MLX_MENU = ["w2-g32-asym", "w3-g64-asym", "w4-g128-asym", "w5-g32-asym", "w6-g64-asym", "w8-g32-asym"]
+quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CASES = [("vllm", vllm, VLLM_MENU), ("llm-compressor", llm_compressor, VLLM_MENU), ("mlx", mlx, MLX_MENU)]
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+@quick
+@given(seed=st.integers(0, 10**6))
+def test_random_plans_read_back_as_planned(consumer, module, menu, language_model, random_deployment, seed):
+    found = random_deployment(language_model, menu, seed)
+    assert lint(consumer, found) == ()
+    assert module.read_back(export(consumer, found), found.model) == found.expected
+
+
+def test_vllm_groups_are_numbered_and_every_module_is_named(inventories, random_deployment):
+    found = random_deployment(inventories["llama"], VLLM_MENU, 5)
+    config = json.loads(export("vllm", found)["config.json"])
+    groups = config["quantization_config"]["config_groups"]
+    assert list(groups) == [f"group_{n}" for n in range(len(groups))]
+    named = [name for group in groups.values() for name in group["targets"]]
+    named += config["quantization_config"]["ignore"]
+    assert sorted(named) == sorted(module.name for module in found.model.modules)
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    assert config["model_type"] == "test"
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "llm-compressor", "mlx"])
+def test_convolutions_are_refused_by_name(consumer, inventories, deploy):
+    found = deploy(inventories["cnn"], {"stem": "w4", "block.conv": "w4", "head": "w4-g64-asym"})
+    with pytest.raises(ExportRefused, match=r"stem: only linear.* Got a conv2d module"):
+        export(consumer, found)
+
+
+def test_linear_layers_of_a_cnn_alone_are_taken(inventories, deploy):
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    assert vllm.read_back(export("vllm", found), found.model) == found.expected
+
+
+def test_fused_siblings_that_differ_are_refused(inventories, deploy):
+    assignment = {layer.name: "w4" for layer in inventories["llama"].layers}
+    assignment["model.layers.1.self_attn.k_proj"] = "w8"
+    violations = lint("vllm", deploy(inventories["llama"], assignment))
+    assert [item.layer for item in violations] == ["model.layers.1.self_attn.q_proj"]
+    assert "loaded as one matrix with model.layers.1.self_attn.k_proj" in violations[0].rule
+    assert violations[0].got == "w4, w8, w4"
+
+
+def test_a_fused_sibling_that_keeps_its_precision_is_refused(inventories, deploy):
+    kept = ("model.layers.0.mlp.up_proj",)
+    assignment = {layer.name: "w4" for layer in inventories["llama"].layers if layer.name not in kept}
+    violations = lint("vllm", deploy(inventories["llama"], assignment, kept))
+    assert [item.got for item in violations] == ["w4, full precision"]
+
+
+@pytest.mark.parametrize(
+    ("consumer", "scheme", "rule"),
+    [
+        ("vllm", "w3-asym", "asymmetric weights must have a width of 4, 8 bits"),
+        ("vllm", "w4-g48", "scales must be one per channel, groups of 32"),
+        ("vllm", "w4-tensor", "scales must be one per channel"),
+        ("mlx", "w4-g64", "symmetric weights must have a width of none bits"),
+        ("mlx", "w7-g64-asym", "asymmetric weights must have a width of 2, 3, 4, 5, 6, 8 bits"),
+        ("mlx", "w4-asym", "scales must be groups of 32"),
+    ],
+)
+def test_rules(consumer, scheme, rule, inventories, deploy):
+    found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
+    with pytest.raises(ExportRefused, match=rf"head: {rule}.*Got {scheme}\."):
+        export(consumer, found)
+
+
+def test_one_recipe_has_one_quantizer(inventories, deploy):
+    assignment = {layer.name: "w4" for layer in inventories["llama"].layers}
+    assignment["model.layers.2.mlp.down_proj"] = "w4-rtn"
+    violations = lint("llm-compressor", deploy(inventories["llama"], assignment))
+    assert [(item.layer, item.got) for item in violations] == [("model.layers.2.mlp.down_proj", "rtn")]
+
+
+def test_bytes_of_packed_weights_are_those_of_the_library(inventories, deploy):
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    for scheme, args in {
+        "w3": {"num_bits": 3, "strategy": "channel"},
+        "w4-g32-asym": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        "w8-asym": {"num_bits": 8, "strategy": "channel", "symmetric": False},
+    }.items():
+        found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
+        groups = 128 // args.get("group_size", 128)
+        state = {
+            "weight": torch.randn(128, 128),
+            "weight_scale": torch.rand(128, groups, dtype=torch.float16) + 0.1,
+            "weight_zero_point": torch.zeros(128, groups, dtype=torch.int8),
+        }
+        compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+        packed = compressor.compress(
+            state, QuantizationScheme(targets=["head"], weights=QuantizationArgs(**args))
+        )
+        assert vllm.stored_bytes(found) == sum(tensor.nbytes for tensor in packed.values())
+
+
+def test_bytes_in_mlx_are_those_of_its_arrays(inventories, deploy):
+    import mlx.core as mx
+
+    found = deploy(inventories["cnn"], {"head": "w3-g64-asym"}, kept=("stem", "block.conv"))
+    packed = mx.quantize(mx.ones((128, 128), dtype=mx.float16), group_size=64, bits=3)
+    assert mlx.stored_bytes(found) == sum(array.nbytes for array in packed)
+
+
+def test_a_plan_of_another_model_is_refused(inventories, deploy):
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    with pytest.raises(ExportError, match=r"Plan must name modules of the model\. Got head"):
+        Deployment(found.plan, ModelFacts({}, (Module("other", "linear"),)))
+
+
+def test_an_unknown_consumer_is_refused(inventories, deploy):
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    with pytest.raises(ExportError, match=r"Consumer must be one of vllm.* Got 'tensorrt'"):
+        export("tensorrt", found)
