@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quant.catalog import QUANTIZERS
 from quant.formats import FORMATS
+from quant.inputs import LayerInputs
 from quant.layers import Inventory, Layer
 from quant.ops import from_matrix, to_matrix
 from quant.plan import Plan
@@ -20,6 +21,8 @@ from quant.planning import scheme_of
 from quant.schemes import Scheme
 
 Assignment = Plan | Mapping[str, str | Scheme]
+InputsOf = Callable[[str], LayerInputs]
+"""Layer name -> statistics of its inputs; asked only for schemes whose quantizer needs them."""
 
 
 class ApplyError(ValueError):
@@ -37,27 +40,48 @@ class NonFinite(ApplyError):  # noqa: N818 - says what the weight is
         self.layer, self.scheme = layer, scheme
 
 
-def quantize_dequantize(weight: Tensor, op: str, name: str, scheme: Scheme) -> Tensor:
+def quantize_dequantize(
+    weight: Tensor, op: str, name: str, scheme: Scheme, inputs: InputsOf | None = None
+) -> Tensor:
     """A weight as it comes back from storage: same shape, dtype and device, memory of its own.
 
-    `op` is a key of OPS, `name` the layer's for messages. Raises NonFinite.
+    `op` is a key of OPS, `name` the layer's for messages and for `inputs`. Raises NonFinite, and ApplyError
+    when the quantizer needs statistics and there are none.
     """
     if not torch.isfinite(weight).all():
         raise NonFinite(name, scheme.name, "in the weight")
     quantize = QUANTIZERS[scheme.quantizer].load()
     codec = import_module(FORMATS[scheme.weight.family].codec)
-    encoded = quantize(to_matrix(weight.detach(), op), codec.own_format(scheme.weight))
-    matrix = cast(Tensor, codec.decode(encoded)).to(weight.dtype)
+    known = inputs_for(name, scheme, inputs)
+    matrix = to_matrix(weight.detach(), op)
+    if known is not None:
+        matrix = matrix.to(known.second_moments.device)
+    encoded = quantize(matrix, codec.own_format(scheme.weight), known)
+    matrix = cast(Tensor, codec.decode(encoded)).to(weight)
     if not torch.isfinite(matrix).all():
         raise NonFinite(name, scheme.name, f"in {weight.dtype} after quantizing the weight")
     return from_matrix(matrix, op, tuple(weight.shape)).contiguous()
 
 
-def quantized_weight(weight: Tensor, layer: Layer, scheme: str | Scheme) -> Tensor:
+def inputs_for(name: str, scheme: Scheme, inputs: InputsOf | None) -> LayerInputs | None:
+    """The statistics that a scheme needs, or None. Raises ApplyError when they are missing."""
+    if not scheme.needs_inputs:
+        return None
+    if inputs is None:
+        raise ApplyError(
+            f"Scheme {scheme.name} of layer {name!r} must be given statistics of the layer's inputs."
+            " Got none. Pass the calibration data that the plan was made with."
+        )
+    return inputs(name)
+
+
+def quantized_weight(
+    weight: Tensor, layer: Layer, scheme: str | Scheme, inputs: InputsOf | None = None
+) -> Tensor:
     """What `scheme` makes of a layer's weight: same shape, dtype and device.
 
-    Raises ApplyError when the shape is not the layer's or the format refuses it, NonFinite naming layer
-    and scheme when a weight is, or becomes, NaN or infinite.
+    Raises ApplyError when the shape is not the layer's, the scheme refuses it or needs inputs that are
+    not given, NonFinite naming layer and scheme when a weight is, or becomes, NaN or infinite.
     """
     chosen = scheme_of(scheme)
     if tuple(weight.shape) != layer.weight_shape:
@@ -65,20 +89,23 @@ def quantized_weight(weight: Tensor, layer: Layer, scheme: str | Scheme) -> Tens
             f"Weight of layer {layer.name!r} must have the shape {layer.weight_shape} of the inventory."
             f" Got {tuple(weight.shape)}. Take the inventory of this model."
         )
-    refusal = chosen.weight.refuses(layer.matrix)
+    refusal = chosen.refuses(layer)
     if refusal:
         raise ApplyError(
             f"Scheme must be offered for its layer. Got {chosen.name} for {layer.name}: {refusal}."
         )
-    return quantize_dequantize(weight, layer.op, layer.name, chosen)
+    return quantize_dequantize(weight, layer.op, layer.name, chosen, inputs)
 
 
 @contextmanager
-def fake_quantized(model: nn.Module, plan: Assignment, inventory: Inventory) -> Iterator[nn.Module]:
+def fake_quantized(
+    model: nn.Module, plan: Assignment, inventory: Inventory, inputs: InputsOf | None = None
+) -> Iterator[nn.Module]:
     """The model with a plan's weights while the block runs; bit for bit the old one afterwards.
 
     `plan` is a Plan or {layer: scheme}; layers it does not name keep their precision. Only the originals of
     changed layers are held, and they return to the same memory, also when the block raises. Blocks nest.
+    `inputs` are asked for before the first weight changes.
 
         with fake_quantized(model, {"fc": "w4"}, inventory):
             loss = model(inputs)
@@ -86,10 +113,11 @@ def fake_quantized(model: nn.Module, plan: Assignment, inventory: Inventory) -> 
     Raises ApplyError for a name that is no layer, NonFinite as `quantized_weight` does.
     """
     chosen = _resolve(plan, inventory)
+    known = _known(chosen, inputs)
     with ExitStack() as stack:
         for layer, scheme in chosen:
             parameter = parameter_of(model, layer)
-            replacement = quantized_weight(parameter, layer, scheme)
+            replacement = quantized_weight(parameter, layer, scheme, known)
             stack.enter_context(_swapped(parameter, replacement))
         yield model
 
@@ -109,19 +137,23 @@ def replaced_weights(
         yield model
 
 
-def quantize_(model: nn.Module, plan: Assignment, inventory: Inventory) -> nn.Module:
+def quantize_(
+    model: nn.Module, plan: Assignment, inventory: Inventory, inputs: InputsOf | None = None
+) -> nn.Module:
     """Replace the weights for good, in their own memory, and return the model.
 
-    Raises like `fake_quantized`; names, shapes and finiteness are checked before any weight changes.
+    Raises like `fake_quantized`; names, shapes and finiteness are checked before any weight changes, and
+    `inputs` are asked for while all weights are still the model's own.
     """
     chosen = _resolve(plan, inventory)
+    known = _known(chosen, inputs)
     for layer, scheme in chosen:
         if not torch.isfinite(parameter_of(model, layer)).all():
             raise NonFinite(layer.name, scheme.name, "in the weight")
     for layer, scheme in chosen:
         parameter = parameter_of(model, layer)
         with torch.no_grad():
-            parameter.copy_(quantized_weight(parameter, layer, scheme))
+            parameter.copy_(quantized_weight(parameter, layer, scheme, known))
     return model
 
 
@@ -151,6 +183,12 @@ def _swapped(parameter: Tensor, replacement: Tensor) -> Iterator[None]:
     finally:
         with torch.no_grad():
             parameter.copy_(original)
+
+
+def _known(chosen: list[tuple[Layer, Scheme]], inputs: InputsOf | None) -> InputsOf:
+    """The statistics of all layers that need some, taken now."""
+    found = {layer.name: inputs_for(layer.name, scheme, inputs) for layer, scheme in chosen}
+    return {name: known for name, known in found.items() if known is not None}.__getitem__
 
 
 def _resolve(plan: Assignment, inventory: Inventory) -> list[tuple[Layer, Scheme]]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quant.export.protocol import ExporterModule
+    from quant.inputs import LayerInputs
     from quant.integer import IntegerFormat
     from quant.packing import Encoded
 
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 class Quantize(Protocol):
     """Weight matrix (output channels, columns) of finite floats -> stored integers, scales, zero points."""
 
-    def __call__(self, weight_matrix: Tensor, fmt: IntegerFormat) -> Encoded:
-        """Choose scales and round."""
+    def __call__(
+        self, weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | None = None
+    ) -> Encoded:
+        """Choose scales and round. `inputs` are for quantizers that need them; others pass them over."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Quantizer:
     """One line of QUANTIZERS. `module` holds the function `quantize` and is loaded when used.
 
     `version` is raised whenever the numbers change: stored scores made with another version are not
-    reused. `families` are the keys of FORMATS it can write.
+    reused. `families` are the keys of FORMATS it can write. `needs_inputs`: it reads statistics of the
+    layer's inputs, so it must be given calibration data.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Quantizer:
     families: tuple[str, ...]
     summary: str
     source: str
+    needs_inputs: bool = False
 
     def load(self) -> Quantize:
         """Import the module (and with it torch) and return its `quantize`."""
@@ -44,6 +49,15 @@ class Quantizer:
 EVERY_FAMILY = ("integer", "float", "microscaling", "gguf", "plain")
 
 QUANTIZERS: dict[str, Quantizer] = {
+    "gptq": Quantizer(
+        name="gptq",
+        module="quant.quantizers.gptq",
+        version=1,
+        families=("integer",),
+        summary="Rounds column by column; later columns make up for the error at the layer's output.",
+        source="Frantar et al. 2022, arXiv:2210.17323",
+        needs_inputs=True,
+    ),
     "mse_clip": Quantizer(
         name="mse_clip",
         module="quant.quantizers.mse_clip",

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant.apply import quantize_dequantize
+from quant.apply import InputsOf, quantize_dequantize
 from quant.catalog import QUANTIZERS
 from quant.digest import canonical_json, folder_digest, weight_files
 from quant.plan import Plan, PlanLayer, plan_json
@@ -51,17 +51,27 @@ class Target:
     entry: TensorEntry
 
 
-def apply_plan(model_dir: Path | str, plan: Plan, out_dir: Path | str, *, force: bool = False) -> Provenance:
+def apply_plan(
+    model_dir: Path | str,
+    plan: Plan,
+    out_dir: Path | str,
+    *,
+    force: bool = False,
+    inputs: InputsOf | None = None,
+) -> Provenance:
     """Copy a Hugging Face folder with the plan's weights in it, in the same types.
 
     Files are copied as they are; then one tensor at a time is quantized, dequantized and written over its
     own bytes, so shards, metadata and all other tensors stay the same. The plan and where the checkpoint
-    comes from are written beside them. The folder appears whole or not at all.
+    comes from are written beside them. The folder appears whole or not at all. `inputs` gives statistics of
+    the layers in `plan.needs_calibration`, from the plan's own calibration data read as the plan says.
 
-    Raises CheckpointError when the plan was made for another model or with other quantizer versions (unless
-    `force`; the provenance file then says so), when its layers are not the checkpoint's, or when `out_dir`
-    holds files; FolderError, HeaderError and NonFinite as their names say.
+    Raises CheckpointError when those are needed and not given, when the plan was made for another model or
+    with other quantizer versions (unless `force`; the provenance file then says so), when its layers are
+    not the checkpoint's, or when `out_dir` holds files; FolderError, HeaderError and NonFinite as their
+    names say.
     """
+    require_inputs(plan, given=inputs is not None)
     source, out = Path(model_dir), Path(out_dir)
     model, manifest = folder_digest(source)
     mismatches = tuple(_mismatches(plan, model))
@@ -76,7 +86,7 @@ def apply_plan(model_dir: Path | str, plan: Plan, out_dir: Path | str, *, force:
     try:
         for entry in manifest:
             shutil.copyfile(source / entry["path"], partial / entry["path"])
-        _rewrite(source, partial, plan, targets)
+        _rewrite(source, partial, plan, targets, inputs)
         forced = bool(mismatches)
         found = Provenance("bitplan.provenance/1", plan.digest, model, len(targets), forced, mismatches)
         (partial / PLAN_FILE).write_text(plan_json(plan), encoding="utf-8")
@@ -87,6 +97,17 @@ def apply_plan(model_dir: Path | str, plan: Plan, out_dir: Path | str, *, force:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return found
+
+
+def require_inputs(plan: Plan, *, given: bool) -> None:
+    """Raise CheckpointError when the plan needs statistics of inputs that are not given."""
+    needing = plan.needs_calibration
+    if needing and not given:
+        raise CheckpointError(
+            f"Plan must be applied with its calibration data. Got none, and {needing[0]} is"
+            f" {plan.layers[needing[0]].scheme}, whose quantizer goes by them ({len(needing)} such"
+            " layers). Pass --calibration FILE."
+        )
 
 
 def _mismatches(plan: Plan, model: str) -> Iterator[str]:
@@ -182,7 +203,7 @@ def _check(name: str, layer: PlanLayer, tensor: str, entry: TensorEntry) -> None
         )
 
 
-def _rewrite(source: Path, out: Path, plan: Plan, targets: list[Target]) -> None:
+def _rewrite(source: Path, out: Path, plan: Plan, targets: list[Target], inputs: InputsOf | None) -> None:
     """Write every target's bytes over the copy's, one tensor at a time."""
     for file in sorted({target.file for target in targets}):
         with safe_open(source / file, framework="pt") as tensors, (out / file).open("r+b") as stream:
@@ -192,7 +213,8 @@ def _rewrite(source: Path, out: Path, plan: Plan, targets: list[Target]) -> None
                     scheme = parse_scheme(layer.scheme)
                     weight = tensors.get_tensor(target.tensor)
                     stream.seek(target.entry.start)
-                    stream.write(_bytes(quantize_dequantize(weight, layer.op, target.layer, scheme)))
+                    changed = quantize_dequantize(weight, layer.op, target.layer, scheme, inputs)
+                    stream.write(_bytes(changed))
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -60,7 +60,7 @@ def deployment_resources(
 
 
 def _bytes(layer: Layer, scheme: Scheme) -> int | None:
-    refused = scheme.weight.refuses(layer.matrix)
+    refused = scheme.refuses(layer)
     return None if refused else scheme.weight.storage(layer.matrix).bytes
 
 

@@ -139,7 +139,7 @@ def cases(layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int) -> tup
 
 
 def _offered(layer: Layer, schemes: Iterable[Scheme]) -> list[Scheme]:
-    return [scheme for scheme in schemes if scheme.weight.refuses(layer.matrix) is None]
+    return [scheme for scheme in schemes if scheme.refuses(layer) is None]
 
 
 def measured_latency(

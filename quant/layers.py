@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 from quant.reading import Node
 from quant.storage import Matrix
@@ -12,6 +12,18 @@ from quant.storage import Matrix
 Op = Literal["linear", "conv1d", "conv2d", "embedding", "transformers_conv1d"]
 Role = Literal["attention", "feed_forward", "convolution", "embedding", "head", "other"]
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
+
+
+class Decided(Protocol):
+    """What a scheme looks at in a layer."""
+
+    @property
+    def op(self) -> str:
+        """Kind of module."""
+
+    @property
+    def matrix(self) -> Matrix:
+        """(output channels, columns)."""
 
 
 @dataclass(frozen=True)

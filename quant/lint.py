@@ -111,5 +111,5 @@ def _left(layer: Layer, menu: Sequence[str], pins: Mapping[str, str], runtime: R
 
 
 def _fault(target: Target, scheme: Scheme, runtime: Runtime) -> str | None:
-    refusal = scheme.weight.refuses(target.matrix)
+    refusal = scheme.refuses(target)
     return runtime.refuses(target, scheme) or refusal

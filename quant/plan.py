@@ -19,7 +19,7 @@ from quant.storage import Matrix
 
 SCHEMA = "bitplan.plan/1"
 STATUSES = ("optimal", "feasible")
-OPTIONAL = ("runtime", "latency")
+OPTIONAL = ("runtime", "latency", "calibration")
 """Fields that a document leaves out where there is nothing to say."""
 
 
@@ -77,13 +77,33 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How the calibration data of `digests.calibration` were read: with them and the model, quantizers that
+    need inputs give the very weights that were measured.
+    """
+
+    task: str
+    samples: int
+    sequence_length: int
+    seed: int
+    batch_size: int
+    device: str
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Calibration:
+        """The members of a larger mapping, a job request for example."""
+        return cls(**{name: settings[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
 class Plan:
     """A bit-width plan. Equal inputs give equal bytes of `plan_json`: no times, no identifiers.
 
     `quantizers` are the versions of the quantizers in use, `predicted` the value of `metric` that the score
     model expects, `source` how the plan was found, `budget` the limits it was solved under, as written.
     `runtime` names the rules that the plan keeps, `latency` says where its latencies came from ("table",
-    "measured", "roofline:h100"); a document leaves out what it has not.
+    "measured", "roofline:h100"), `calibration` how the data were read if a quantizer needs any; a document
+    leaves out what it has not.
     """
 
     layers: Mapping[str, PlanLayer]
@@ -97,6 +117,7 @@ class Plan:
     source: str
     runtime: str | None = None
     latency: str | None = None
+    calibration: Calibration | None = None
 
     @property
     def assignment(self) -> dict[str, str]:
@@ -108,6 +129,11 @@ class Plan:
         fields = _plain(asdict(self))
         given = {name: value for name, value in fields.items() if name not in OPTIONAL or value is not None}
         return {"schema": SCHEMA, **given}
+
+    @property
+    def needs_calibration(self) -> tuple[str, ...]:
+        """The layers whose quantizers must be given calibration data."""
+        return tuple(name for name, layer in self.layers.items() if parse_scheme(layer.scheme).needs_inputs)
 
     @cached_property
     def digest(self) -> str:
@@ -176,6 +202,7 @@ def plan_from_json(value: Any) -> Plan:
         source=fields["source"].text(),
         runtime=fields["runtime"].text() if "runtime" in fields else None,
         latency=fields["latency"].text() if "latency" in fields else None,
+        calibration=_read_calibration(fields["calibration"]) if "calibration" in fields else None,
     )
     _check_totals(plan)
     return plan
@@ -240,6 +267,18 @@ def _read_certificate(node: Node) -> Certificate:
         objective=fields["objective"].optional_number(),
         bound=fields["bound"].optional_number(),
         gap=fields["gap"].optional_number(),
+    )
+
+
+def _read_calibration(node: Node) -> Calibration:
+    fields = node.fields(*Calibration.__dataclass_fields__)
+    return Calibration(
+        task=fields["task"].text(),
+        samples=fields["samples"].integer(1),
+        sequence_length=fields["sequence_length"].integer(1),
+        seed=fields["seed"].integer(),
+        batch_size=fields["batch_size"].integer(1),
+        device=fields["device"].text(),
     )
 
 

@@ -9,7 +9,7 @@ from quant.catalog import QUANTIZERS
 from quant.costs import bits_per_weight, bops
 from quant.layers import Inventory, Layer
 from quant.lint import lint
-from quant.plan import Certificate, Digests, Plan, PlanError, PlanLayer, Totals
+from quant.plan import Calibration, Certificate, Digests, Plan, PlanError, PlanLayer, Totals
 from quant.runtime_rules import Runtime
 from quant.runtimes import RUNTIMES
 from quant.schemes import Scheme, parse_scheme
@@ -27,11 +27,12 @@ def build_plan(
     source: str,
     runtime: str | None = None,
     latency: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """A plan that gives every layer of the inventory its scheme, with all sizes counted.
 
     Raises PlanError when a layer has no scheme, a name is no layer, a format refuses a layer, or `runtime`
-    (a key of RUNTIMES) cannot run the plan.
+    (a key of RUNTIMES) cannot run the plan. `calibration` is kept if a quantizer needs it.
     """
     schemes = _complete(inventory, assignment)
     layers = {layer.name: _decide(layer, schemes[layer.name]) for layer in inventory.layers}
@@ -59,6 +60,7 @@ def build_plan(
         source=source,
         runtime=runtime,
         latency=latency,
+        calibration=calibration if any(s.needs_inputs for s in schemes.values()) else None,
     )
     if runtime is not None:
         _require_runnable(plan, RUNTIMES[runtime])
@@ -98,7 +100,7 @@ def scheme_of(value: str | Scheme) -> Scheme:
 
 
 def _decide(layer: Layer, scheme: Scheme) -> PlanLayer:
-    refusal = scheme.weight.refuses(layer.matrix)
+    refusal = scheme.refuses(layer)
     if refusal:
         raise PlanError(
             f"Scheme must be offered for its layer. Got {scheme.name} for {layer.name}: {refusal}."

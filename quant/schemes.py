@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS, Format
+from quant.layers import Decided
 from quant.storage import SchemeError
 
 __all__ = ["Scheme", "SchemeError", "grammar", "parse_scheme", "parse_schemes"]
@@ -56,6 +57,17 @@ class Scheme:
         """Bits of one stored value, without scales and zero points."""
         return self.weight.weight_bits
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether its quantizer must be given calibration data."""
+        return QUANTIZERS[self.quantizer].needs_inputs
+
+    def refuses(self, layer: Decided) -> str | None:
+        """Why this scheme is not offered for a layer, or None."""
+        if self.needs_inputs and layer.op == "embedding":
+            return f"an embedding has no inputs to multiply, which {self.quantizer} goes by; use mse_clip"
+        return self.weight.refuses(layer.matrix)
+
     def as_json(self) -> dict[str, str | int | None]:
         """Plain values for documents and digests."""
         return {
@@ -72,7 +84,7 @@ def grammar() -> str:
     """The grammar of all families, one per line.
 
     >>> grammar().splitlines()[0]
-    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-mse_clip|-rtn]'
+    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn]'
     """
     return "\n".join(family.grammar + _writers(family.name) for family in FORMATS.values())
 

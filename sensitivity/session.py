@@ -31,6 +31,7 @@ from sensitivity.errors import (
 from sensitivity.evidence import quality_interval
 from sensitivity.forwards import Forwards
 from sensitivity.gradients import Contract, gradients
+from sensitivity.inputs import Batches, InputStatistics
 from sensitivity.kernels import KernelSession
 from sensitivity.model_loading import load_model
 from sensitivity.spec import PARTS, Json, SessionSpec
@@ -67,7 +68,8 @@ class Session:
         self._width = 0
         self._check_samples()
         self.inventory: Inventory = self._take_inventory()
-        self.weights = LayerWeights(self.model, self.inventory)
+        self.inputs = InputStatistics(self.model, self.inventory, self._statistics_batches())
+        self.weights = LayerWeights(self.model, self.inventory, self.inputs)
         self.forwards = Forwards(self.model, self.task, self.samples, self.weights, spec.batch_size)
         self.task.check(self._everything(), self._width)
 
@@ -206,6 +208,13 @@ class Session:
 
     def _first_batch(self) -> Batch:
         return self._batch(self.samples.parts["scoring"][: self.spec.batch_size])
+
+    def _statistics_batches(self) -> Batches:
+        """Gives the scoring part of the data that statistics of inputs come from."""
+        spec, samples = self.spec.statistics or self.spec, self.samples
+        if self.spec.statistics is not None:
+            samples = load_samples(spec, self.task_name, self.model)
+        return lambda: samples.batches("scoring", spec.batch_size, *placement(self.model))
 
     def _everything(self) -> Batch:
         samples = self.samples

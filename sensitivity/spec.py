@@ -68,6 +68,7 @@ class SessionSpec:
     max_probes       the most probes per layer of sampled metrics
     batch_size       fixed micro-batch of forward passes: part of what makes a number repeatable
     threads          of torch, per worker process
+    statistics       where quantizers get the statistics of inputs from, if not from these data
 
     >>> spec = SessionSpec(ModelSource("folder", "m", "aa"), DataSource("c.txt", "text", "bb"))
     >>> SessionSpec.from_json(spec.as_json()) == spec
@@ -89,6 +90,7 @@ class SessionSpec:
     max_probes: int = 128
     batch_size: int = 8
     threads: int = 1
+    statistics: SessionSpec | None = None
 
     def __post_init__(self) -> None:
         if self.task != "auto" and self.task not in TASKS:
@@ -100,7 +102,9 @@ class SessionSpec:
 
     def as_json(self) -> dict[str, Json]:
         """Plain JSON, the inverse of `from_json`."""
-        return asdict(self) | {"include": list(self.include), "exclude": list(self.exclude)}
+        statistics = None if self.statistics is None else self.statistics.as_json()
+        lists = {"include": list(self.include), "exclude": list(self.exclude)}
+        return asdict(self) | lists | {"statistics": statistics}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Json]) -> Self:
@@ -108,7 +112,16 @@ class SessionSpec:
         fields = dict(value)
         model, calibration = ModelSource(**fields.pop("model")), DataSource(**fields.pop("calibration"))
         include, exclude = tuple(fields.pop("include", ())), tuple(fields.pop("exclude", ()))
-        return cls(model=model, calibration=calibration, include=include, exclude=exclude, **fields)
+        other = fields.pop("statistics", None)
+        statistics = None if other is None else cls.from_json(other)
+        return cls(
+            model=model,
+            calibration=calibration,
+            include=include,
+            exclude=exclude,
+            statistics=statistics,
+            **fields,
+        )
 
     def with_task(self, task: str) -> Self:
         """The same session for another task."""
@@ -119,7 +132,9 @@ class SessionSpec:
 
         Places, patterns and threads are left out: they decide which layers are measured and where.
         """
+        statistics = {} if self.statistics is None else {"statistics": self.statistics.score_settings()}
         return {
+            **statistics,
             "model": self.model.digest,
             "calibration": self.calibration.digest,
             "calibration_kind": self.calibration.kind,

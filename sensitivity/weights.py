@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from quant.apply import ApplyError, NonFinite, quantized_weight
+from quant.apply import ApplyError, InputsOf, NonFinite, quantized_weight
 from quant.layers import Inventory, Layer
 from quant.schemes import Scheme, SchemeError, parse_scheme
 from quant.shared import shared_parameters
@@ -22,8 +22,14 @@ CACHE_BYTES = 2**30
 class LayerWeights:
     """The weights of a model's layers, as they are and as a scheme would store them."""
 
-    def __init__(self, model: nn.Module, inventory: Inventory, cache_bytes: int = CACHE_BYTES) -> None:
-        self._inventory, self._bound = inventory, cache_bytes
+    def __init__(
+        self,
+        model: nn.Module,
+        inventory: Inventory,
+        inputs: InputsOf | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._inventory, self._inputs, self._bound = inventory, inputs, cache_bytes
         self._cache: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._held = 0
         self._owners = _owners(model)
@@ -54,7 +60,9 @@ class LayerWeights:
             return self._cache[key]
         try:
             with torch.inference_mode(False), torch.no_grad():
-                weight = quantized_weight(self.parameter(name), self.layer(name), self.scheme(scheme))
+                weight = quantized_weight(
+                    self.parameter(name), self.layer(name), self.scheme(scheme), self._inputs
+                )
         except NonFinite as error:
             raise NonFiniteWeights(str(error)) from error
         except ApplyError as error:

@@ -20,7 +20,7 @@ from quant.digest import digest
 from quant.layers import Inventory
 from quant.lint import forbidden_schemes, fused_sets, require_choices
 from quant.patterns import select
-from quant.plan import Certificate, Digests, Plan
+from quant.plan import Calibration, Certificate, Digests, Plan
 from quant.planning import build_plan
 from quant.runtimes import RUNTIMES
 from quant.schemes import parse_scheme
@@ -43,7 +43,7 @@ class ScoresMissing(ValueError):  # noqa: N818 - named after what went wrong
 @dataclass(frozen=True, eq=False)
 class PlanningInputs:
     """What does not depend on the budget. `menu` are the schemes a free layer may get; pins may name more.
-    `sources` says where latency and energy came from.
+    `sources` says where latency and energy came from, `calibration` how the data were read.
     """
 
     inventory: Inventory
@@ -51,6 +51,7 @@ class PlanningInputs:
     menu: tuple[str, ...]
     digests: Digests = field(default_factory=Digests)
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,7 @@ def plan_of(
         source=source or additive(compiled.metric),
         runtime=ask.runtime,
         latency=inputs.sources.get("latency", {}).get("source"),
+        calibration=inputs.calibration,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.formats import codec_of
+from quant.inputs import LayerInputs
 from quant.integer import IntegerFormat
 from quant.packing import Encoded, encode, group, stored_scale
 from quant.quantizers.rtn import span
@@ -34,7 +35,7 @@ MARGIN = 1e-5
 """A range replaces round-to-nearest's only where it is better by more than the sums' rounding error."""
 
 
-def quantize(weight_matrix: Tensor, fmt: IntegerFormat) -> Encoded:
+def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | None = None) -> Encoded:
     """Quantize (output channels, columns) of finite floats; never worse than `rtn` in squared error.
 
     Temporary memory is that of a block of rows; per tensor, that of one float32 copy of the matrix.

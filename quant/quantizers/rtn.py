@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from quant.formats import codec_of
+from quant.inputs import LayerInputs
 from quant.integer import IntegerFormat
 from quant.packing import Encoded, encode, group, stored_scale
 
 
-def quantize(weight_matrix: Tensor, fmt: IntegerFormat) -> Encoded:
+def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | None = None) -> Encoded:
     """Quantize (output channels, columns) of finite floats; other families than integers by their codec.
 
     Symmetric: scale = max |w| / (2^(bits-1) - 1). Asymmetric: the range from min(w, 0) to max(w, 0) is cut

@@ -32,7 +32,13 @@ def formats() -> dict[str, Any]:
             for family in FORMATS.values()
         ],
         "quantizers": [
-            {"name": entry.name, "summary": entry.summary, "source": entry.source, "version": entry.version}
+            {
+                "name": entry.name,
+                "summary": entry.summary,
+                "source": entry.source,
+                "version": entry.version,
+                "needs_calibration": entry.needs_inputs,
+            }
             for entry in QUANTIZERS.values()
         ],
         "default_quantizer": DEFAULT_QUANTIZER,

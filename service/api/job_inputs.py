@@ -12,7 +12,7 @@ from quant.devices import DeviceError
 from quant.layers import Inventory
 from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
-from quant.plan import Digests
+from quant.plan import Calibration, Digests
 from quant.schemes import parse_scheme
 from search.budget import BudgetError
 from search.compile import CompileError
@@ -79,6 +79,7 @@ def planning_inputs(
         menu=table_schemes(request["schemes"], {}),
         digests=_digests(context, session, job),
         sources=found.sources,
+        calibration=Calibration.of(request),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +16,15 @@ from service.cli.plan_files import read_plan
 from service.cli.run import own_model
 
 if TYPE_CHECKING:
+    from quant.apply import InputsOf
     from quant.plan import Plan
-    from sensitivity.spec import ModelSource
+    from sensitivity.spec import ModelSource, SessionSpec
     from service.local_inputs import LocalData
-    from service.settings import Settings
 
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="The plan's calibration file, for quantizers that go by it."),
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Take other weights than the plan was made for, of the same shapes.")
 ]
@@ -32,6 +36,7 @@ def apply(
     ],
     plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the checkpoint.")],
+    calibration: CalibrationFile = None,
     force: Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -39,13 +44,25 @@ def apply(
     with exits(as_json=as_json, interrupted="no checkpoint was written"):
         wanted = read_plan(plan)
 
-        from quant.checkpoint import apply_plan
+        from quant.checkpoint import apply_plan, require_inputs
 
-        written = apply_plan(model, wanted, output, force=force)
+        require_inputs(wanted, given=calibration is not None)
+        inputs = _inputs(wanted, model, calibration, force=force)
+        written = apply_plan(model, wanted, output, force=force, inputs=inputs)
         if as_json:
             print_json({"output": str(output), **asdict(written)})
         else:
             console().print(f"wrote {output}", markup=False)
+
+
+def _inputs(plan: Plan, model: Path, calibration: Path | None, *, force: bool) -> InputsOf | None:
+    """Statistics for the plan's quantizers; None where none of them needs any."""
+    if calibration is None or not plan.needs_calibration:
+        return None
+    from service.local_inputs import folder_source
+    from service.plan_statistics import statistics, statistics_spec
+
+    return statistics(statistics_spec(plan, folder_source(model), calibration, force=force))
 
 
 def evaluate(
@@ -61,6 +78,7 @@ def evaluate(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     batch_size: options.BatchSize = 8,
+    calibration: CalibrationFile = None,
     force: Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -70,6 +88,7 @@ def evaluate(
 
         from service.local import local_settings
         from service.local_inputs import file_data
+        from service.one_off import measure
 
         settings, read = local_settings(), file_data(data)
         found = own_model(model, factory, settings)
@@ -82,7 +101,10 @@ def evaluate(
             "device": device,
             "batch_size": batch_size,
         }
-        full, planned = _measure(settings, found, read, wanted, chosen)
+        spec = _spec(wanted, found, read, chosen)
+        if wanted.needs_calibration:
+            spec = _with_statistics(spec, wanted, calibration, force=force)
+        full, planned = measure(settings, spec, [{}, wanted.assignment])
         _show(wanted, {"full_precision": full, "plan": planned}, as_json=as_json)
 
 
@@ -94,10 +116,17 @@ def _require_same_model(plan: Plan, model: ModelSource, *, force: bool) -> None:
         )
 
 
-def _measure(
-    settings: Settings, model: ModelSource, data: LocalData, plan: Plan, chosen: dict[str, Any]
-) -> list[dict[str, Any]]:
-    from service.one_off import measure
+def _with_statistics(spec: SessionSpec, plan: Plan, calibration: Path | None, *, force: bool) -> SessionSpec:
+    """The plan's own weights are measured, not those that quantizers would make of the new data."""
+    from quant.checkpoint import require_inputs
+    from service.plan_statistics import statistics_spec
+
+    require_inputs(plan, given=calibration is not None)
+    assert calibration is not None
+    return replace(spec, statistics=statistics_spec(plan, spec.model, calibration, force=force))
+
+
+def _spec(plan: Plan, model: ModelSource, data: LocalData, chosen: dict[str, Any]) -> SessionSpec:
     from service.runner.inputs import spec_of
     from service.wire import JobRequest
 
@@ -110,7 +139,7 @@ def _measure(
             **chosen,
         }
     )
-    return measure(settings, spec_of(request, model, data.source), [{}, plan.assignment])
+    return spec_of(request, model, data.source)
 
 
 def _show(plan: Plan, measured: dict[str, Any], *, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from quant.latency import cases
 from quant.layers import Inventory
 from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
-from quant.plan import Digests
+from quant.plan import Calibration, Digests
 from quant.schemes import parse_scheme
 from search.budget import BudgetError
 from search.choosers import CHOOSERS
@@ -123,6 +123,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
         menu=table_schemes(request.schemes, {}),
         digests=Digests(lab.spec.model.digest, lab.spec.calibration.digest, lab.score_set),
         sources=costs.sources,
+        calibration=Calibration.of(request.model_dump(mode="json")),
     )
     factor = interactions(lab, inputs, choices) if INTERACTIONS in metrics else None
     return Search(request, inputs, factor, inspection, timings)
@@ -197,8 +198,7 @@ def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
         found[layer.name] = tuple(
             name
             for name in names
-            if name not in forbidden.get(layer.name, ())
-            and parse_scheme(name).weight.refuses(layer.matrix) is None
+            if name not in forbidden.get(layer.name, ()) and parse_scheme(name).refuses(layer) is None
         )
     return found
 

@@ -7,25 +7,46 @@ import torch
 
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS
+from quant.inputs import InputsError, LayerInputs
 from quant.schemes import Scheme, parse_scheme
-
-CASES = [
-    (quantizer, fmt)
-    for quantizer in QUANTIZERS.values()
-    for family in quantizer.families
-    for fmt in FORMATS[family].examples
-]
-every_case = pytest.mark.parametrize(
-    ("quantizer", "fmt"), CASES, ids=[f"{quantizer.name}:{fmt.name}" for quantizer, fmt in CASES]
-)
 
 
 def weights(rows=6, columns=37, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+def inputs(columns, rows=64, seed=1):
+    """Correlated inputs; the last column is never reached."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(columns) + torch.randn(columns, columns, generator=generator) / columns**0.5
+    samples = torch.randn(rows, columns, generator=generator) @ mixing
+    samples[:, -1] = 0
+    return LayerInputs((samples.T @ samples / rows)[None], rows)
+
+
+def encoded(quantizer, matrix, fmt):
+    known = inputs(matrix.shape[1]) if quantizer.needs_inputs else None
+    return quantizer.load()(matrix, fmt, known)
+
+
 def decoded(quantizer, matrix, fmt):
-    return import_module(FORMATS[fmt.family].codec).decode(quantizer.load()(matrix, fmt))
+    return import_module(FORMATS[fmt.family].codec).decode(encoded(quantizer, matrix, fmt))
+
+
+def examples(quantizer, family):
+    """Every format; every fourth, which covers all parts of the grammar, for those that take their time."""
+    return FORMATS[family].examples[:: 4 if quantizer.needs_inputs else 1]
+
+
+CASES = [
+    (quantizer, fmt)
+    for quantizer in QUANTIZERS.values()
+    for family in quantizer.families
+    for fmt in examples(quantizer, family)
+]
+every_case = pytest.mark.parametrize(
+    ("quantizer", "fmt"), CASES, ids=[f"{quantizer.name}:{fmt.name}" for quantizer, fmt in CASES]
+)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -93,3 +114,53 @@ def test_every_float_type_is_read(name, dtype):
         fmt = FORMATS[family].examples[-1]
         matrix = weights().to(dtype)
         assert torch.equal(decoded(quantizer, matrix, fmt), decoded(quantizer, matrix.float(), fmt))
+
+
+@every_case
+def test_it_stores_what_its_format_says(quantizer, fmt):
+    matrix = weights()
+    codec = import_module(FORMATS[fmt.family].codec)
+    assert codec.pack(encoded(quantizer, matrix, fmt)).nbytes == fmt.storage((6, 37)).bytes
+
+
+INFORMED = [quantizer for quantizer in QUANTIZERS.values() if quantizer.needs_inputs]
+
+
+@pytest.mark.parametrize("quantizer", INFORMED, ids=[quantizer.name for quantizer in INFORMED])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_output_error_is_never_above_rtn(quantizer, seed):
+    matrix, known = weights(12, 37, seed), inputs(37, seed=seed + 10)
+    for family in quantizer.families:
+        codec = import_module(FORMATS[family].codec)
+        for fmt in examples(quantizer, family):
+            ours, theirs = (
+                known.output_errors(codec.decode(chosen.load()(matrix, fmt, known)) - matrix)
+                for chosen in (quantizer, QUANTIZERS["rtn"])
+            )
+            if getattr(fmt, "granularity", "") == "tensor":
+                ours, theirs = ours.sum(), theirs.sum()
+            assert (ours <= theirs * (1 + 1e-4)).all(), fmt.name
+
+
+@pytest.mark.parametrize("quantizer", INFORMED, ids=[quantizer.name for quantizer in INFORMED])
+def test_missing_or_foreign_statistics_are_refused(quantizer):
+    fmt = FORMATS[quantizer.families[0]].examples[0]
+    with pytest.raises(InputsError, match="must be given statistics of the layer's inputs. Got none"):
+        quantizer.load()(weights(), fmt)
+    with pytest.raises(InputsError, match=r"must be \(groups, 37, 37\).*Got \(1, 36, 36\)"):
+        quantizer.load()(weights(), fmt, inputs(36))
+
+
+@pytest.mark.parametrize("quantizer", INFORMED, ids=[quantizer.name for quantizer in INFORMED])
+def test_groups_of_channels_are_quantized_for_their_own_inputs(quantizer):
+    fmt = parse_scheme("w3").weight
+    first, second = inputs(9, seed=1), inputs(9, seed=2)
+    both = LayerInputs(torch.cat([first.second_moments, second.second_moments]), 64)
+    matrix = weights(8, 9)
+    together = decoded_with(quantizer, matrix, fmt, both)
+    assert torch.allclose(together[:4], decoded_with(quantizer, matrix[:4], fmt, first))
+    assert torch.allclose(together[4:], decoded_with(quantizer, matrix[4:], fmt, second))
+
+
+def decoded_with(quantizer, matrix, fmt, known):
+    return import_module(FORMATS[fmt.family].codec).decode(quantizer.load()(matrix, fmt, known))

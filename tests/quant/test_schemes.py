@@ -41,7 +41,7 @@ def test_one_canonical_name_and_one_full_spelling(text, name, spelled):
         ("w4-w5", "must name its bits once"),
         ("w4-g32-channel", "must name its granularity once"),
         ("w4-rtn-mse_clip", "must name its quantizer once"),
-        ("w4-gptq", "unknown part 'gptq'"),
+        ("w4-nosuch", "unknown part 'nosuch'"),
         ("w4-", "unknown part ''"),
         ("int4", "must be spelled w<bits>"),
         ("fp9", "must be spelled w<bits>"),
@@ -80,7 +80,7 @@ def test_menus_keep_their_order_and_hold_everything_once():
 
 
 def test_a_scheme_needs_a_listed_quantizer():
-    with pytest.raises(SchemeError, match="Quantizer must be one of mse_clip, rtn. Got 'none'"):
+    with pytest.raises(SchemeError, match="Quantizer must be one of gptq, mse_clip, rtn. Got 'none'"):
         Scheme(IntegerFormat(4), "none")
 
 
