@@ -192,7 +192,7 @@ def test_a_model_that_is_quantized_already_is_refused(client, resnet, variant):
         (
             {"task": "image_classification", "metrics": ["sqnr"], "limits": ["latency<=3 ms"]},
             "missing-latency",
-            "latency_ns",
+            "Add it, or limit bytes",
         ),
     ],
 )
