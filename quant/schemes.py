@@ -84,7 +84,7 @@ def grammar() -> str:
     """The grammar of all families, one per line.
 
     >>> grammar().splitlines()[0]
-    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn]'
+    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-hqq|-mse_clip|-rtn]'
     """
     return "\n".join(family.grammar + _writers(family.name) for family in FORMATS.values())
 
