@@ -2,7 +2,7 @@
 
 Scales and zero points with the least sum of |w - w_q|^p, p < 1: many small errors count for more than a few
 large ones. Half-quadratic splitting: in turn, each error is divided into an outlier, by the generalized soft
-threshold of the p-norm, and a rest; then the grid is fitted to the weights less their outliers by least squares.
+threshold of the p-norm, and a rest; then the grid is fitted to the weights less their outliers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quant.quantizers.mse_clip import MARGIN, Candidate, Scan
 POWER = 0.7
 """The p of the objective, as in the paper."""
 STEPS = 20
-FIRST_PENALTY, GROWTH = 2.0, 1.15
+FIRST_PENALTY, GROWTH = 1.4, 1.15
 """Penalty on errors that are not outliers, in grid steps; it grows from turn to turn."""
 
 
@@ -36,7 +36,10 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | No
 
 
 def _search(groups: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:
-    """(count, size) -> stored scales and zero points, both (count,): the best on the way from two starts."""
+    """(count, size) -> stored scales and zero points, both (count,).
+
+    A search near two good ranges, on purpose: over all ranges the sum is least where far too much is clipped.
+    """
     scan = Scan.of(groups, fmt)
     full = _judged(scan, scan.measure(scan.low, scan.high))
     clipped = _judged(scan, _shaped(full, *mse_clip.search(groups, fmt)))
@@ -101,10 +104,12 @@ def _slope(product: Tensor, square: Tensor) -> Tensor:
 
 
 def _outliers(errors: Tensor, penalty: float) -> Tensor:
-    """argmin over e of |e|^p + penalty / 2 * (e - error)^2, by the generalized soft threshold."""
+    """argmin over e of |e|^p + penalty / 2 * (e - error)^2, by the generalized soft threshold (to first order)."""
     size = errors.abs()
     tiny = torch.finfo(errors.dtype).tiny
-    return errors.sign().mul_(size.sub_(size.clamp(min=tiny).pow_(POWER - 1).div_(penalty)).clamp_(min=0))
+    return errors.sign().mul_(
+        size.sub_(size.clamp(min=tiny).pow_(POWER - 1).mul_(POWER / penalty)).clamp_(min=0)
+    )
 
 
 def _levels(scan: Scan, part: Tensor, scale: Tensor, point: Tensor | None) -> Tensor:
