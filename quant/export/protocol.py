@@ -62,7 +62,7 @@ class WeightFacts:
     def of(cls, scheme: Scheme) -> WeightFacts | None:
         """The facts of an integer scheme; None for a scheme that is more than integers with scales."""
         weight = scheme.weight
-        if not isinstance(weight, IntegerFormat) or scheme.activation is not None:
+        if not isinstance(weight, IntegerFormat) or scheme.activation is not None or scheme.adds:
             return None
         return cls(weight.bits, weight.symmetric, weight.granularity, weight.group_size)
 
