@@ -91,7 +91,7 @@ def test_writing_needs_neither_torch_nor_a_consumers_library():
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_a_quantizer_that_stores_more_than_the_format_is_refused(name, monkeypatch):
     found = accepted(name)
-    scheme = next(iter(found.schemes.values()))
+    scheme = next(scheme for name, scheme in found.schemes.items() if name in found.quantized)
     adding = replace(QUANTIZERS[scheme.quantizer], adds=lambda matrix: 16 * matrix[1])
     monkeypatch.setitem(QUANTIZERS, scheme.quantizer, adding)
     refused = deployment(scheme.name)
