@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS, Format
 from quant.layers import Decided
-from quant.storage import SchemeError
+from quant.storage import Matrix, SchemeError, Storage
 
 __all__ = ["Scheme", "SchemeError", "grammar", "parse_scheme", "parse_schemes"]
 
@@ -61,6 +61,16 @@ class Scheme:
     def needs_inputs(self) -> bool:
         """Whether its quantizer must be given calibration data."""
         return QUANTIZERS[self.quantizer].needs_inputs
+
+    @property
+    def adds(self) -> bool:
+        """Whether its quantizer stores tensors beside those of the format."""
+        return QUANTIZERS[self.quantizer].adds is not None
+
+    def storage(self, matrix: Matrix) -> Storage:
+        """Exact size of what is stored for a matrix of (output channels, columns): format and additions."""
+        stored, adds = self.weight.storage(matrix), QUANTIZERS[self.quantizer].adds
+        return stored if adds is None else replace(stored, added_bits=adds(matrix))
 
     def refuses(self, layer: Decided) -> str | None:
         """Why this scheme is not offered for a layer, or None."""
