@@ -118,7 +118,7 @@ class Rule:
     def takes(self, scheme: Scheme) -> bool:
         """Whether the rule is about this scheme."""
         activation = scheme.activation
-        quiet = activation is None or any(matches(p, str(activation)) for p in self.activations)
+        quiet = activation is None or any(matches(p, activation.name) for p in self.activations)
         return quiet and self.formats.takes(scheme.weight)
 
     def shape_fault(self, matrix: Matrix, scheme: Scheme) -> str | None:
