@@ -36,6 +36,9 @@ def exporter_of(consumer: str) -> Exporter:
 
 def lint(consumer: str, deployment: Deployment) -> tuple[Violation, ...]:
     """Every violation of the consumer's rules, in the order of rules and layers."""
+    if not deployment.quantized:
+        name, layer = next(iter(deployment.plan.layers.items()))
+        return (Violation(name, "at least one module must be quantized", f"{layer.scheme} everywhere"),)
     return exporter_of(consumer).load().lint(deployment)
 
 
@@ -45,7 +48,7 @@ def export(consumer: str, deployment: Deployment) -> dict[str, bytes]:
     Raises ExportRefused with every violation, ExportError for an unknown consumer.
     """
     module = exporter_of(consumer).load()
-    violations = module.lint(deployment)
+    violations = lint(consumer, deployment)
     if violations:
         raise ExportRefused(consumer, violations)
     plan = deployment.plan
