@@ -109,7 +109,9 @@ class ActivationFormat:
         'nvfp4 activations need columns in multiples of 16, not 40'
         """
         if op not in MULTIPLYING:
-            what = "looks rows up and multiplies no activations" if op == "embedding" else "has no such kernel"
+            what = (
+                "looks rows up and multiplies no activations" if op == "embedding" else "has no such kernel"
+            )
             return f"an {op} layer {what}"
         if self.block and op not in TOKENWISE:
             return f"{self.kind} activations come in blocks of a token's features; a {op} layer has no tokens"
@@ -121,7 +123,9 @@ class ActivationFormat:
 ACTIVATIONS: dict[str, ActivationFormat] = {
     fmt.name: fmt
     for kind in KINDS.values()
-    for fmt in (ActivationFormat(kind.name, static) for static in ((False, True) if kind.static else (False,)))
+    for fmt in (
+        ActivationFormat(kind.name, static) for static in ((False, True) if kind.static else (False,))
+    )
 }
 """All activation formats by name."""
 

@@ -103,7 +103,9 @@ def grammar() -> str:
     >>> grammar().splitlines()[0]
     'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn][-a<activation>]'
     """
-    return "\n".join(family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values())
+    return "\n".join(
+        family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values()
+    )
 
 
 def _writers(family: str) -> str:
