@@ -79,7 +79,7 @@ def resources(
 
 def _bytes(layer: Layer, scheme: Scheme) -> int | None:
     refused = scheme.refuses(layer)
-    return None if refused else scheme.weight.storage(layer.matrix).bytes
+    return None if refused else scheme.storage(layer.matrix).bytes
 
 
 def _table_grid(layers: Sequence[Layer], schemes: Sequence[Scheme], offered: Grid, table: Latency) -> Grid:

@@ -194,7 +194,7 @@ def work(layer: Layer, scheme: Scheme, batch: int) -> tuple[str, int, Fraction]:
     An embedding reads one row per token and computes nothing.
     """
     rows, columns = layer.matrix
-    stored, positions = scheme.weight.storage(layer.matrix).bytes, _positions(layer, batch)
+    stored, positions = scheme.storage(layer.matrix).bytes, _positions(layer, batch)
     width = DTYPE_BITS[layer.dtype] // 8
     kind = "float32" if DTYPE_BITS[layer.dtype] >= 32 else "bfloat16"
     if layer.op == "embedding":

@@ -109,7 +109,7 @@ def _decide(layer: Layer, scheme: Scheme) -> PlanLayer:
         scheme=scheme.name,
         spelled=scheme.spelled,
         weight_bits=scheme.weight_bits,
-        bytes=scheme.weight.storage(layer.matrix).bytes,
+        bytes=scheme.storage(layer.matrix).bytes,
         parameters=layer.parameters,
         shape=layer.weight_shape,
         matrix=layer.matrix,

@@ -131,7 +131,7 @@ GENERIC = Runtime(
     name="generic",
     summary="No rule: every format on every layer",
     source="Bitplan",
-    rules=(Rule(Named(("*",)), ops=ALL_OPS, activations=("*",)),),
+    rules=(Rule(Named(("*",)), ops=ALL_OPS, activations=("*",), additions=("*",)),),
     embeddings=True,
     heads=True,
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quant.activations import ACTIVATIONS, ActivationFormat, parse_activation
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS, Format
 from quant.layers import Decided
-from quant.storage import SchemeError
+from quant.storage import Matrix, SchemeError, Storage
 
 __all__ = ["Scheme", "SchemeError", "grammar", "parse_scheme", "parse_schemes"]
 
@@ -77,6 +77,21 @@ class Scheme:
     def needs_calibration(self) -> bool:
         """Whether anything of it is chosen from calibration data."""
         return self.needs_inputs or self.needs_range
+
+    @property
+    def adds(self) -> bool:
+        """Whether its quantizer stores tensors beside those of the format."""
+        return QUANTIZERS[self.quantizer].adds is not None
+
+    def storage(self, matrix: Matrix) -> Storage:
+        """Exact size of what is stored for a matrix of (output channels, columns).
+
+        The format's values, scales and zero points, what the quantizer adds, and the activations' scale.
+        """
+        adds = QUANTIZERS[self.quantizer].adds
+        added = 0 if adds is None else adds(matrix)
+        scale = 0 if self.activation is None else self.activation.stored_bits
+        return replace(self.weight.storage(matrix), added_bits=added + scale)
 
     def refuses(self, layer: Decided) -> str | None:
         """Why this scheme is not offered for a layer, or None."""

@@ -101,3 +101,9 @@ def test_unknown_kinds_and_static_blocks_are_refused():
 def test_runtimes_take_the_activations_they_have_kernels_for(scheme, runs_on):
     plan = plan_for(scheme)
     assert {name for name, runtime in RUNTIMES.items() if not lint(plan, runtime)} == runs_on
+
+
+def test_a_refusal_names_the_activations_that_are_taken():
+    (violation,) = lint(plan_for("fp8-afp8s"), RUNTIMES["torchao"])
+    assert "(activations at full precision or fp8)" in violation.rule
+    assert "not fp8-afp8s" in violation.rule

@@ -40,7 +40,7 @@ def test_the_table_of_sizes_is_right():
     assert {parse_scheme(text).weight.family for text, *_ in rows} == set(FORMATS)
     for text, height, width, stored, bits in rows:
         matrix = int(height), int(width)
-        found = parse_scheme(text).weight.storage(matrix).bytes
+        found = parse_scheme(text).storage(matrix).bytes
         assert (found, f"{bits_per_weight(found, matrix[0] * matrix[1]):.3f}") == (int(stored), bits), text
 
 

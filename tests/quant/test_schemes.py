@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from quant.catalog import QUANTIZERS
 from quant.formats import IntegerFormat
 from quant.schemes import Scheme, SchemeError, parse_scheme, parse_schemes
 
@@ -117,3 +120,15 @@ def test_as_json_names_everything_a_score_depends_on():
         "quantizer_version": 1,
         "activation": None,
     }
+
+
+def test_storage_counts_what_a_quantizer_adds(monkeypatch):
+    scheme = parse_scheme("w3-rtn")
+    assert not scheme.adds
+    assert scheme.storage((5, 7)) == IntegerFormat(3).storage((5, 7))
+    adding = replace(QUANTIZERS["rtn"], adds=lambda matrix: 16 * matrix[1])
+    monkeypatch.setitem(QUANTIZERS, "rtn", adding)
+    assert scheme.adds
+    assert scheme.storage((5, 7)).added_bits == 16 * 7
+    assert scheme.storage((5, 7)).bytes == IntegerFormat(3).storage((5, 7)).bytes + 2 * 7
+    assert scheme.storage((5, 7)).bits == IntegerFormat(3).storage((5, 7)).bits + 16 * 7
