@@ -54,6 +54,15 @@ def only_ops(deployment: Deployment, ops: Collection[str]) -> Iterator[Violation
             yield Violation(name, f"only {', '.join(ops)} modules can be quantized", f"a {op} module")
 
 
+def no_additions(deployment: Deployment) -> Iterator[Violation]:
+    """Quantizers may store nothing beside the tensors of their format."""
+    for name in deployment.quantized:
+        scheme = deployment.schemes[name]
+        if scheme.adds:
+            rule = f"the format's tensors must be all that is stored; {scheme.quantizer} stores others beside"
+            yield Violation(name, rule, scheme.name)
+
+
 def only_formats(deployment: Deployment, *takes: Takes) -> Iterator[Violation]:
     """Every quantized weight must be one of these; one violation each, of the rule that comes closest."""
     for name, facts in deployment.quantized.items():
