@@ -48,10 +48,8 @@ def _even_blocks(deployment: Deployment) -> Iterator[Violation]:
         if facts.bits == 4 and not facts.symmetric and facts.group_size:
             blocks = -(-layer.matrix[1] // facts.group_size)
             if blocks % 2:
-                rule = (
-                    f"4-bit weights with zero points must have an even number of groups per row, not {blocks}"
-                )
-                yield Violation(name, rule, layer.scheme)
+                rule = "4-bit weights with zero points need an even number of groups per row"
+                yield Violation(name, f"{rule}, not {blocks}", layer.scheme)
 
 
 def files(deployment: Deployment) -> dict[str, bytes]:
