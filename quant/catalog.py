@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+from quant.storage import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +34,8 @@ class Quantizer:
 
     `version` is raised whenever the numbers change: stored scores made with another version are not
     reused. `families` are the keys of FORMATS it can write. `needs_inputs`: it reads statistics of the
-    layer's inputs, so it must be given calibration data.
+    layer's inputs, so it must be given calibration data. `adds` tells the bits of the tensors that it stores
+    beside those of the format; None where it stores none.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Quantizer:
     summary: str
     source: str
     needs_inputs: bool = False
+    adds: Callable[[Matrix], int] | None = None
 
     def load(self) -> Quantize:
         """Import the module (and with it torch) and return its `quantize`."""

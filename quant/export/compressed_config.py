@@ -18,8 +18,7 @@ def config_groups(deployment: Deployment) -> dict[str, dict[str, Any]]:
     vLLM finds groups by these exact names: a suffix makes it load other schemes.
     """
     members: dict[WeightFacts, list[str]] = {}
-    for name, facts in deployment.facts.items():
-        assert facts is not None, "the linter refuses such plans"
+    for name, facts in deployment.quantized.items():
         members.setdefault(facts, []).append(name)
     return {f"group_{n}": _group(facts, names) for n, (facts, names) in enumerate(members.items())}
 
@@ -56,8 +55,8 @@ def quantization_config(deployment: Deployment) -> dict[str, Any]:
 
 def packed_bytes(deployment: Deployment) -> int:
     """Bytes of the packed tensors: 32-bit words per output channel, scales, packed zero points, shapes."""
-    stored = 0
-    for name, layer in deployment.plan.layers.items():
+    stored = deployment.kept_bytes
+    for name, layer in deployment.quantized_layers.items():
         fmt = deployment.schemes[name].weight
         assert isinstance(fmt, IntegerFormat), "the linter refuses such plans"
         rows, columns = layer.matrix
@@ -85,4 +84,4 @@ def _attached(module: Any) -> WeightFacts | None:
     if scheme is None or scheme.weights is None:
         return None
     weights = scheme.weights
-    return WeightFacts(weights.num_bits, weights.symmetric, str(weights.strategy), weights.group_size)
+    return WeightFacts("int", weights.num_bits, weights.symmetric, str(weights.strategy), weights.group_size)

@@ -25,8 +25,9 @@ def lint(deployment: Deployment) -> tuple[Violation, ...]:
 
 
 def _quantizers(deployment: Deployment) -> Iterator[Violation]:
-    first = next(iter(deployment.schemes.values())).quantizer
-    for name, scheme in deployment.schemes.items():
+    schemes = {name: deployment.schemes[name] for name in deployment.quantized}
+    first = next((scheme.quantizer for scheme in schemes.values()), None)
+    for name, scheme in schemes.items():
         if scheme.quantizer not in OBSERVERS:
             rule = f"the quantizer must be one of {', '.join(OBSERVERS)}"
             yield Violation(name, rule, scheme.quantizer)
@@ -36,7 +37,7 @@ def _quantizers(deployment: Deployment) -> Iterator[Violation]:
 
 def files(deployment: Deployment) -> dict[str, bytes]:
     """The recipe, with every quantizable module in a group or in `ignore`."""
-    observer = OBSERVERS[next(iter(deployment.schemes.values())).quantizer]
+    observer = OBSERVERS[deployment.schemes[next(iter(deployment.quantized))].quantizer]
     groups = config_groups(deployment)
     for group in groups.values():
         del group["format"]

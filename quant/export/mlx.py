@@ -11,11 +11,10 @@ from collections import Counter
 from typing import Any
 
 from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
-from quant.export.rules import only_groups, only_integers, only_ops, only_widths
+from quant.export.rules import Takes, only_formats, only_ops
 
 FILE = "config.json"
-WIDTHS = (2, 3, 4, 5, 6, 8)
-GROUPS = (32, 64, 128)
+TAKES = (Takes("int", asymmetric=(2, 3, 4, 5, 6, 8), scales=(32, 64, 128)),)
 OPS = ("linear", "embedding")
 
 
@@ -23,16 +22,14 @@ def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Every violation of the rules of MLX's affine mode."""
     return (
         *only_ops(deployment, OPS),
-        *only_integers(deployment),
-        *only_widths(deployment, symmetric=(), asymmetric=WIDTHS),
-        *only_groups(deployment, GROUPS),
+        *only_formats(deployment, *TAKES),
     )
 
 
 def files(deployment: Deployment) -> dict[str, bytes]:
     """The model's own configuration with the plan in it; modules that keep their precision say false."""
-    entries = {name: _entry(facts) for name, facts in deployment.facts.items() if facts is not None}
-    most = Counter(facts for facts in deployment.facts.values() if facts is not None).most_common(1)[0][0]
+    entries = {name: _entry(facts) for name, facts in deployment.quantized.items()}
+    most = Counter(deployment.quantized.values()).most_common(1)[0][0]
     alone = {module.name: False for module in deployment.untouched if module.op in OPS}
     quantization = {**_entry(most), **entries, **alone}
     config = {
@@ -49,10 +46,9 @@ def _entry(facts: WeightFacts) -> dict[str, Any]:
 
 def stored_bytes(deployment: Deployment) -> int:
     """Packed values, and a scale and a bias of 16 bits per group."""
-    stored = 0
-    for name, layer in deployment.plan.layers.items():
-        facts = deployment.facts[name]
-        assert facts is not None, "the linter refuses such plans"
+    stored = deployment.kept_bytes
+    for name, layer in deployment.quantized_layers.items():
+        facts = deployment.quantized[name]
         assert facts.group_size is not None, "the linter refuses such plans"
         stored += layer.parameters * facts.bits // 8 + layer.parameters // facts.group_size * 4
     return stored
@@ -106,4 +102,4 @@ class _Tree:
 def _facts(module: Any) -> WeightFacts | None:
     if not hasattr(module, "scales"):
         return None
-    return WeightFacts(module.bits, False, "group", module.group_size)
+    return WeightFacts("int", module.bits, False, "group", module.group_size)

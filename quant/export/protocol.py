@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from quant.integer import IntegerFormat
+from quant.formats import BlockFormat, FloatFormat, GgufFormat, IntegerFormat
 from quant.layers import Inventory
 from quant.plan import Plan, PlanLayer
 from quant.schemes import Scheme, parse_scheme
@@ -47,24 +47,50 @@ class ExportRefused(ExportError):  # noqa: N818 - says what happened
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What a consumer is told about one module's weight. `group_size` is None without groups.
+    """What a consumer is told about one module: how its weight is stored, and how its input is quantized.
+
+    `kind` is the number type: "int", "fp8_e4m3", "fp8_e5m2", "fp4", "nf4", "mxfp4", "mxfp8", "nvfp4", a
+    GGUF type ("q4_k"), "bf16" or "fp16". `symmetric` is False where a zero point or minimum is stored.
+    `granularity` is "tensor", "channel", "group" (blocks of MX, NVFP4 and GGUF are groups) or "none";
+    `group_size` is None without groups, `activation` the name of an activation format or None.
 
     >>> WeightFacts.of(parse_scheme("w4-g32-asym"))
-    WeightFacts(bits=4, symmetric=False, granularity='group', group_size=32)
+    WeightFacts(kind='int', bits=4, symmetric=False, granularity='group', group_size=32, activation=None)
+    >>> WeightFacts.of(parse_scheme("nvfp4")).group_size, WeightFacts.of(parse_scheme("fp8")).kind
+    (16, 'fp8_e4m3')
     """
 
+    kind: str
     bits: int
     symmetric: bool
     granularity: str
     group_size: int | None
+    activation: str | None = None
 
     @classmethod
-    def of(cls, scheme: Scheme) -> WeightFacts | None:
-        """The facts of an integer scheme; None for a scheme that is more than integers with scales."""
-        weight = scheme.weight
-        if not isinstance(weight, IntegerFormat) or scheme.activation is not None:
-            return None
-        return cls(weight.bits, weight.symmetric, weight.granularity, weight.group_size)
+    def of(cls, scheme: Scheme) -> WeightFacts:
+        """The facts of any scheme."""
+        weight, activation = scheme.weight, scheme.activation
+        name = None if activation is None else activation.name
+        stored: tuple[str, bool, str, int | None]
+        match weight:
+            case IntegerFormat():
+                stored = ("int", weight.symmetric, weight.granularity, weight.group_size)
+            case FloatFormat():
+                kind = FLOAT_KINDS.get(weight.base, weight.base)
+                stored = (kind, True, weight.granularity, weight.group_size)
+            case BlockFormat():
+                stored = (weight.name, True, "group", weight.size)
+            case GgufFormat():
+                stored = (weight.name, not weight.minimum, "group", weight.size)
+            case _:
+                stored = (weight.name, True, "none", None)
+        kind, symmetric, granularity, size = stored
+        return cls(kind, weight.weight_bits, symmetric, granularity, size, name)
+
+
+FLOAT_KINDS = {"fp8": "fp8_e4m3", "fp8-e5m2": "fp8_e5m2"}
+OWN_TYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 ReadBack = Mapping[str, WeightFacts | None]
@@ -85,6 +111,12 @@ class ModelFacts:
 
     config: Mapping[str, Any]
     modules: tuple[Module, ...]
+
+    @property
+    def own_type(self) -> str | None:
+        """ "bf16" or "fp16" where the configuration says that the weights have that type, else None."""
+        dtype = self.config.get("dtype", self.config.get("torch_dtype"))
+        return OWN_TYPES.get(str(dtype).removeprefix("torch."))
 
     @classmethod
     def of(cls, inventory: Inventory, config: Mapping[str, Any]) -> ModelFacts:
@@ -125,19 +157,35 @@ class Deployment:
         return {name: read[layer.spelled] for name, layer in self.layers.items()}
 
     @cached_property
-    def facts(self) -> dict[str, WeightFacts | None]:
-        """Module path -> facts, None where the scheme is more than integers with scales."""
+    def facts(self) -> dict[str, WeightFacts]:
+        """Module path -> facts of every planned module, whether or not it keeps its precision."""
         return {name: WeightFacts.of(scheme) for name, scheme in self.schemes.items()}
 
     @cached_property
+    def quantized(self) -> dict[str, WeightFacts]:
+        """Module path -> facts of the planned modules that do not keep their precision."""
+        own = self.model.own_type
+        return {name: facts for name, facts in self.facts.items() if own is None or facts.kind != own}
+
+    @cached_property
+    def quantized_layers(self) -> dict[str, PlanLayer]:
+        """Layers of the plan that do not keep their precision, tied ones once."""
+        return {name: layer for name, layer in self.plan.layers.items() if name in self.quantized}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the layers that the plan leaves in the model's own type."""
+        return sum(layer.bytes for name, layer in self.plan.layers.items() if name not in self.quantized)
+
+    @cached_property
     def untouched(self) -> tuple[Module, ...]:
-        """Modules that keep their precision."""
-        return tuple(module for module in self.model.modules if module.name not in self.layers)
+        """Modules that keep their precision: left out of the plan, or planned in the model's own type."""
+        return tuple(module for module in self.model.modules if module.name not in self.quantized)
 
     @cached_property
     def expected(self) -> dict[str, WeightFacts | None]:
-        """What reading an export back must give: facts for planned modules, None for all others."""
-        return {**self.facts, **{module.name: None for module in self.untouched}}
+        """What reading an export back must give: facts of quantized modules, None for all others."""
+        return {**self.quantized, **{module.name: None for module in self.untouched}}
 
 
 class ExporterModule(Protocol):

@@ -4,54 +4,84 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
-from quant.export.protocol import Deployment, Violation
+from quant.export.protocol import Deployment, Violation, WeightFacts
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 """Siblings that serving runtimes load as one matrix."""
+CHANNEL, TENSOR = "channel", "tensor"
+
+
+@dataclass(frozen=True)
+class Takes:
+    """A number type that a consumer takes, and with what.
+
+    `symmetric` and `asymmetric` are the widths without and with zero points, for the kind "int".
+    `scales` are "tensor", "channel" and group sizes; None takes any. `activations` are names of activation
+    formats, None for activations at their own precision. With `whole_groups` the group size must divide the
+    columns.
+    """
+
+    kind: str
+    symmetric: Collection[int] = ()
+    asymmetric: Collection[int] = ()
+    scales: Collection[str | int] | None = None
+    activations: Collection[str | None] = (None,)
+    whole_groups: bool = True
+
+    def fault(self, facts: WeightFacts, columns: int) -> str | None:
+        """The rule that facts of this kind break, or None."""
+        sign, widths = ("symmetric", self.symmetric) if facts.symmetric else ("asymmetric", self.asymmetric)
+        if facts.kind == "int" and facts.bits not in widths:
+            return f"{sign} weights must have a width of {', '.join(map(str, widths)) or 'none'} bits"
+        grain = facts.granularity if facts.group_size is None else facts.group_size
+        if self.scales is not None and grain not in self.scales:
+            shown = (
+                f"one per {item}" if isinstance(item, str) else f"groups of {item}" for item in self.scales
+            )
+            return f"scales must be {', '.join(shown)}"
+        if self.whole_groups and facts.group_size is not None and columns % facts.group_size:
+            return f"the group size must divide the {columns} columns"
+        return None
 
 
 def only_ops(deployment: Deployment, ops: Collection[str]) -> Iterator[Violation]:
     """Only modules of these kinds may be quantized."""
-    for name, layer in deployment.layers.items():
-        if layer.op not in ops:
-            yield Violation(name, f"only {', '.join(ops)} modules can be quantized", f"a {layer.op} module")
+    for name in deployment.quantized:
+        op = deployment.layers[name].op
+        if op not in ops:
+            yield Violation(name, f"only {', '.join(ops)} modules can be quantized", f"a {op} module")
 
 
-def only_integers(deployment: Deployment) -> Iterator[Violation]:
-    """Weights must be integers with scales, activations at full precision."""
-    for name, facts in deployment.facts.items():
-        if facts is None:
-            yield Violation(
-                name, "weights must be plain integers with scales", deployment.layers[name].scheme
-            )
+def no_additions(deployment: Deployment) -> Iterator[Violation]:
+    """Quantizers may store nothing beside the tensors of their format."""
+    for name in deployment.quantized:
+        scheme = deployment.schemes[name]
+        if scheme.adds:
+            rule = f"the format's tensors must be all that is stored; {scheme.quantizer} stores others beside"
+            yield Violation(name, rule, scheme.name)
 
 
-def only_widths(
-    deployment: Deployment, symmetric: Collection[int], asymmetric: Collection[int]
-) -> Iterator[Violation]:
-    """Integer widths that have kernels, with and without zero points."""
-    for name, facts in deployment.facts.items():
-        if facts is not None:
-            kind, widths = ("symmetric", symmetric) if facts.symmetric else ("asymmetric", asymmetric)
-            if facts.bits not in widths:
-                allowed = ", ".join(map(str, widths)) or "none"
-                rule = f"{kind} weights must have a width of {allowed} bits"
-                yield Violation(name, rule, deployment.layers[name].scheme)
-
-
-def only_groups(deployment: Deployment, sizes: Collection[int | None]) -> Iterator[Violation]:
-    """Group sizes that have kernels (None: one scale per output channel); groups must divide the columns."""
-    for name, facts in deployment.facts.items():
-        if facts is None:
-            continue
+def only_formats(deployment: Deployment, *takes: Takes) -> Iterator[Violation]:
+    """Every quantized weight must be one of these; one violation each, of the rule that comes closest."""
+    for name, facts in deployment.quantized.items():
         layer = deployment.layers[name]
-        if facts.granularity == "tensor" or facts.group_size not in sizes:
-            allowed = ", ".join("one per channel" if size is None else f"groups of {size}" for size in sizes)
-            yield Violation(name, f"scales must be {allowed}", layer.scheme)
-        elif facts.group_size is not None and layer.matrix[1] % facts.group_size:
-            rule = "the group size must divide the columns"
-            yield Violation(name, rule, f"{layer.scheme} for {layer.matrix[1]} columns")
+        rule = _format_fault(facts, layer.matrix[1], takes)
+        if rule is not None:
+            yield Violation(name, rule, layer.scheme)
+
+
+def _format_fault(facts: WeightFacts, columns: int, takes: Collection[Takes]) -> str | None:
+    kind = [row for row in takes if row.kind == facts.kind]
+    if not kind:
+        return f"weights must be {', '.join(dict.fromkeys(row.kind for row in takes))}"
+    fitting = [row for row in kind if facts.activation in row.activations]
+    if not fitting:
+        names = dict.fromkeys(item or "left alone" for row in kind for item in row.activations)
+        return f"activations of {facts.kind} weights must be {', '.join(names)}"
+    faults = [row.fault(facts, columns) for row in fitting]
+    return None if None in faults else faults[0]
 
 
 def fused_agree(deployment: Deployment) -> Iterator[Violation]:
@@ -70,5 +100,4 @@ def fused_agree(deployment: Deployment) -> Iterator[Violation]:
 
 
 def _scheme(deployment: Deployment, name: str) -> str:
-    layer = deployment.layers.get(name)
-    return "full precision" if layer is None else layer.scheme
+    return deployment.layers[name].scheme if name in deployment.quantized else "full precision"

@@ -10,18 +10,17 @@ import json
 
 from quant.export.compressed_config import packed_bytes, quantization_config, read_config
 from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
-from quant.export.rules import fused_agree, only_groups, only_integers, only_ops, only_widths
+from quant.export.rules import CHANNEL, Takes, fused_agree, only_formats, only_ops
 
 FILE = "config.json"
+TAKES = (Takes("int", symmetric=range(2, 9), asymmetric=(4, 8), scales=(CHANNEL, 32, 64, 128)),)
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Every violation of vLLM's rules."""
     return (
         *only_ops(deployment, ("linear",)),
-        *only_integers(deployment),
-        *only_widths(deployment, symmetric=range(2, 9), asymmetric=(4, 8)),
-        *only_groups(deployment, (None, 32, 64, 128)),
+        *only_formats(deployment, *TAKES),
         *fused_agree(deployment),
     )
 

@@ -12,6 +12,7 @@ import pytest
 import quant
 
 FRONTS = (
+    "activations",
     "catalog",
     "checkpoints.front",
     "checkpoints.protocol",

@@ -131,3 +131,36 @@ def test_an_unknown_consumer_is_refused(inventories, deploy):
     found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
     with pytest.raises(ExportError, match=r"Consumer must be one of vllm.* Got 'tensorrt'"):
         export("tensorrt", found)
+
+
+OWN_TYPE = {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+def test_layers_planned_in_the_models_own_type_are_left_alone(consumer, module, menu, inventories, deploy):
+    assignment = {layer.name: menu[2] for layer in inventories["llama"].layers}
+    alone = "model.layers.1.mlp.down_proj"
+    plan = deploy(inventories["llama"], assignment | {alone: "bf16"})
+    found = Deployment(plan.plan, ModelFacts(OWN_TYPE, plan.model.modules))
+    assert found.expected[alone] is None
+    assert module.read_back(export(consumer, found), found.model) == found.expected
+    assert module.stored_bytes(found) == found.plan.layers[alone].bytes + sum(
+        module.stored_bytes(deploy(inventories["llama"], {name: menu[2]}, set(assignment) - {name}))
+        for name in assignment
+        if name != alone
+    )
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "llm-compressor", "mlx"])
+def test_another_16_bit_type_than_the_models_is_refused(consumer, inventories, deploy):
+    plan = deploy(inventories["cnn"], {"head": "fp16"}, kept=("stem", "block.conv"))
+    found = Deployment(plan.plan, ModelFacts(OWN_TYPE, plan.model.modules))
+    with pytest.raises(ExportRefused, match=r"head: weights must be int.*Got fp16\."):
+        export(consumer, found)
+
+
+def test_a_plan_that_quantizes_nothing_is_refused(inventories, deploy):
+    plan = deploy(inventories["cnn"], {"head": "bf16"}, kept=("stem", "block.conv"))
+    found = Deployment(plan.plan, ModelFacts(OWN_TYPE, plan.model.modules))
+    with pytest.raises(ExportRefused, match=r"head: at least one module must be quantized"):
+        export("vllm", found)
