@@ -1,17 +1,18 @@
-"""The quantizers and exporters that Bitplan offers. A new one is one file and one line here."""
+"""The quantizers, exporters and checkpoints that Bitplan offers. A new one is one file and one line here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from quant.storage import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant.checkpoints.protocol import CheckpointModule
     from quant.export.protocol import ExporterModule
     from quant.inputs import LayerInputs
     from quant.integer import IntegerFormat
@@ -139,5 +140,37 @@ EXPORTERS: dict[str, Exporter] = {
         library="onnxruntime",
         summary="matmul_nbits.json with the arguments of the MatMulNBits quantizer, by ONNX node name.",
         source="ONNX Runtime 1.31, MatMulNBitsQuantizer and RTNWeightOnlyQuantConfig",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One line of CHECKPOINTS. `module` holds `lint`, `layout` and `write`.
+
+    `library` is the package that writing needs beyond Bitplan's own dependencies, if any; `writes` says
+    whether the result is a folder or one file.
+    """
+
+    name: str
+    module: str
+    library: str | None
+    writes: Literal["folder", "file"]
+    summary: str
+    source: str
+
+    def load(self) -> CheckpointModule:
+        """Import the module, without torch and without the library."""
+        return cast("CheckpointModule", import_module(self.module))
+
+
+CHECKPOINTS: dict[str, Checkpoint] = {
+    "pytorch": Checkpoint(
+        name="pytorch",
+        module="quant.checkpoints.pytorch",
+        library=None,
+        writes="folder",
+        summary="safetensors with dequantized weights in their own types, for transformers as it is.",
+        source="safetensors 0.6, format of the header; transformers 5, from_pretrained",
     ),
 }

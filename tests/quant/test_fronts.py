@@ -14,6 +14,10 @@ import quant
 FRONTS = (
     "activations",
     "catalog",
+    "checkpoints.front",
+    "checkpoints.protocol",
+    "checkpoints.pytorch",
+    "checkpoints.source",
     "costs",
     "deployment",
     "devices",
@@ -48,7 +52,7 @@ FRONTS = (
     "schemes",
     "storage",
 )
-PACKAGES = ("quant.codecs", "quant.quantizers", "quant.export")
+PACKAGES = ("quant.codecs", "quant.quantizers", "quant.export", "quant.checkpoints")
 MODULES = sorted(found.name for found in walk_packages(quant.__path__, "quant."))
 
 
