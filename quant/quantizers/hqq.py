@@ -40,9 +40,10 @@ def _search(groups: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:
 
     A search near two good ranges, on purpose: over all ranges the sum is least where far too much is clipped.
     """
+    least_squares = mse_clip.search(groups, fmt)
     scan = Scan.of(groups, fmt)
     full = _judged(scan, scan.measure(scan.low, scan.high))
-    clipped = _judged(scan, _shaped(full, *mse_clip.search(groups, fmt)))
+    clipped = _judged(scan, _shaped(full, *least_squares))
     best = full.better(clipped)
     for start in (full, clipped):
         best = _improved(scan, start, best)
@@ -104,7 +105,7 @@ def _slope(product: Tensor, square: Tensor) -> Tensor:
 
 
 def _outliers(errors: Tensor, penalty: float) -> Tensor:
-    """argmin over e of |e|^p + penalty / 2 * (e - error)^2, by the generalized soft threshold (to first order)."""
+    """argmin over e of |e|^p + penalty / 2 * (e - error)^2, to first order: the generalized soft threshold."""
     size = errors.abs()
     tiny = torch.finfo(errors.dtype).tiny
     return errors.sign().mul_(
