@@ -84,7 +84,7 @@ DEFAULT_QUANTIZER = "mse_clip"
 class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 
-    `library` is the consumer's package that `read_back` parses with; writing needs no library.
+    `library` is the consumer's package that `read_back` parses with; it is loaded only when used.
     """
 
     name: str
@@ -119,5 +119,12 @@ EXPORTERS: dict[str, Exporter] = {
         library="mlx",
         summary="config.json with a quantization entry for every module.",
         source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+    ),
+    "llama.cpp": Exporter(
+        name="llama.cpp",
+        module="quant.export.llama_cpp",
+        library="gguf",
+        summary="tensor_types.txt for llama-quantize --tensor-type-file, every tensor by an anchored name.",
+        source="llama.cpp, tools/quantize and src/llama-quant.cpp; tensor names of gguf 0.19",
     ),
 }
