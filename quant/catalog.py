@@ -90,7 +90,8 @@ DEFAULT_QUANTIZER = "mse_clip"
 class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 
-    `library` is the consumer's package that `read_back` parses with; writing needs no library.
+    `library` is the consumer's package that `read_back` parses with; writing needs it only where the
+    summary says so.
     """
 
     name: str
@@ -125,6 +126,20 @@ EXPORTERS: dict[str, Exporter] = {
         library="mlx",
         summary="config.json with a quantization entry for every module.",
         source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+    ),
+    "torchao": Exporter(
+        name="torchao",
+        module="quant.export.torchao",
+        library="torchao",
+        summary="config.json with torchao's FqnToConfig for transformers; writing needs torchao.",
+        source="torchao 0.18, FqnToConfig and config_to_dict; transformers 5.23, TorchAoConfig",
+    ),
+    "onnxruntime": Exporter(
+        name="onnxruntime",
+        module="quant.export.onnxruntime",
+        library="onnxruntime",
+        summary="matmul_nbits.json with the arguments of the MatMulNBits quantizer, by ONNX node name.",
+        source="ONNX Runtime 1.31, MatMulNBitsQuantizer and RTNWeightOnlyQuantConfig",
     ),
 }
 
