@@ -70,7 +70,7 @@ def test_weights_are_what_the_formats_store(model):
     assert same(model, weights)
 
 
-@pytest.mark.parametrize("spelling", ["w4-g5-asym", "w3", "fp8", "nf4", "bf16"])
+@pytest.mark.parametrize("spelling", ["w4-g5-asym", "w3", "fp8", "fp4", "bf16"])
 def test_what_is_stored_decodes_to_what_is_measured(model, spelling):
     scheme, layer = parse_scheme(spelling), inventory_of(model).by_name["conv"]
     codec = codec_of(scheme.weight)
