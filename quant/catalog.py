@@ -135,6 +135,13 @@ EXPORTERS: dict[str, Exporter] = {
         summary="config.json with a quantization entry for every module.",
         source="mlx-lm 0.32, load_model; mlx.nn.quantize",
     ),
+    "llama.cpp": Exporter(
+        name="llama.cpp",
+        module="quant.export.llama_cpp",
+        library="gguf",
+        summary="tensor_types.txt for llama-quantize, every tensor by an anchored name; writing needs gguf.",
+        source="llama.cpp, tools/quantize and src/llama-quant.cpp; tensor names of gguf 0.19",
+    ),
     "torchao": Exporter(
         name="torchao",
         module="quant.export.torchao",
