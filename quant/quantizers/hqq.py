@@ -105,7 +105,7 @@ def _slope(product: Tensor, square: Tensor) -> Tensor:
 
 
 def _outliers(errors: Tensor, penalty: float) -> Tensor:
-    """argmin over e of |e|^p + penalty / 2 * (e - error)^2, to first order: the generalized soft threshold."""
+    """argmin over e of |e|^p + penalty / 2 * (e - error)^2 to first order: the generalized soft threshold."""
     size = errors.abs()
     tiny = torch.finfo(errors.dtype).tiny
     return errors.sign().mul_(
