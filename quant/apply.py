@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from importlib import import_module
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from quant.catalog import QUANTIZERS
-from quant.formats import FORMATS
+from quant.adjusted import dequantized
+from quant.formats import codec_of
 from quant.inputs import LayerInputs
 from quant.layers import Inventory, Layer
 from quant.ops import from_matrix, to_matrix
@@ -50,14 +48,12 @@ def quantize_dequantize(
     """
     if not torch.isfinite(weight).all():
         raise NonFinite(name, scheme.name, "in the weight")
-    quantize = QUANTIZERS[scheme.quantizer].load()
-    codec = import_module(FORMATS[scheme.weight.family].codec)
     known = inputs_for(name, scheme, inputs)
     matrix = to_matrix(weight.detach(), op)
     if known is not None:
         matrix = matrix.to(known.second_moments.device)
-    encoded = quantize(matrix, codec.own_format(scheme.weight), known)
-    matrix = cast(Tensor, codec.decode(encoded)).to(weight)
+    fmt = codec_of(scheme.weight).own_format(scheme.weight)
+    matrix = dequantized(scheme.load()(matrix, fmt, known)).to(weight)
     if not torch.isfinite(matrix).all():
         raise NonFinite(name, scheme.name, f"in {weight.dtype} after quantizing the weight")
     return from_matrix(matrix, op, tuple(weight.shape)).contiguous()
