@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+from quant.activations import ACTIVATIONS, ActivationFormat, parse_activation
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS, Format
 from quant.layers import Decided
@@ -25,16 +26,18 @@ LONGEST = 100
 
 @dataclass(frozen=True)
 class Scheme:
-    """Weight format and quantizer. Activations keep their precision in this version.
+    """Weight format, quantizer, and what the layer's inputs are rounded to; None leaves them as they are.
 
     >>> scheme = parse_scheme("w4")
     >>> scheme.name, scheme.spelled
     ('w4', 'w4-channel-sym-float16-mse_clip')
+    >>> parse_scheme("aint8-w8").name
+    'w8-aint8'
     """
 
     weight: Format
     quantizer: str = DEFAULT_QUANTIZER
-    activation: None = None
+    activation: ActivationFormat | None = None
     base: str | None = None
     parameter: int = 0
 
@@ -48,9 +51,10 @@ class Scheme:
             )
         numbered = adjusts is not None and adjusts.parameter is not None
         if numbered != (self.parameter > 0):
+            spelling = QUANTIZERS[self.quantizer].spelling
             raise SchemeError(
-                f"Quantizer must be spelled {QUANTIZERS[self.quantizer].spelling}, with a number of at least 1"
-                f" only where it says so. Got '{self.quantizer}{self.parameter or ''}'. Correct it."
+                f"Quantizer must be spelled {spelling}, with a number of at least 1 only where it says so."
+                f" Got '{self.quantizer}{self.parameter or ''}'. Correct it."
             )
         if self.base is not None:
             _check_quantizer(self.base, self.weight)
@@ -63,7 +67,8 @@ class Scheme:
     @property
     def name(self) -> str:
         """Canonical short spelling: defaults left out, parts in the order of the grammar."""
-        return "-".join((self.weight.short, *(part for part in self._words if part != DEFAULT_QUANTIZER)))
+        words = (word for word in self._words if word != DEFAULT_QUANTIZER)
+        return "-".join((self.weight.short, *words))
 
     @property
     def spelled(self) -> str:
@@ -72,8 +77,9 @@ class Scheme:
 
     @property
     def _words(self) -> tuple[str, ...]:
-        own = f"{self.quantizer}{self.parameter or ''}"
-        return (own,) if self.base is None else (self.base, own)
+        base = () if self.base is None else (self.base,)
+        activation = () if self.activation is None else (f"a{self.activation.name}",)
+        return (*base, f"{self.quantizer}{self.parameter or ''}", *activation)
 
     @property
     def quantizers(self) -> dict[str, int]:
@@ -88,8 +94,18 @@ class Scheme:
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether its quantizer must be given calibration data."""
+        """Whether a quantizer of it must be given statistics of the layer's inputs."""
         return any(QUANTIZERS[name].needs_inputs for name in self.quantizers)
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether its activations must be given the range of the layer's inputs."""
+        return self.activation is not None and self.activation.static
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything of it is chosen from calibration data."""
+        return self.needs_inputs or self.needs_range
 
     @property
     def adds(self) -> bool:
@@ -97,9 +113,14 @@ class Scheme:
         return self.base is not None
 
     def storage(self, matrix: Matrix) -> Storage:
-        """Exact size of what is stored for a matrix of (output channels, columns): format and additions."""
-        stored, adjusts = self.weight.storage(matrix), QUANTIZERS[self.quantizer].adjusts
-        return stored if adjusts is None else replace(stored, added_bits=adjusts.bits(matrix, self.parameter))
+        """Exact size of what is stored for a matrix of (output channels, columns).
+
+        The format's values, scales and zero points, what the quantizer adds, and the activations' scale.
+        """
+        adjusts = QUANTIZERS[self.quantizer].adjusts
+        added = 0 if adjusts is None else adjusts.bits(matrix, self.parameter)
+        scale = 0 if self.activation is None else self.activation.stored_bits
+        return replace(self.weight.storage(matrix), added_bits=added + scale)
 
     def load(self) -> Callable[..., Encoded | Adjusted]:
         """The function that quantizes (weight matrix, format, inputs or None); importing it loads torch."""
@@ -114,8 +135,12 @@ class Scheme:
             informed = next(name for name in self.quantizers if QUANTIZERS[name].needs_inputs)
             return f"an embedding has no inputs to multiply, which {informed} goes by; use mse_clip"
         adjusts = QUANTIZERS[self.quantizer].adjusts
-        own = None if adjusts is None else adjusts.refuses(layer.matrix, self.parameter)
-        return self.weight.refuses(layer.matrix) or own
+        reasons = (
+            None if self.activation is None else self.activation.refuses(layer.op, layer.matrix[1]),
+            None if adjusts is None else adjusts.refuses(layer.matrix, self.parameter),
+            self.weight.refuses(layer.matrix),
+        )
+        return next((reason for reason in reasons if reason is not None), None)
 
     def as_json(self) -> dict[str, str | int | None]:
         """Plain values for documents and digests; those of a base quantizer only where there is one."""
@@ -129,17 +154,19 @@ class Scheme:
             "weight_bits": self.weight_bits,
             "quantizer": self.quantizer,
             "quantizer_version": QUANTIZERS[self.quantizer].version,
-            "activation": self.activation,
+            "activation": None if self.activation is None else self.activation.name,
         }
 
 
 def grammar() -> str:
-    """The grammar of all families, one per line.
+    """The grammar of all families, one per line; `<activation>` is a name of ACTIVATIONS.
 
     >>> grammar().splitlines()[0]
-    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn]'
+    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn][-lorc<rank>][-a<activation>]'
     """
-    return "\n".join(family.grammar + _writers(family.name) for family in FORMATS.values())
+    return "\n".join(
+        family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values()
+    )
 
 
 def _writers(family: str) -> str:
@@ -189,24 +216,25 @@ def parse_scheme(text: str) -> Scheme:
 
 
 def _read(text: str, parts: Sequence[str]) -> Scheme:
+    activation, others = parse_activation(tuple(parts))
     for family in FORMATS.values():
-        parsed = family.parse(parts)
+        parsed = family.parse(others)
         if parsed is not None:
             weight, rest = parsed
-            return _scheme(text, weight, rest)
+            return _scheme(text, weight, rest, activation)
     raise SchemeError(
         f"Scheme must be spelled {_spellings()}. Got {text!r}. Use for example 'w4' or 'w4-g128'."
     )
 
 
-def _scheme(text: str, weight: Format, rest: Sequence[str]) -> Scheme:
+def _scheme(text: str, weight: Format, rest: Sequence[str], activation: ActivationFormat | None) -> Scheme:
     """The scheme whose quantizers the words `rest` name: one that rounds, one that adjusts, or both."""
     read = [_word(part) for part in rest]
     unknown = next((part for part, found in zip(rest, read, strict=True) if found is None), None)
     if unknown is not None:
         raise SchemeError(
             f"Scheme must be spelled {_spellings()}. Got {text!r} with the unknown part {unknown!r}."
-            " Drop or correct it."
+            f" Drop or correct it; activations are {', '.join(ACTIVATIONS)}."
         )
     found = [item for item in read if item is not None]
     rounding = [item for item in found if QUANTIZERS[item[0]].adjusts is None]
@@ -215,8 +243,8 @@ def _scheme(text: str, weight: Format, rest: Sequence[str]) -> Scheme:
         raise SchemeError(f"Scheme must name its quantizer once. Got {text!r}. Drop all but one.")
     name, parameter = rounding[0] if rounding else (DEFAULT_QUANTIZER, 0)
     if not adjusting:
-        return Scheme(weight, name, parameter=parameter)
-    return Scheme(weight, adjusting[0][0], base=name, parameter=adjusting[0][1])
+        return Scheme(weight, name, activation, parameter=parameter)
+    return Scheme(weight, adjusting[0][0], activation, base=name, parameter=adjusting[0][1])
 
 
 def _word(part: str) -> tuple[str, int] | None:

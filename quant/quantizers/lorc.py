@@ -1,9 +1,9 @@
 """LoRC (Yao et al. 2023, ZeroQuant-V2, arXiv:2303.08302, section 4): what rounding leaves behind, stored as a
 product of two thin matrices in float16.
 
-The factors are the best of their rank for the squared error of the weights or, where the quantizer that rounds goes by
-the layer's inputs, of its outputs. Rounding what the factors leave and fitting them again, in turn, is LoftQ's
-idea (Li et al. 2023, arXiv:2310.08659, algorithm 1).
+The factors are the best of their rank for the squared error of the weights or, where the quantizer that
+rounds goes by the layer's inputs, of its outputs. Rounding what the factors leave and fitting them again, in
+turn, is from LoftQ (Li et al. 2023, arXiv:2310.08659, algorithm 1).
 """
 
 from __future__ import annotations
