@@ -23,7 +23,6 @@ from service.settings import Settings
 
 Tiny = Callable[[str], Any]
 PARAMETERS: dict[str, Any] = {
-    "budgets": ["4.5 bpw"],
     "samples": 8,
     "sequence_length": 12,
     "seed": 5,
@@ -33,6 +32,7 @@ PARAMETERS: dict[str, Any] = {
 
 GPTQ = ("w2-gptq", "w3-asym-gptq", "w4-g8-gptq", "w8")
 ADJUSTED = ("w2-gptq-lorc1", "w8")
+BUDGETS = {GPTQ: "4.5 bpw", ADJUSTED: "7 bpw"}
 
 
 @pytest.fixture(
@@ -52,7 +52,9 @@ def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
     with Local(settings) as local:
         source, data = folder_source(model.folder), file_data(model.data)
         wanted = local.request(
-            local.model(source), local.calibration(data), {**PARAMETERS, "schemes": schemes}
+            local.model(source),
+            local.calibration(data),
+            {**PARAMETERS, "schemes": schemes, "budgets": [BUDGETS[schemes]]},
         )
         job = local.run(wanted)
         assert job.state == "succeeded", job.problem
