@@ -1,17 +1,18 @@
-"""The quantizers and exporters that Bitplan offers. A new one is one file and one line here."""
+"""The quantizers, exporters and checkpoints that Bitplan offers. A new one is one file and one line here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from quant.storage import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant.checkpoints.protocol import CheckpointModule
     from quant.export.protocol import ExporterModule
     from quant.inputs import LayerInputs
     from quant.integer import IntegerFormat
@@ -89,7 +90,8 @@ DEFAULT_QUANTIZER = "mse_clip"
 class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 
-    `library` is the consumer's package that `read_back` parses with; writing needs no library.
+    `library` is the consumer's package that `read_back` parses with; writing needs it only where the
+    summary says so.
     """
 
     name: str
@@ -124,5 +126,51 @@ EXPORTERS: dict[str, Exporter] = {
         library="mlx",
         summary="config.json with a quantization entry for every module.",
         source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+    ),
+    "torchao": Exporter(
+        name="torchao",
+        module="quant.export.torchao",
+        library="torchao",
+        summary="config.json with torchao's FqnToConfig for transformers; writing needs torchao.",
+        source="torchao 0.18, FqnToConfig and config_to_dict; transformers 5.23, TorchAoConfig",
+    ),
+    "onnxruntime": Exporter(
+        name="onnxruntime",
+        module="quant.export.onnxruntime",
+        library="onnxruntime",
+        summary="matmul_nbits.json with the arguments of the MatMulNBits quantizer, by ONNX node name.",
+        source="ONNX Runtime 1.31, MatMulNBitsQuantizer and RTNWeightOnlyQuantConfig",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One line of CHECKPOINTS. `module` holds `lint`, `layout` and `write`.
+
+    `library` is the package that writing needs beyond Bitplan's own dependencies, if any; `writes` says
+    whether the result is a folder or one file.
+    """
+
+    name: str
+    module: str
+    library: str | None
+    writes: Literal["folder", "file"]
+    summary: str
+    source: str
+
+    def load(self) -> CheckpointModule:
+        """Import the module, without torch and without the library."""
+        return cast("CheckpointModule", import_module(self.module))
+
+
+CHECKPOINTS: dict[str, Checkpoint] = {
+    "pytorch": Checkpoint(
+        name="pytorch",
+        module="quant.checkpoints.pytorch",
+        library=None,
+        writes="folder",
+        summary="safetensors with dequantized weights in their own types, for transformers as it is.",
+        source="safetensors 0.6, format of the header; transformers 5, from_pretrained",
     ),
 }

@@ -60,7 +60,7 @@ def build_plan(
         source=source,
         runtime=runtime,
         latency=latency,
-        calibration=calibration if any(s.needs_inputs for s in schemes.values()) else None,
+        calibration=calibration if any(s.needs_calibration for s in schemes.values()) else None,
     )
     if runtime is not None:
         _require_runnable(plan, RUNTIMES[runtime])

@@ -120,8 +120,14 @@ class Rule:
     def takes(self, scheme: Scheme) -> bool:
         """Whether the rule is about this scheme."""
         activation = scheme.activation
-        quiet = activation is None or any(matches(p, str(activation)) for p in self.activations)
+        quiet = activation is None or any(matches(p, activation.name) for p in self.activations)
         return quiet and not self.lacks(scheme) and self.formats.takes(scheme.weight)
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        names = " or ".join(self.activations)
+        return self.formats.text + (f" (activations at full precision or {names})" if names else "")
 
     def lacks(self, scheme: Scheme) -> bool:
         """Whether the scheme stores tensors beside the format's that the runtime does not load."""
@@ -213,7 +219,7 @@ class Runtime:
         if not fitting and all(rule.lacks(scheme) for rule in offered):
             return f"{target.op} layers take no tensors beside the format's, which {scheme.quantizer} stores"
         if not fitting:
-            menu = "; ".join(rule.formats.text for rule in offered)
+            menu = "; ".join(rule.text for rule in offered)
             return f"{target.op} layers take {menu}; not {scheme.name}"
         faults = [rule.shape_fault(target.matrix, scheme) for rule in fitting]
         return None if None in faults else f"{scheme.name}: {faults[0]}"

@@ -12,7 +12,12 @@ import pytest
 import quant
 
 FRONTS = (
+    "activations",
     "catalog",
+    "checkpoints.front",
+    "checkpoints.protocol",
+    "checkpoints.pytorch",
+    "checkpoints.source",
     "costs",
     "deployment",
     "devices",
@@ -21,8 +26,10 @@ FRONTS = (
     "export.front",
     "export.llm_compressor",
     "export.mlx",
+    "export.onnxruntime",
     "export.protocol",
     "export.rules",
+    "export.torchao",
     "export.vllm",
     "elements",
     "floating",
@@ -45,7 +52,7 @@ FRONTS = (
     "schemes",
     "storage",
 )
-PACKAGES = ("quant.codecs", "quant.quantizers", "quant.export")
+PACKAGES = ("quant.codecs", "quant.quantizers", "quant.export", "quant.checkpoints")
 MODULES = sorted(found.name for found in walk_packages(quant.__path__, "quant."))
 
 

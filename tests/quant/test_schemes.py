@@ -25,6 +25,12 @@ from quant.schemes import Scheme, SchemeError, parse_scheme, parse_schemes
         ("rtn-mxfp4", "mxfp4-rtn", "mxfp4-rtn"),
         ("nvfp4", "nvfp4", "nvfp4-mse_clip"),
         ("Q4_K", "q4_k", "q4_k-mse_clip"),
+        ("aint8-w8", "w8-aint8", "w8-channel-sym-float16-mse_clip-aint8"),
+        ("w4-aint4-rtn-g128", "w4-g128-rtn-aint4", "w4-g128-sym-float16-rtn-aint4"),
+        ("fp8-afp8s", "fp8-afp8s", "fp8-channel-float32-mse_clip-afp8s"),
+        ("afp8-fp8-e5m2", "fp8-e5m2-afp8", "fp8-e5m2-channel-float32-mse_clip-afp8"),
+        ("amxfp8-mxfp8", "mxfp8-amxfp8", "mxfp8-mse_clip-amxfp8"),
+        ("nvfp4-anvfp4s", "nvfp4-anvfp4s", "nvfp4-mse_clip-anvfp4s"),
     ],
 )
 def test_one_canonical_name_and_one_full_spelling(text, name, spelled):
@@ -36,7 +42,11 @@ def test_one_canonical_name_and_one_full_spelling(text, name, spelled):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w4a8", "activation formats are not offered by this version. Got 'w4a8'. Use 'w4'"),
+        ("w4a8", "activations as a part of their own. Got 'w4a8'. Use 'w4-aint8'"),
+        ("w4-aint6", "unknown part 'aint6'. Drop or correct it; activations are int8, int8s, int4"),
+        ("w4-amxfp8s", "unknown part 'amxfp8s'"),
+        ("w4-aint8-afp8", "must name its activations once. Got 'aint8' and 'afp8'"),
+        ("aint8", "must be spelled w<bits>"),
         ("w1", "Weight bits must be 2 to 8. Got 1"),
         ("w9", "Weight bits must be 2 to 8. Got 9"),
         ("w16", "Weight bits must be 2 to 8"),
