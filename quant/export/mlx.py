@@ -51,7 +51,7 @@ def _entry(facts: WeightFacts) -> dict[str, Any]:
 
 
 def stored_bytes(deployment: Deployment) -> int:
-    """Packed values, and per group a scale and a bias of 16 bits each, or a scale of 8 bits for MX formats."""
+    """Packed values, and per group a scale and a bias of 16 bits each; MX formats have a scale of 8 bits."""
     stored = deployment.kept_bytes
     for name, layer in deployment.quantized_layers.items():
         facts = deployment.quantized[name]
