@@ -45,14 +45,16 @@ class Found:
     @property
     def aliases(self) -> tuple[str, ...]:
         """Paths of all other modules that share the tensor, each once."""
-        return tuple(
-            dict.fromkeys(use.path for use in self.shared.uses if use.path not in (self.use.path, ""))
-        )
+        return _other_users(self.shared, self.use)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The layer's name and its aliases."""
         return (self.use.path, *self.aliases)
+
+
+def _other_users(shared: Shared, first: Use) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(use.path for use in shared.uses if use.path not in (first.path, "")))
 
 
 def take_inventory(
@@ -102,7 +104,8 @@ def _find(shared: Shared, heads: frozenset[str]) -> Found | Excluded | None:
         if op is not None and use.attribute == "weight" and _is_plain(use):
             reason = _unfit(shared, use)
             if reason:
-                return Excluded(use.path or use.name, op, _size(shared.tensor), reason)
+                others = _other_users(shared, use)
+                return Excluded(use.path or use.name, op, _size(shared.tensor), reason, others)
             head = any(other.path in heads for other in shared.uses)
             return Found(shared, use, cast(Op, op), head)
     use = shared.uses[0]
@@ -168,7 +171,8 @@ def _first_match(patterns: Sequence[str], names: Sequence[str]) -> str | None:
 def _excluded(item: Found | Excluded, reasons: dict[str, str]) -> Excluded:
     if isinstance(item, Excluded):
         return item
-    return Excluded(item.use.path, item.op, _size(item.shared.tensor), reasons[item.use.path])
+    reason = reasons[item.use.path]
+    return Excluded(item.use.path, item.op, _size(item.shared.tensor), reason, item.aliases)
 
 
 def _nothing(excluded: list[Excluded]) -> str:

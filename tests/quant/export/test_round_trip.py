@@ -1,6 +1,7 @@
 """Random plans come back from the consumer's own parser module by module."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from quant.export import llm_compressor, mlx, onnxruntime, torchao, vllm
 from quant.export.front import export, lint
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts, Module
-from quant.layers import Inventory, Layer
+from quant.layers import Excluded, Inventory, Layer
+from quant.plan import Certificate, Digests
+from quant.planning import build_plan
 
 VLLM_MENU = ["w2", "w3-g32", "w4", "w4-g128", "w4-g32-asym", "w5", "w6-g64", "w8", "w8-asym"]
 VLLM_MENU += ["fp8", "fp8-bfloat16", "nvfp4", "mxfp4", "w8-aint8", "w8-aint8s", "w4-g128-aint8", "w3-aint4"]
@@ -169,8 +172,26 @@ def test_bytes_in_onnxruntime_are_those_of_the_node(scheme, deploy):
 def test_onnxruntime_leaves_out_what_the_plan_keeps(inventories, deploy):
     assignment = {layer.name: "w8-g32" for layer in inventories["llama"].layers}
     config = json.loads(export("onnxruntime", deploy(inventories["llama"], assignment))[onnxruntime.FILE])
-    assert config["nodes_to_exclude"] == ["/lm_head/MatMul"]
+    assert config["nodes_to_exclude"] == ["/model/embed_tokens/MatMul", "/lm_head/MatMul"]
     assert len(config["customized_weight_config"]) == len(assignment)
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+def test_a_head_that_shares_a_kept_embedding_is_left_alone_by_name(consumer, module, menu, inventories):
+    tied = Excluded("model.embed_tokens", "embedding", 640, "left out", ("lm_head",))
+    inventory = replace(inventories["llama"], excluded=(tied,))
+    plan = build_plan(
+        inventory,
+        {layer.name: menu[2] for layer in inventory.layers},
+        digests=Digests(),
+        certificate=Certificate("feasible"),
+        source="test",
+    )
+    found = Deployment(plan, ModelFacts.of(inventory, {}))
+    assert found.expected["lm_head"] is None
+    files = export(consumer, found)
+    assert module.read_back(files, found.model) == found.expected
+    assert b"lm_head" in b"".join(files.values())
 
 
 def test_a_shared_weight_keeps_its_precision_in_torchao(deploy):
