@@ -44,7 +44,7 @@ def main() -> None:
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     for scheme in parse_schemes(options.schemes):
         row = measure(matrix, scheme.weight, options.repeats)
-        bits = scheme.weight.storage(tuple(matrix.shape)).bits / matrix.numel()
+        bits = scheme.storage(tuple(matrix.shape)).bits / matrix.numel()
         print(f"| {scheme.weight.short} | {bits:.3f} | " + " | ".join(row) + " |", flush=True)
 
 

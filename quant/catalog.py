@@ -1,14 +1,18 @@
-"""The quantizers and exporters that Bitplan offers. A new one is one file and one line here."""
+"""The quantizers, exporters and checkpoints that Bitplan offers. A new one is one file and one line here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+from quant.storage import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant.checkpoints.protocol import CheckpointModule
     from quant.export.protocol import ExporterModule
     from quant.inputs import LayerInputs
     from quant.integer import IntegerFormat
@@ -30,7 +34,8 @@ class Quantizer:
 
     `version` is raised whenever the numbers change: stored scores made with another version are not
     reused. `families` are the keys of FORMATS it can write. `needs_inputs`: it reads statistics of the
-    layer's inputs, so it must be given calibration data.
+    layer's inputs, so it must be given calibration data. `adds` tells the bits of the tensors that it stores
+    beside those of the format; None where it stores none.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Quantizer:
     summary: str
     source: str
     needs_inputs: bool = False
+    adds: Callable[[Matrix], int] | None = None
 
     def load(self) -> Quantize:
         """Import the module (and with it torch) and return its `quantize`."""
@@ -57,6 +63,14 @@ QUANTIZERS: dict[str, Quantizer] = {
         summary="Rounds column by column; later columns make up for the error at the layer's output.",
         source="Frantar et al. 2022, arXiv:2210.17323",
         needs_inputs=True,
+    ),
+    "hqq": Quantizer(
+        name="hqq",
+        module="quant.quantizers.hqq",
+        version=1,
+        families=("integer",),
+        summary="The scale and zero point with the least sum of |error|^0.7; needs no data.",
+        source="Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/",
     ),
     "mse_clip": Quantizer(
         name="mse_clip",
@@ -84,7 +98,8 @@ DEFAULT_QUANTIZER = "mse_clip"
 class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 
-    `library` is the consumer's package that `read_back` parses with; writing needs no library.
+    `library` is the consumer's package that `read_back` parses with; writing needs it only where the
+    summary says so.
     """
 
     name: str
@@ -119,5 +134,58 @@ EXPORTERS: dict[str, Exporter] = {
         library="mlx",
         summary="config.json with a quantization entry for every module.",
         source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+    ),
+    "llama.cpp": Exporter(
+        name="llama.cpp",
+        module="quant.export.llama_cpp",
+        library="gguf",
+        summary="tensor_types.txt for llama-quantize, every tensor by an anchored name; writing needs gguf.",
+        source="llama.cpp, tools/quantize and src/llama-quant.cpp; tensor names of gguf 0.19",
+    ),
+    "torchao": Exporter(
+        name="torchao",
+        module="quant.export.torchao",
+        library="torchao",
+        summary="config.json with torchao's FqnToConfig for transformers; writing needs torchao.",
+        source="torchao 0.18, FqnToConfig and config_to_dict; transformers 5.23, TorchAoConfig",
+    ),
+    "onnxruntime": Exporter(
+        name="onnxruntime",
+        module="quant.export.onnxruntime",
+        library="onnxruntime",
+        summary="matmul_nbits.json with the arguments of the MatMulNBits quantizer, by ONNX node name.",
+        source="ONNX Runtime 1.31, MatMulNBitsQuantizer and RTNWeightOnlyQuantConfig",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One line of CHECKPOINTS. `module` holds `lint`, `layout` and `write`.
+
+    `library` is the package that writing needs beyond Bitplan's own dependencies, if any; `writes` says
+    whether the result is a folder or one file.
+    """
+
+    name: str
+    module: str
+    library: str | None
+    writes: Literal["folder", "file"]
+    summary: str
+    source: str
+
+    def load(self) -> CheckpointModule:
+        """Import the module, without torch and without the library."""
+        return cast("CheckpointModule", import_module(self.module))
+
+
+CHECKPOINTS: dict[str, Checkpoint] = {
+    "pytorch": Checkpoint(
+        name="pytorch",
+        module="quant.checkpoints.pytorch",
+        library=None,
+        writes="folder",
+        summary="safetensors with dequantized weights in their own types, for transformers as it is.",
+        source="safetensors 0.6, format of the header; transformers 5, from_pretrained",
     ),
 }

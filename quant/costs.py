@@ -37,9 +37,11 @@ def bits_per_weight(stored_bytes: int, parameters: int) -> float:
 def bops(layer: Layer, scheme: Scheme) -> int | None:
     """Bit operations of one sample: MACs * weight bits * activation bits (van Baalen et al. 2020).
 
-    Activations keep the layer's own precision (32 or 16 bits). None where the layer has no MAC count.
+    Activations that no format rounds have the layer's own precision (32 or 16 bits). None where the layer
+    has no MAC count.
     """
-    return None if layer.macs is None else layer.macs * scheme.weight_bits * DTYPE_BITS[layer.dtype]
+    bits = DTYPE_BITS[layer.dtype] if scheme.activation is None else scheme.activation.bits
+    return None if layer.macs is None else layer.macs * scheme.weight_bits * bits
 
 
 def resources(
@@ -77,7 +79,7 @@ def resources(
 
 def _bytes(layer: Layer, scheme: Scheme) -> int | None:
     refused = scheme.refuses(layer)
-    return None if refused else scheme.weight.storage(layer.matrix).bytes
+    return None if refused else scheme.storage(layer.matrix).bytes
 
 
 def _table_grid(layers: Sequence[Layer], schemes: Sequence[Scheme], offered: Grid, table: Latency) -> Grid:

@@ -61,7 +61,7 @@ def deployment_resources(
 
 def _bytes(layer: Layer, scheme: Scheme) -> int | None:
     refused = scheme.refuses(layer)
-    return None if refused else scheme.weight.storage(layer.matrix).bytes
+    return None if refused else scheme.storage(layer.matrix).bytes
 
 
 def _zeros(grid: Sequence[tuple[Cell, ...]]) -> Grid:

@@ -181,8 +181,8 @@ def _slot(part: str) -> str | None:
     """Which part of the grammar a word fills, or None for a word that is not ours."""
     if re.fullmatch(r"w[0-9]+a[0-9]+", part):
         raise SchemeError(
-            "Scheme must spell the weight format only: activation formats are not offered by this version."
-            f" Got {part!r}. Use {part.partition('a')[0]!r}."
+            f"Scheme must spell activations as a part of their own. Got {part!r}."
+            f" Use {part.replace('a', '-aint')!r}."
         )
     if re.fullmatch(r"w[0-9]{1,9}", part):
         return "bits"

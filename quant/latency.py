@@ -194,14 +194,14 @@ def work(layer: Layer, scheme: Scheme, batch: int) -> tuple[str, int, Fraction]:
     An embedding reads one row per token and computes nothing.
     """
     rows, columns = layer.matrix
-    stored, positions = scheme.weight.storage(layer.matrix).bytes, _positions(layer, batch)
+    stored, positions = scheme.storage(layer.matrix).bytes, _positions(layer, batch)
     width = DTYPE_BITS[layer.dtype] // 8
     kind = "float32" if DTYPE_BITS[layer.dtype] >= 32 else "bfloat16"
     if layer.op == "embedding":
         return kind, 0, Fraction(stored * min(positions, rows), rows) + positions * columns * width
     inputs = layer.weight_shape[1] if layer.op.startswith("conv") else columns
     if scheme.activation is not None:
-        kind = "float8" if "fp8" in str(scheme.activation) else "int8"
+        kind = "int8" if scheme.activation.element is None else "float8"
     return kind, 2 * layer.parameters * positions, Fraction(stored + positions * (inputs + rows) * width)
 
 

@@ -226,7 +226,7 @@ def _read_layer(node: Node) -> PlanLayer:
         "scheme": scheme.name,
         "spelled": scheme.spelled,
         "weight_bits": scheme.weight_bits,
-        "bytes": scheme.weight.storage(layer.matrix).bytes,
+        "bytes": scheme.storage(layer.matrix).bytes,
         "parameters": prod(layer.shape),
         "matrix": layer.matrix if prod(layer.matrix) == layer.parameters else "the sides of the shape",
     }

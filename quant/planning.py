@@ -60,7 +60,7 @@ def build_plan(
         source=source,
         runtime=runtime,
         latency=latency,
-        calibration=calibration if any(s.needs_inputs for s in schemes.values()) else None,
+        calibration=calibration if any(s.needs_calibration for s in schemes.values()) else None,
     )
     if runtime is not None:
         _require_runnable(plan, RUNTIMES[runtime])
@@ -109,7 +109,7 @@ def _decide(layer: Layer, scheme: Scheme) -> PlanLayer:
         scheme=scheme.name,
         spelled=scheme.spelled,
         weight_bits=scheme.weight_bits,
-        bytes=scheme.weight.storage(layer.matrix).bytes,
+        bytes=scheme.storage(layer.matrix).bytes,
         parameters=layer.parameters,
         shape=layer.weight_shape,
         matrix=layer.matrix,

@@ -105,7 +105,8 @@ class Rule:
 
     `columns` and `rows` must divide the matrix's columns and output channels; with `whole_groups` the group
     size must divide the columns too. `activations` are patterns over the names of activation formats;
-    activations at full precision are always taken.
+    activations at full precision are always taken. `additions` are patterns over the names of quantizers
+    whose tensors beside the format's the runtime loads too.
     """
 
     formats: Integers | Named
@@ -114,12 +115,23 @@ class Rule:
     columns: int = 1
     whole_groups: bool = False
     activations: tuple[str, ...] = ()
+    additions: tuple[str, ...] = ()
 
     def takes(self, scheme: Scheme) -> bool:
         """Whether the rule is about this scheme."""
         activation = scheme.activation
-        quiet = activation is None or any(matches(p, str(activation)) for p in self.activations)
-        return quiet and self.formats.takes(scheme.weight)
+        quiet = activation is None or any(matches(p, activation.name) for p in self.activations)
+        return quiet and not self.lacks(scheme) and self.formats.takes(scheme.weight)
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        names = " or ".join(self.activations)
+        return self.formats.text + (f" (activations at full precision or {names})" if names else "")
+
+    def lacks(self, scheme: Scheme) -> bool:
+        """Whether the scheme stores tensors beside the format's that the runtime does not load."""
+        return scheme.adds and not any(matches(p, scheme.quantizer) for p in self.additions)
 
     def shape_fault(self, matrix: Matrix, scheme: Scheme) -> str | None:
         """Why the kernel does not run a matrix of (output channels, columns), or None."""
@@ -142,6 +154,7 @@ class Rule:
             "columns_multiple_of": self.columns,
             "whole_groups": self.whole_groups,
             "activations": list(self.activations),
+            "additions": list(self.additions),
         }
 
 
@@ -203,8 +216,10 @@ class Runtime:
         if not offered:
             return f"{target.op} layers keep their precision"
         fitting = [rule for rule in offered if rule.takes(scheme)]
+        if not fitting and all(rule.lacks(scheme) for rule in offered):
+            return f"{target.op} layers take no tensors beside the format's, which {scheme.quantizer} stores"
         if not fitting:
-            menu = "; ".join(rule.formats.text for rule in offered)
+            menu = "; ".join(rule.text for rule in offered)
             return f"{target.op} layers take {menu}; not {scheme.name}"
         faults = [rule.shape_fault(target.matrix, scheme) for rule in fitting]
         return None if None in faults else f"{scheme.name}: {faults[0]}"

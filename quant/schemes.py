@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from quant.activations import ACTIVATIONS, ActivationFormat, parse_activation
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS, Format
 from quant.layers import Decided
-from quant.storage import SchemeError
+from quant.storage import Matrix, SchemeError, Storage
 
 __all__ = ["Scheme", "SchemeError", "grammar", "parse_scheme", "parse_schemes"]
 
@@ -17,16 +18,18 @@ LONGEST = 100
 
 @dataclass(frozen=True)
 class Scheme:
-    """Weight format and quantizer. Activations keep their precision in this version.
+    """Weight format, quantizer, and what the layer's inputs are rounded to; None leaves them as they are.
 
     >>> scheme = parse_scheme("w4")
     >>> scheme.name, scheme.spelled
     ('w4', 'w4-channel-sym-float16-mse_clip')
+    >>> parse_scheme("aint8-w8").name
+    'w8-aint8'
     """
 
     weight: Format
     quantizer: str = DEFAULT_QUANTIZER
-    activation: None = None
+    activation: ActivationFormat | None = None
 
     def __post_init__(self) -> None:
         if self.quantizer not in QUANTIZERS:
@@ -43,14 +46,17 @@ class Scheme:
     @property
     def name(self) -> str:
         """Canonical short spelling: defaults left out, parts in the order of the grammar."""
-        if self.quantizer == DEFAULT_QUANTIZER:
-            return self.weight.short
-        return f"{self.weight.short}-{self.quantizer}"
+        quantizer = "" if self.quantizer == DEFAULT_QUANTIZER else f"-{self.quantizer}"
+        return f"{self.weight.short}{quantizer}{self._activation}"
 
     @property
     def spelled(self) -> str:
         """Full spelling, every part written out."""
-        return f"{self.weight.name}-{self.quantizer}"
+        return f"{self.weight.name}-{self.quantizer}{self._activation}"
+
+    @property
+    def _activation(self) -> str:
+        return "" if self.activation is None else f"-a{self.activation.name}"
 
     @property
     def weight_bits(self) -> int:
@@ -59,14 +65,40 @@ class Scheme:
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether its quantizer must be given calibration data."""
+        """Whether its quantizer must be given statistics of the layer's inputs."""
         return QUANTIZERS[self.quantizer].needs_inputs
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether its activations must be given the range of the layer's inputs."""
+        return self.activation is not None and self.activation.static
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything of it is chosen from calibration data."""
+        return self.needs_inputs or self.needs_range
+
+    @property
+    def adds(self) -> bool:
+        """Whether its quantizer stores tensors beside those of the format."""
+        return QUANTIZERS[self.quantizer].adds is not None
+
+    def storage(self, matrix: Matrix) -> Storage:
+        """Exact size of what is stored for a matrix of (output channels, columns).
+
+        The format's values, scales and zero points, what the quantizer adds, and the activations' scale.
+        """
+        adds = QUANTIZERS[self.quantizer].adds
+        added = 0 if adds is None else adds(matrix)
+        scale = 0 if self.activation is None else self.activation.stored_bits
+        return replace(self.weight.storage(matrix), added_bits=added + scale)
 
     def refuses(self, layer: Decided) -> str | None:
         """Why this scheme is not offered for a layer, or None."""
         if self.needs_inputs and layer.op == "embedding":
             return f"an embedding has no inputs to multiply, which {self.quantizer} goes by; use mse_clip"
-        return self.weight.refuses(layer.matrix)
+        refused = None if self.activation is None else self.activation.refuses(layer.op, layer.matrix[1])
+        return refused or self.weight.refuses(layer.matrix)
 
     def as_json(self) -> dict[str, str | int | None]:
         """Plain values for documents and digests."""
@@ -76,17 +108,19 @@ class Scheme:
             "weight_bits": self.weight_bits,
             "quantizer": self.quantizer,
             "quantizer_version": QUANTIZERS[self.quantizer].version,
-            "activation": self.activation,
+            "activation": None if self.activation is None else self.activation.name,
         }
 
 
 def grammar() -> str:
-    """The grammar of all families, one per line.
+    """The grammar of all families, one per line; `<activation>` is a name of ACTIVATIONS.
 
-    >>> grammar().splitlines()[0]
-    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn]'
+    >>> grammar().splitlines()[2]
+    '(mxfp4|mxfp8|nvfp4)[-mse_clip|-rtn][-a<activation>]'
     """
-    return "\n".join(family.grammar + _writers(family.name) for family in FORMATS.values())
+    return "\n".join(
+        family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values()
+    )
 
 
 def _writers(family: str) -> str:
@@ -118,11 +152,12 @@ def parse_scheme(text: str) -> Scheme:
 
 
 def _read(text: str, parts: Sequence[str]) -> Scheme:
+    activation, others = parse_activation(tuple(parts))
     for family in FORMATS.values():
-        parsed = family.parse(parts)
+        parsed = family.parse(others)
         if parsed is not None:
             weight, rest = parsed
-            return Scheme(weight, _quantizer(text, rest))
+            return Scheme(weight, _quantizer(text, rest), activation)
     raise SchemeError(
         f"Scheme must be spelled {_spellings()}. Got {text!r}. Use for example 'w4' or 'w4-g128'."
     )
@@ -133,7 +168,7 @@ def _quantizer(text: str, rest: Sequence[str]) -> str:
     if unknown:
         raise SchemeError(
             f"Scheme must be spelled {_spellings()}. Got {text!r} with the unknown part {unknown[0]!r}."
-            " Drop or correct it."
+            f" Drop or correct it; activations are {', '.join(ACTIVATIONS)}."
         )
     if len(rest) > 1:
         raise SchemeError(f"Scheme must name its quantizer once. Got {text!r}. Drop all but one.")

@@ -16,7 +16,7 @@ class SchemeError(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """Exact size of one packed tensor, part by part.
+    """Exact size of one packed tensor, part by part; `added_bits` are what a quantizer stores beside it.
 
     >>> Storage(value_bits=9, scale_bits=16, zero_point_bits=3).bytes
     5
@@ -25,16 +25,21 @@ class Storage:
     value_bits: int
     scale_bits: int
     zero_point_bits: int
+    added_bits: int = 0
 
     @property
     def bits(self) -> int:
         """All stored bits before any rounding to bytes."""
-        return self.value_bits + self.scale_bits + self.zero_point_bits
+        return sum(self._parts)
 
     @property
     def bytes(self) -> int:
-        """Bytes on disk: values, scales and zero points are tensors of their own, each in whole bytes."""
-        return sum(-(-bits // 8) for bits in (self.value_bits, self.scale_bits, self.zero_point_bits))
+        """Bytes on disk: all parts are tensors of their own, each in whole bytes."""
+        return sum(-(-bits // 8) for bits in self._parts)
+
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        return self.value_bits, self.scale_bits, self.zero_point_bits, self.added_bits
 
 
 class Format(Protocol):

@@ -46,9 +46,12 @@ class LayerWeights:
     def scheme(self, name: str) -> Scheme:
         """The scheme of that name. Raises BadUnit."""
         try:
-            return parse_scheme(name)
+            scheme = parse_scheme(name)
         except SchemeError as error:
             raise BadUnit(str(error)) from error
+        if scheme.activation is not None:
+            raise BadUnit(f"scheme must leave activations alone to be measured. Got {scheme.name!r}.")
+        return scheme
 
     def parameter(self, name: str) -> nn.Parameter:
         """The layer's weight in the model."""

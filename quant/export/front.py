@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from quant.catalog import EXPORTERS, Exporter
 from quant.digest import canonical_json
 from quant.export.protocol import Deployment, ExportError, ExportRefused, Violation
+from quant.export.rules import no_additions
 
 PROVENANCE_FILE = "bitplan_provenance.json"
 
@@ -35,11 +36,14 @@ def exporter_of(consumer: str) -> Exporter:
 
 
 def lint(consumer: str, deployment: Deployment) -> tuple[Violation, ...]:
-    """Every violation of the consumer's rules, in the order of rules and layers."""
+    """Every violation of the consumer's rules, in the order of rules and layers.
+
+    No consumer's files have a place for what a quantizer stores beside its format.
+    """
     if not deployment.quantized:
         name, layer = next(iter(deployment.plan.layers.items()))
         return (Violation(name, "at least one module must be quantized", f"{layer.scheme} everywhere"),)
-    return exporter_of(consumer).load().lint(deployment)
+    return (*no_additions(deployment), *exporter_of(consumer).load().lint(deployment))
 
 
 def export(consumer: str, deployment: Deployment) -> dict[str, bytes]:

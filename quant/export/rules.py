@@ -18,9 +18,9 @@ class Takes:
     """A number type that a consumer takes, and with what.
 
     `symmetric` and `asymmetric` are the widths without and with zero points, for the kind "int".
-    `scales` are "tensor", "channel" and group sizes; None takes any. `activations` are names of activation
-    formats, None for activations at their own precision. With `whole_groups` the group size must divide the
-    columns.
+    `scales` are "tensor", "channel", "group" (of any size) and group sizes; None takes any. `activations`
+    are names of activation formats, None for activations at their own precision. With `whole_groups` the
+    group size must divide the columns.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Takes:
         if facts.kind == "int" and facts.bits not in widths:
             return f"{sign} weights must have a width of {', '.join(map(str, widths)) or 'none'} bits"
         grain = facts.granularity if facts.group_size is None else facts.group_size
-        if self.scales is not None and grain not in self.scales:
+        if self.scales is not None and not {grain, facts.granularity} & set(self.scales):
             shown = (
                 f"one per {item}" if isinstance(item, str) else f"groups of {item}" for item in self.scales
             )
@@ -52,6 +52,15 @@ def only_ops(deployment: Deployment, ops: Collection[str]) -> Iterator[Violation
         op = deployment.layers[name].op
         if op not in ops:
             yield Violation(name, f"only {', '.join(ops)} modules can be quantized", f"a {op} module")
+
+
+def no_additions(deployment: Deployment) -> Iterator[Violation]:
+    """Quantizers may store nothing beside the tensors of their format."""
+    for name in deployment.quantized:
+        scheme = deployment.schemes[name]
+        if scheme.adds:
+            rule = f"the format's tensors must be all that is stored; {scheme.quantizer} stores others beside"
+            yield Violation(name, rule, scheme.name)
 
 
 def only_formats(deployment: Deployment, *takes: Takes) -> Iterator[Violation]:

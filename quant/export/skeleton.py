@@ -11,8 +11,8 @@ SIDE = 1024
 """Sides of the stand-in weights: a multiple of every group size that a consumer offers."""
 
 
-def build_skeleton(model: ModelFacts) -> nn.Module:
-    """Modules at their paths, on the meta device; weights of stand-in sizes."""
+def build_skeleton(model: ModelFacts, rows: int = SIDE) -> nn.Module:
+    """Modules at their paths, on the meta device; weights of stand-in sizes with `rows` output channels."""
     root = nn.Module()
     for module in model.modules:
         place = root
@@ -21,19 +21,19 @@ def build_skeleton(model: ModelFacts) -> nn.Module:
             if part not in dict(place.named_children()):
                 place.add_module(part, nn.Module())
             place = place.get_submodule(part)
-        place.add_module(last, _stand_in(module.op))
+        place.add_module(last, _stand_in(module.op, rows))
     return root
 
 
-def _stand_in(op: str) -> nn.Module:
+def _stand_in(op: str, rows: int) -> nn.Module:
     with torch.device("meta"):
         match op:
             case "linear":
-                return nn.Linear(SIDE, SIDE, bias=False)
+                return nn.Linear(SIDE, rows, bias=False)
             case "embedding":
-                return nn.Embedding(SIDE, SIDE)
+                return nn.Embedding(rows, SIDE)
             case "conv1d":
-                return nn.Conv1d(SIDE, SIDE, 1)
+                return nn.Conv1d(SIDE, rows, 1)
             case "conv2d":
-                return nn.Conv2d(SIDE, SIDE, 1)
+                return nn.Conv2d(SIDE, rows, 1)
         return nn.Module()

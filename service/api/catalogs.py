@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from quant.activations import ACTIVATIONS
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.devices import DEVICES
 from quant.formats import FORMATS
@@ -24,7 +25,7 @@ router = APIRouter(prefix="/v1", tags=["catalogs"])
 
 @router.get("/formats")
 def formats() -> dict[str, Any]:
-    """Weight formats, quantizers and the grammar of scheme names."""
+    """Weight formats, quantizers, activation formats and the grammar of scheme names."""
     return {
         "grammar": grammar().splitlines(),
         "families": [
@@ -40,6 +41,10 @@ def formats() -> dict[str, Any]:
                 "needs_calibration": entry.needs_inputs,
             }
             for entry in QUANTIZERS.values()
+        ],
+        "activations": [
+            {"name": fmt.name, "summary": fmt.summary, "bits": fmt.bits, "needs_calibration": fmt.static}
+            for fmt in ACTIVATIONS.values()
         ],
         "default_quantizer": DEFAULT_QUANTIZER,
         "default_schemes": [parse_scheme(name).as_json() for name in DEFAULT_SCHEMES],

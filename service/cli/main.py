@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from service.cli.allocate import allocate
-from service.cli.checkpoint import apply, evaluate
+from service.cli.checkpoint import apply, checkpoint
+from service.cli.evaluate import evaluate
 from service.cli.exits import Exit, refuse
 from service.cli.export import export
 from service.cli.lint import lint
@@ -20,7 +21,7 @@ from service.cli.serve import migrate, runner, serve
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 PANELS = {
-    "On this machine": (run, apply, evaluate, export, allocate, lint),
+    "On this machine": (run, apply, checkpoint, evaluate, export, allocate, lint),
     "The service": (serve, runner, migrate),
     "A server's jobs": (submit, watch, status, jobs, models, scores, plan, cancel, resume),
 }

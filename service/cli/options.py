@@ -26,6 +26,13 @@ Factory = Annotated[
 Calibration = Annotated[
     Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .txt or .jsonl.")
 ]
+PlanCalibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="The plan's calibration file, for quantizers that go by it."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Take other weights than the plan was made for, of the same shapes.")
+]
 Schemes = Annotated[str, typer.Option("--schemes", help="The menu, comma separated.")]
 Budgets = Annotated[
     list[str] | None,

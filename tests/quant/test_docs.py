@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from quant.activations import ACTIVATIONS
 from quant.catalog import QUANTIZERS
 from quant.costs import bits_per_weight
 from quant.formats import FORMATS
@@ -29,12 +30,17 @@ def test_the_grammar_is_the_documented_one():
     assert all(line in page("formats.md") for line in grammar().splitlines())
 
 
+def test_every_activation_format_has_a_row():
+    section = page("formats.md").partition("## Activation formats")[2].partition("\n## ")[0]
+    assert [name for name in ACTIVATIONS if f"`{name}`" not in section] == []
+
+
 def test_the_table_of_sizes_is_right():
     rows = ROW.findall(page("formats.md"))
     assert {parse_scheme(text).weight.family for text, *_ in rows} == set(FORMATS)
     for text, height, width, stored, bits in rows:
         matrix = int(height), int(width)
-        found = parse_scheme(text).weight.storage(matrix).bytes
+        found = parse_scheme(text).storage(matrix).bytes
         assert (found, f"{bits_per_weight(found, matrix[0] * matrix[1]):.3f}") == (int(stored), bits), text
 
 

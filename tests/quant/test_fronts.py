@@ -12,17 +12,26 @@ import pytest
 import quant
 
 FRONTS = (
+    "activations",
     "catalog",
+    "checkpoints.front",
+    "checkpoints.protocol",
+    "checkpoints.pytorch",
+    "checkpoints.source",
     "costs",
     "deployment",
     "devices",
     "digest",
     "export.compressed_config",
     "export.front",
+    "export.gguf_names",
+    "export.llama_cpp",
     "export.llm_compressor",
     "export.mlx",
+    "export.onnxruntime",
     "export.protocol",
     "export.rules",
+    "export.torchao",
     "export.vllm",
     "elements",
     "floating",
@@ -45,7 +54,7 @@ FRONTS = (
     "schemes",
     "storage",
 )
-PACKAGES = ("quant.codecs", "quant.quantizers", "quant.export")
+PACKAGES = ("quant.codecs", "quant.quantizers", "quant.export", "quant.checkpoints")
 MODULES = sorted(found.name for found in walk_packages(quant.__path__, "quant."))
 
 

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from quant.catalog import QUANTIZERS
 from quant.formats import IntegerFormat
 from quant.schemes import Scheme, SchemeError, parse_scheme, parse_schemes
 
@@ -22,6 +25,12 @@ from quant.schemes import Scheme, SchemeError, parse_scheme, parse_schemes
         ("rtn-mxfp4", "mxfp4-rtn", "mxfp4-rtn"),
         ("nvfp4", "nvfp4", "nvfp4-mse_clip"),
         ("Q4_K", "q4_k", "q4_k-mse_clip"),
+        ("aint8-w8", "w8-aint8", "w8-channel-sym-float16-mse_clip-aint8"),
+        ("w4-aint4-rtn-g128", "w4-g128-rtn-aint4", "w4-g128-sym-float16-rtn-aint4"),
+        ("fp8-afp8s", "fp8-afp8s", "fp8-channel-float32-mse_clip-afp8s"),
+        ("afp8-fp8-e5m2", "fp8-e5m2-afp8", "fp8-e5m2-channel-float32-mse_clip-afp8"),
+        ("amxfp8-mxfp8", "mxfp8-amxfp8", "mxfp8-mse_clip-amxfp8"),
+        ("nvfp4-anvfp4s", "nvfp4-anvfp4s", "nvfp4-mse_clip-anvfp4s"),
     ],
 )
 def test_one_canonical_name_and_one_full_spelling(text, name, spelled):
@@ -33,7 +42,11 @@ def test_one_canonical_name_and_one_full_spelling(text, name, spelled):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("w4a8", "activation formats are not offered by this version. Got 'w4a8'. Use 'w4'"),
+        ("w4a8", "activations as a part of their own. Got 'w4a8'. Use 'w4-aint8'"),
+        ("w4-aint6", "unknown part 'aint6'. Drop or correct it; activations are int8, int8s, int4"),
+        ("w4-amxfp8s", "unknown part 'amxfp8s'"),
+        ("w4-aint8-afp8", "must name its activations once. Got 'aint8' and 'afp8'"),
+        ("aint8", "must be spelled w<bits>"),
         ("w1", "Weight bits must be 2 to 8. Got 1"),
         ("w9", "Weight bits must be 2 to 8. Got 9"),
         ("w16", "Weight bits must be 2 to 8"),
@@ -80,7 +93,7 @@ def test_menus_keep_their_order_and_hold_everything_once():
 
 
 def test_a_scheme_needs_a_listed_quantizer():
-    with pytest.raises(SchemeError, match="Quantizer must be one of gptq, mse_clip, rtn. Got 'none'"):
+    with pytest.raises(SchemeError, match="Quantizer must be one of gptq, hqq, mse_clip, rtn. Got 'none'"):
         Scheme(IntegerFormat(4), "none")
 
 
@@ -107,3 +120,15 @@ def test_as_json_names_everything_a_score_depends_on():
         "quantizer_version": 1,
         "activation": None,
     }
+
+
+def test_storage_counts_what_a_quantizer_adds(monkeypatch):
+    scheme = parse_scheme("w3-rtn")
+    assert not scheme.adds
+    assert scheme.storage((5, 7)) == IntegerFormat(3).storage((5, 7))
+    adding = replace(QUANTIZERS["rtn"], adds=lambda matrix: 16 * matrix[1])
+    monkeypatch.setitem(QUANTIZERS, "rtn", adding)
+    assert scheme.adds
+    assert scheme.storage((5, 7)).added_bits == 16 * 7
+    assert scheme.storage((5, 7)).bytes == IntegerFormat(3).storage((5, 7)).bytes + 2 * 7
+    assert scheme.storage((5, 7)).bits == IntegerFormat(3).storage((5, 7)).bits + 16 * 7

@@ -38,7 +38,7 @@ def test_plans_keep_the_budget_and_never_take_what_a_layer_refuses(inputs, budge
     for item in inputs.inventory.layers:
         scheme = parse_scheme(answer.plan.assignment[item.name])
         assert scheme.weight.refuses(item.matrix) is None
-        assert answer.plan.layers[item.name].bytes == scheme.weight.storage(item.matrix).bytes
+        assert answer.plan.layers[item.name].bytes == scheme.storage(item.matrix).bytes
 
 
 def test_the_better_format_of_equal_size_wins(inputs):

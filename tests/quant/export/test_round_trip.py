@@ -6,14 +6,29 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quant.export import llm_compressor, mlx, vllm
+from quant.export import llm_compressor, mlx, onnxruntime, torchao, vllm
 from quant.export.front import export, lint
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts, Module
+from quant.layers import Inventory, Layer
 
 VLLM_MENU = ["w2", "w3-g32", "w4", "w4-g128", "w4-g32-asym", "w5", "w6-g64", "w8", "w8-asym"]
 MLX_MENU = ["w2-g32-asym", "w3-g64-asym", "w4-g128-asym", "w5-g32-asym", "w6-g64-asym", "w8-g32-asym"]
+AO_MENU = [
+    "w2",
+    "w3-g32",
+    "w4-g32-asym",
+    "w5-asym",
+    "w6-g64-bfloat16",
+    "w7",
+    "w8",
+    "w8-g16",
+    "fp8",
+    "fp8-tensor",
+]
+ORT_MENU = ["w4-g16", "w4-g32-asym", "w4-g64-asym", "w8-g64", "w8-g128-asym", "w4-g128", "w8-g32"]
 quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CASES = [("vllm", vllm, VLLM_MENU), ("llm-compressor", llm_compressor, VLLM_MENU), ("mlx", mlx, MLX_MENU)]
+CASES += [("torchao", torchao, AO_MENU), ("onnxruntime", onnxruntime, ORT_MENU)]
 
 
 @pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
@@ -37,7 +52,7 @@ def test_vllm_groups_are_numbered_and_every_module_is_named(inventories, random_
     assert config["model_type"] == "test"
 
 
-@pytest.mark.parametrize("consumer", ["vllm", "llm-compressor", "mlx"])
+@pytest.mark.parametrize("consumer", ["vllm", "llm-compressor", "mlx", "torchao", "onnxruntime"])
 def test_convolutions_are_refused_by_name(consumer, inventories, deploy):
     found = deploy(inventories["cnn"], {"stem": "w4", "block.conv": "w4", "head": "w4-g64-asym"})
     with pytest.raises(ExportRefused, match=r"stem: only linear.* Got a conv2d module"):
@@ -74,6 +89,12 @@ def test_a_fused_sibling_that_keeps_its_precision_is_refused(inventories, deploy
         ("mlx", "w4-g64", "symmetric weights must have a width of none bits"),
         ("mlx", "w7-g64-asym", "asymmetric weights must have a width of 2, 3, 4, 5, 6, 8 bits"),
         ("mlx", "w4-asym", "scales must be groups of 32"),
+        ("torchao", "w4-tensor", "scales must be one per channel, one per group"),
+        ("torchao", "w4-g48", "the group size must divide the 128 columns"),
+        ("torchao", "nf4", "weights must be int, fp8_e4m3"),
+        ("onnxruntime", "w3-g32", "symmetric weights must have a width of 4, 8 bits"),
+        ("onnxruntime", "w4-g8", "scales must be groups of 16"),
+        ("onnxruntime", "w4-g128-asym", "4-bit weights with zero points need an even number of groups"),
     ],
 )
 def test_rules(consumer, scheme, rule, inventories, deploy):
@@ -119,6 +140,66 @@ def test_bytes_in_mlx_are_those_of_its_arrays(inventories, deploy):
     found = deploy(inventories["cnn"], {"head": "w3-g64-asym"}, kept=("stem", "block.conv"))
     packed = mx.quantize(mx.ones((128, 128), dtype=mx.float16), group_size=64, bits=3)
     assert mlx.stored_bytes(found) == sum(array.nbytes for array in packed)
+
+
+@pytest.mark.parametrize("scheme", AO_MENU)
+def test_bytes_in_torchao_are_those_of_its_tensors(scheme, inventories, deploy):
+    import torch
+    from torchao.quantization import quantize_
+    from transformers import TorchAoConfig
+
+    found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
+    model = torch.nn.Module()
+    model.head = torch.nn.Linear(128, 128, bias=False)
+    config = torchao.quantization_config(found)
+    config.pop("quant_method")
+    quantize_(model, TorchAoConfig.from_dict(config).quant_type, filter_fn=None)
+    weight = model.head.weight
+    names = [*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ())]
+    stored = [getattr(weight, name) for name in names]
+    assert torchao.stored_bytes(found) == sum(tensor.nbytes for tensor in stored if tensor is not None)
+
+
+@pytest.mark.parametrize("scheme", ORT_MENU)
+def test_bytes_in_onnxruntime_are_those_of_the_node(scheme, deploy):
+    from onnx import numpy_helper
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer, RTNWeightOnlyQuantConfig
+
+    layer = Layer("fc", "linear", (8, 1024), (8, 1024), 8192, None, "other", (), "float32")
+    found = deploy(Inventory((layer,), (), 10**5, 0), {"fc": scheme})
+    config = json.loads(onnxruntime.files(found)[onnxruntime.FILE])
+    quantizer = MatMulNBitsQuantizer(
+        onnxruntime._stand_in(["fc"]),
+        algo_config=RTNWeightOnlyQuantConfig(customized_weight_config=config["customized_weight_config"]),
+    )
+    quantizer.process()
+    graph = quantizer.model.model.graph
+    stored = [item for item in graph.initializer if item.name in graph.node[0].input]
+    assert onnxruntime.stored_bytes(found) == sum(numpy_helper.to_array(item).nbytes for item in stored)
+
+
+def test_onnxruntime_leaves_out_what_the_plan_keeps(inventories, deploy):
+    assignment = {layer.name: "w8-g32" for layer in inventories["llama"].layers}
+    config = json.loads(export("onnxruntime", deploy(inventories["llama"], assignment))[onnxruntime.FILE])
+    assert config["nodes_to_exclude"] == ["/lm_head/MatMul"]
+    assert len(config["customized_weight_config"]) == len(assignment)
+
+
+def test_a_shared_weight_keeps_its_precision_in_torchao(deploy):
+    shared = Layer(
+        "embed", "embedding", (128, 128), (128, 128), 16384, None, "embedding", ("lm_head",), "float32"
+    )
+    violations = lint("torchao", deploy(Inventory((shared,), (), 10**5, 0), {"embed": "w8-g32"}))
+    assert [item.layer for item in violations] == ["embed"]
+    assert "several modules share" in violations[0].rule
+
+
+def test_fp8_embeddings_are_refused_by_torchao(deploy):
+    table = Layer("embed", "embedding", (128, 128), (128, 128), 16384, None, "embedding", (), "float32")
+    violations = lint("torchao", deploy(Inventory((table,), (), 10**5, 0), {"embed": "fp8"}))
+    assert [str(item) for item in violations] == [
+        "embed: FP8 is for linear modules. Got an embedding module."
+    ]
 
 
 def test_a_plan_of_another_model_is_refused(inventories, deploy):

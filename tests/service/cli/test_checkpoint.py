@@ -1,4 +1,4 @@
-"""`bitplan apply` and `bitplan evaluate`."""
+"""`bitplan apply`, `bitplan checkpoint` and `bitplan evaluate`."""
 
 from __future__ import annotations
 
@@ -82,6 +82,8 @@ def test_a_plan_for_another_model_needs_force(
     data = tiny("resnet").data
     for ask in (
         ["apply", other, plan, "-o", tmp_path / "out"],
+        ["checkpoint", other, plan, "--to", "pytorch", "-o", tmp_path / "out"],
+        ["checkpoint", other, plan, "--to", "pytorch", "--dry-run"],
         ["evaluate", other, "--plan", plan, "--data", data],
     ):
         refused = bitplan(*ask)
@@ -118,6 +120,7 @@ def test_malformed_plans_are_refused(
     model = tiny("resnet")
     for ask in (
         ["apply", model.folder, tmp_path / "plan.json", "-o", tmp_path / "out"],
+        ["checkpoint", model.folder, tmp_path / "plan.json", "--to", "pytorch", "-o", tmp_path / "out"],
         ["evaluate", model.folder, "--plan", tmp_path / "plan.json", "--data", model.data],
     ):
         result = bitplan(*ask)
@@ -129,3 +132,36 @@ def test_a_plan_file_that_is_missing(bitplan: Bitplan, tiny: Tiny, tmp_path: Pat
     result = bitplan("apply", tiny("resnet").folder, tmp_path / "none.json", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "A file must exist and be readable" in result.stderr
+
+
+def test_checkpoint_tells_its_files_before_it_writes_them(
+    bitplan: Bitplan, answer: Answer, tiny: Tiny, plan: Path, tmp_path: Path
+) -> None:
+    ask, out = ("checkpoint", tiny("resnet").folder, plan, "--to", "pytorch"), tmp_path / "out"
+    told = answer(*ask, "--dry-run")
+    shown = bitplan(*ask, "--dry-run")
+    assert shown.exit_code == 0
+    assert f"{told['bytes']:,}" in shown.stdout
+    assert not out.exists()
+    written = answer(*ask, "-o", out)
+    assert {key: written[key] for key in told} == told
+    assert {path.name: path.stat().st_size for path in out.iterdir()} == {
+        file["name"]: file["bytes"] for file in told["files"]
+    }
+    answer("apply", tiny("resnet").folder, plan, "-o", tmp_path / "applied")
+    for file in out.iterdir():
+        assert file.read_bytes() == (tmp_path / "applied" / file.name).read_bytes()
+
+
+def test_checkpoint_asks_for_what_it_needs(bitplan: Bitplan, tiny: Tiny, plan: Path, tmp_path: Path) -> None:
+    folder = tiny("resnet").folder
+    for options, words in (
+        (["--to", "nosuch", "-o", tmp_path / "out"], "Consumer must be one of pytorch"),
+        (["--to", "pytorch"], "Pass -o OUT, or --dry-run"),
+    ):
+        refused = bitplan("checkpoint", folder, plan, *options)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+    missing = bitplan("checkpoint", tmp_path / "none", plan, "--to", "pytorch", "--dry-run")
+    assert missing.exit_code == 2
+    assert "Model must be a folder" in missing.stderr

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from quant.apply import NonFinite, fake_quantized
-from quant.checkpoint import CheckpointError, apply_plan
+from quant.checkpoints.front import apply_plan
+from quant.checkpoints.protocol import CheckpointError
 from quant.digest import folder_digest
 from quant.inventory import take_inventory
 from quant.plan import Certificate, Digests, parse_plan
@@ -57,7 +58,7 @@ def test_the_checkpoint_loads_with_the_weights_that_were_measured(llama, tmp_pat
     out = tmp_path / "out"
     found = apply_plan(llama, plan, out)
     assert_loads_as(quantized_state(model, plan, inventory), out, LlamaForCausalLM)
-    assert found.tensors == len(plan.layers)
+    assert found.provenance.tensors == len(plan.layers)
     assert parse_plan((out / "bitplan_plan.json").read_text()).digest == plan.digest
     provenance = json.loads((out / "bitplan_provenance.json").read_text())
     assert provenance["model"] == plan.digests.model
@@ -113,7 +114,7 @@ def test_tied_weights_stored_under_both_names_change_together(tmp_path):
     plan, _ = plan_for(source, model, include=["lm_head"])
     found = apply_plan(source, plan, tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert found.tensors == len(plan.layers) + 1
+    assert found.provenance.tensors == len(plan.layers) + 1
     assert torch.equal(written["lm_head.weight"], written["transformer.wte.weight"])
     assert not torch.equal(written["lm_head.weight"], stored["lm_head.weight"])
 
@@ -143,7 +144,7 @@ def test_another_model_is_refused_unless_forced(llama, tmp_path):
     with pytest.raises(CheckpointError, match=r"must be made for this model.*Pass the plan's own model"):
         apply_plan(llama, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert apply_plan(llama, plan, tmp_path / "out", force=True).forced
+    assert apply_plan(llama, plan, tmp_path / "out", force=True).provenance.forced
     provenance = json.loads((tmp_path / "out" / "bitplan_provenance.json").read_text())
     assert provenance["forced"] is True
     assert "must be made for this model" in provenance["mismatches"][0]

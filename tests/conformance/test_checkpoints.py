@@ -1,0 +1,184 @@
+"""What every checkpoint writer must do, checked for every entry of CHECKPOINTS."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from quant.catalog import CHECKPOINTS
+from quant.checkpoints import front
+from quant.checkpoints.protocol import CheckpointError
+from quant.checkpoints.source import Source
+from quant.digest import folder_digest
+from quant.export.protocol import Deployment, ModelFacts
+from quant.inventory import take_inventory
+from quant.plan import Certificate, Digests, parse_plan
+from quant.planning import build_plan
+from quant.safetensors_header import read_header
+
+CANDIDATES = ("w4", "w4-g32-asym", "q8_0")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    place = tmp_path_factory.mktemp("source") / "model"
+    shutil.copytree(tiny("llama").folder, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def inventory(folder):
+    return take_inventory(LlamaForCausalLM.from_pretrained(folder))
+
+
+@pytest.fixture
+def accepted(folder, inventory):
+    """accepted(consumer): source and deployment of a plan that the consumer takes."""
+
+    def find(consumer, model=None):
+        source = Source.open(folder)
+        for scheme in CANDIDATES:
+            plan = build_plan(
+                inventory,
+                {layer.name: scheme for layer in inventory.layers},
+                digests=Digests(model=model or source.digest, scores="b" * 64),
+                certificate=Certificate("feasible"),
+                source="test",
+            )
+            deployment = Deployment(plan, ModelFacts.of(inventory, source.config))
+            if not front.lint(consumer, deployment):
+                return source, deployment
+        raise AssertionError(f"{consumer} takes none of {CANDIDATES}")
+
+    return find
+
+
+def sizes(place):
+    files = place.iterdir() if place.is_dir() else [place]
+    return {file.name: file.stat().st_size for file in files}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_entry_is_complete(name):
+    entry = CHECKPOINTS[name]
+    assert entry.name == name
+    assert entry.writes in ("folder", "file")
+    assert entry.summary
+    assert entry.source
+    assert all(callable(getattr(entry.load(), verb)) for verb in ("lint", "layout", "write"))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_files_are_those_that_the_dry_run_told(name, accepted, tmp_path):
+    source, deployment = accepted(name)
+    told, heard = front.layout(name, source, deployment), []
+    out = tmp_path / "out"
+    written = front.write(name, source, deployment, out, wrote=heard.append)
+    assert written.layout == told
+    if CHECKPOINTS[name].writes == "folder":
+        assert sizes(out) == {file.name: file.bytes for file in told.files}
+    else:
+        assert out.stat().st_size == told.bytes
+    assert sorted(set(heard)) == sorted(deployment.plan.layers)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in CHECKPOINTS.items() if entry.writes == "folder"])
+def test_payload_and_provenance_of_folders(name, accepted, tmp_path):
+    source, deployment = accepted(name)
+    layout = front.write(name, source, deployment, tmp_path / "out").layout
+    for file in layout.files:
+        place = tmp_path / "out" / file.name
+        stored = read_header(place).tensors.values() if place.suffix == ".safetensors" else ()
+        assert file.payload_bytes == sum(entry.nbytes for entry in stored), file.name
+    assert 0 < layout.planned_bytes <= layout.payload_bytes
+    assert parse_plan((tmp_path / "out" / "bitplan_plan.json").read_text()) == deployment.plan
+    told = json.loads((tmp_path / "out" / "bitplan_provenance.json").read_text())
+    assert (told["consumer"], told["plan"]) == (name, deployment.plan.digest)
+    assert (told["model"], told["planned_for"], told["scores"]) == (source.digest, source.digest, "b" * 64)
+    assert (told["forced"], told["mismatches"]) == (False, [])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_equal_inputs_give_equal_bytes(name, accepted, tmp_path):
+    source, deployment = accepted(name)
+    for out in ("one", "two"):
+        front.write(name, source, deployment, tmp_path / out)
+    if CHECKPOINTS[name].writes == "file":
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    else:
+        contents = [
+            {file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("one", "two")
+        ]
+        assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_weights_of_another_model_need_force_and_are_told(name, accepted, tmp_path):
+    source, deployment = accepted(name, model="a" * 64)
+    with pytest.raises(CheckpointError, match="Plan must be made for this model"):
+        front.write(name, source, deployment, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    told = front.write(name, source, deployment, tmp_path / "out", force=True).provenance
+    assert (told.model, told.planned_for, told.forced) == (source.digest, "a" * 64, True)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_nothing_appears_when_writing_fails(name, accepted, tmp_path, monkeypatch):
+    source, deployment = accepted(name)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        front.write(name, source, deployment, tmp_path / "out", wrote=stop)
+    assert os.listdir(tmp_path) == []
+    used = shutil.disk_usage(tmp_path)._replace(free=front.layout(name, source, deployment).bytes - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: used)
+    with pytest.raises(OSError, match="Disk must have .* bytes free"):
+        front.write(name, source, deployment, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_output_in_use_is_refused(name, accepted, tmp_path):
+    source, deployment = accepted(name)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    for out in (tmp_path / "out", tmp_path / "out" / "mine.txt"):
+        with pytest.raises(CheckpointError, match="must be new"):
+            front.write(name, source, deployment, out)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_an_unknown_consumer_is_refused(accepted):
+    source, deployment = accepted("pytorch")
+    with pytest.raises(CheckpointError, match=r"Consumer must be one of pytorch.* Got 'tensorrt'"):
+        front.layout("tensorrt", source, deployment)
+
+
+def test_a_missing_library_is_named(accepted, tmp_path, monkeypatch):
+    source, deployment = accepted("pytorch")
+    monkeypatch.setitem(sys.modules, "quant.checkpoints.tensors", None)
+    with pytest.raises(CheckpointError, match=r"Got no module 'quant\.checkpoints\.tensors'\. Install"):
+        front.write("pytorch", source, deployment, tmp_path / "out")
+
+
+def test_linting_needs_neither_torch_nor_a_library():
+    libraries = sorted(
+        {"torch", "numpy", *(entry.library for entry in CHECKPOINTS.values() if entry.library)}
+    )
+    code = (
+        "import sys; from quant.catalog import CHECKPOINTS; import quant.checkpoints.front;"
+        " [entry.load() for entry in CHECKPOINTS.values()];"
+        f" sys.exit(bool(set({libraries!r}) & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_folders_are_digested_as_models_are(folder):
+    assert Source.open(folder).digest == folder_digest(folder)[0]
