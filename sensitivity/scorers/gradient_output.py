@@ -2,7 +2,9 @@
 
 Sum over the layer's outputs of (dL/dy * (y_q - y))^2, averaged over samples, L the sample's loss: what NVIDIA
 ModelOpt's auto_quantize adds up in its gradient mode. One backward pass per sample, then one product with dW
-per layer and scheme. Layers that are called several times, or share a tensor, add up.
+per layer and scheme. Layers that are called several times, or share a tensor, add up. The calls of fused
+experts are inside one module: their rows of the weight's gradient, times those of dW, stand for them, which
+adds a row's tokens up before squaring.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from sensitivity.units import BlockUnit
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from quant.layers import Layer
+    from sensitivity.gradients import Contract
     from sensitivity.session import Session
 
 
@@ -31,13 +35,33 @@ class GradientOutput(SampleBlocks):
     def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
         """One forward and backward pass, then the layer alone for every scheme."""
         values = np.zeros((len(unit.layers), len(unit.schemes)))
-        with session.gradients(unit.layers), _watched(session, unit.layers) as calls:
+        rows = _row_products(session, unit, values)
+        with session.gradients(unit.layers, rows), _watched(session, unit.layers) as calls:
             loss = session.differentiable_sample_loss("scoring", index)
             backward_finite(session, loss, f"{self.name} on sample {index}")
             for call in calls:
                 for column, scheme in enumerate(unit.schemes):
                     values[call.position, column] += call.squared_effect(session, unit, scheme)
         return values
+
+
+def _row_products(session: Session, unit: BlockUnit, values: PerChoice) -> Contract:
+    """Fills in the layers that are no modules: sum over rows of (g_row . dW_row)^2."""
+    from quant.ops import to_matrix
+
+    def contract(position: int, gradient: Tensor) -> None:
+        layer = session.weights.layer(unit.layers[position])
+        if not _is_module(layer):
+            for column, scheme in enumerate(unit.schemes):
+                error = session.weights.error(layer.name, scheme).reshape(gradient.shape)
+                products = to_matrix(error * gradient.to(error.dtype), layer.op).double().sum(dim=1)
+                values[position, column] = float(products.square().sum())
+
+    return contract
+
+
+def _is_module(layer: Layer) -> bool:
+    return not layer.op.startswith("experts")
 
 
 @dataclass
@@ -82,8 +106,9 @@ def _watched(session: Session, layers: tuple[str, ...]) -> Iterator[list[Call]]:
 
     try:
         for position, name in enumerate(layers):
-            for module in session.weights.modules(name):
-                hooks.append(module.register_forward_hook(hook_of(position)))
+            if _is_module(session.weights.layer(name)):
+                modules = session.weights.modules(name)
+                hooks += [module.register_forward_hook(hook_of(position)) for module in modules]
         yield calls
     finally:
         for hook in hooks:

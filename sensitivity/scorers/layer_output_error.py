@@ -18,14 +18,15 @@ class LayerOutputError:
     def score(self, choice: Choice) -> Measured:
         """One pass over the scoring part for many layers, none per scheme.
 
-        An embedding multiplies nothing: its score takes every row as equally likely. The moments hold no
-        single samples, so there is no standard error.
+        Embeddings multiply nothing, and the inputs of fused experts are inside their module: there the inputs
+        are taken as equally likely, of length 1. The moments hold no single samples: no standard error.
         """
         from quant.ops import to_matrix
         from sensitivity.choice import Measured
+        from sensitivity.inputs import UNSEEN
 
         error = to_matrix(choice.weight_error.reshape(choice.weight.shape), choice.layer.op)
-        if choice.layer.op == "embedding":
+        if choice.layer.op in UNSEEN:
             return Measured(float(error.double().square().sum()) / len(error), None, 0)
         inputs = choice.weights.inputs(choice.layer.name)
         return Measured(float(inputs.output_errors(error).double().sum()), None, 0)
