@@ -148,7 +148,7 @@ def test_linearity_is_the_slope_of_divergence_over_noise(tiny: Any) -> None:
 
 
 def test_the_top_eigenvalue_is_that_of_the_explicit_hessian(tiny: Any) -> None:
-    session = Session(tiny("resnet").spec())
+    session = Session(tiny("resnet").spec(include=("classifier.1",)))
     layer = "classifier.1"
     weight = session.weights.parameter(layer)
     rows = session.samples.parts["scoring"]
