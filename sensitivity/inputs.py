@@ -53,9 +53,9 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            more = self._bytes(layer)
             if layer.name in self._kept or layer.op in UNSEEN:
                 continue
+            more = self._bytes(layer)
             if size + more > self._bound // 2:
                 break
             chosen.append(layer)
