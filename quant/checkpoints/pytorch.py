@@ -7,17 +7,20 @@ other tensors stay the same.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.checkpoints.protocol import Layout, OutputFile, Wrote
+from quant.checkpoints.source import Source
 from quant.export.protocol import Deployment, Violation
 from quant.schemes import parse_scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quant.apply import InputsOf
-    from quant.checkpoints.source import Source
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
@@ -55,3 +58,12 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
                 stream.seek(item.entry.start)
                 stream.write(tensor_bytes(changed))
                 wrote(item.layer)
+
+
+def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
+    """The stored weights as they are."""
+    from quant.checkpoints.tensors import each_stored
+
+    source = Source.open(place)
+    for item, weight in each_stored(source, source.stored(deployment.plan)):
+        yield item.layer, weight

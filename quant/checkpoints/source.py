@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,22 +62,30 @@ class Source:
         Tied weights may be stored once, or under each of their names. Raises CheckpointError for a layer
         without a tensor, or one of another shape or type.
         """
-        places = {
-            tensor.removesuffix(".weight"): (file, tensor, entry)
-            for file, header in self.headers.items()
-            for tensor, entry in header.tensors.items()
-            if tensor.endswith(".weight")
+        places = {tensor: file for file, header in self.headers.items() for tensor in header.tensors}
+        found = []
+        for name, keys in self.keys(plan).items():
+            for tensor in (f"{key}.weight" for key in keys):
+                if tensor not in places:
+                    raise _lacking([name])
+                entry = self.headers[places[tensor]].tensors[tensor]
+                _check(name, plan.layers[name], tensor, entry)
+                found.append(StoredTensor(places[tensor], tensor, name, entry))
+        return tuple(sorted(found, key=lambda item: (item.file, item.entry.start)))
+
+    def keys(self, plan: Plan) -> dict[str, list[str]]:
+        """Layer name -> the beginnings of its tensors' names, as this folder spells them.
+
+        A quantized layer may be stored in several tensors, `<key>.weight_packed` for one. Raises
+        CheckpointError for a layer that is not stored.
+        """
+        tensors = (tensor for header in self.headers.values() for tensor in header.tensors)
+        known = {tensor.rpartition(".weight")[0] for tensor in tensors if ".weight" in tensor}
+        rename = _renaming(plan, known)
+        return {
+            name: [key for key in dict.fromkeys(map(rename, (name, *layer.aliases))) if key in known]
+            for name, layer in plan.layers.items()
         }
-        rename = _renaming(plan, places)
-        found = {}
-        for name, layer in plan.layers.items():
-            for path in (name, *layer.aliases):
-                key = rename(path)
-                if key in places:
-                    file, tensor, entry = places[key]
-                    _check(name, layer, tensor, entry)
-                    found[file, tensor] = StoredTensor(file, tensor, name, entry)
-        return tuple(sorted(found.values(), key=lambda item: (item.file, item.entry.start)))
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Renaming:
         return self.add + path.removeprefix(self.drop)
 
 
-def _renaming(plan: Plan, places: Mapping[str, Any]) -> Renaming:
+def _renaming(plan: Plan, places: Collection[str]) -> Renaming:
     """How the checkpoint spells module paths: as they are, or with one prefix more or less.
 
     A base model loaded from a task model's checkpoint ("bert.encoder..." for "encoder...") and the other
@@ -117,9 +125,13 @@ def _renaming(plan: Plan, places: Mapping[str, Any]) -> Renaming:
     fitting = [rename for rename in tails if not missing(rename)]
     if len(fitting) == 1:
         return fitting[0]
-    raise CheckpointError(
-        f"Checkpoint must hold the weight of every layer of the plan. Got none for {', '.join(plain[:3])}"
-        f" ({len(plain)} in all). Save the model again with save_pretrained(), and plan for that folder."
+    raise _lacking(plain)
+
+
+def _lacking(layers: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"Checkpoint must hold the weight of every layer of the plan. Got none for {', '.join(layers[:3])}"
+        f" ({len(layers)} in all). Save the model again with save_pretrained(), and plan for that folder."
     )
 
 
