@@ -64,6 +64,14 @@ QUANTIZERS: dict[str, Quantizer] = {
         source="Frantar et al. 2022, arXiv:2210.17323",
         needs_inputs=True,
     ),
+    "hqq": Quantizer(
+        name="hqq",
+        module="quant.quantizers.hqq",
+        version=1,
+        families=("integer",),
+        summary="The scale and zero point with the least sum of |error|^0.7; needs no data.",
+        source="Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/",
+    ),
     "mse_clip": Quantizer(
         name="mse_clip",
         module="quant.quantizers.mse_clip",
@@ -126,6 +134,13 @@ EXPORTERS: dict[str, Exporter] = {
         library="mlx",
         summary="config.json with a quantization entry for every module.",
         source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+    ),
+    "llama.cpp": Exporter(
+        name="llama.cpp",
+        module="quant.export.llama_cpp",
+        library="gguf",
+        summary="tensor_types.txt for llama-quantize, every tensor by an anchored name; writing needs gguf.",
+        source="llama.cpp, tools/quantize and src/llama-quant.cpp; tensor names of gguf 0.19",
     ),
     "torchao": Exporter(
         name="torchao",

@@ -122,7 +122,8 @@ class ModelFacts:
     def of(cls, inventory: Inventory, config: Mapping[str, Any]) -> ModelFacts:
         """From an inventory, whatever it includes or leaves out."""
         layers = [Module(name, layer.op) for layer in inventory.layers for name in layer.names]
-        excluded = [Module(item.name, item.op) for item in inventory.excluded if item.op in QUANTIZABLE]
+        left_out = [item for item in inventory.excluded if item.op in QUANTIZABLE]
+        excluded = [Module(name, item.op) for item in left_out for name in item.names]
         return cls(config, tuple(layers + excluded))
 
 

@@ -26,6 +26,8 @@ FRONTS = (
     "digest",
     "export.compressed_config",
     "export.front",
+    "export.gguf_names",
+    "export.llama_cpp",
     "export.llm_compressor",
     "export.mlx",
     "export.onnxruntime",

@@ -55,7 +55,8 @@ def attention():
         ("llama.cpp", "w4", layer("a"), "q4_k"),
         ("torchao", "w4-g96", layer("a"), "columns must be a multiple of the group size 96, not 256"),
         ("mlx", "w4", layer("a"), "w8 in groups of 32, 64, 128"),
-        ("mlx", "w7-g32", layer("a"), "not w7-g32"),
+        ("mlx", "w4-g32", layer("a"), "not w4-g32"),
+        ("mlx", "w7-g32-asym", layer("a"), "not w7-g32-asym"),
         ("onnxruntime", "w4-g48", layer("a"), "in groups of 16, 32, 64, 128, 256"),
         ("openvino", "w4", layer("e", op="embedding"), "not w4"),
         ("openvino", "w6", layer("a"), "not w6"),
@@ -165,7 +166,7 @@ def test_fused_layers_take_part_together(attention):
     [
         ("fp8", {"vllm", "torchao"}),
         ("fp8-e5m2", set()),
-        ("nvfp4", {"vllm", "mlx"}),
+        ("nvfp4", {"vllm"}),
         ("mxfp4", {"mlx", "openvino"}),
         ("nf4", {"openvino"}),
         ("q4_0", {"llama.cpp"}),
