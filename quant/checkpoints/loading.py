@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quant.catalog import CHECKPOINTS
-from quant.checkpoints.front import plan_deployment
-from quant.checkpoints.protocol import PLAN_FILE, PROVENANCE_FILE, CheckpointError
+from quant.checkpoints.protocol import PLAN_FILE, CheckpointError
 from quant.checkpoints.source import Source
+from quant.checkpoints.vllm import unpacked
 from quant.plan import Plan, parse_plan
 
 
@@ -34,40 +33,32 @@ def load_checkpoint(folder: Path | str) -> LoadedCheckpoint:
     are not those of the model; PlanError where its plan is not valid.
     """
     source = Source.open(folder)
-    plan, consumer = _told(source.folder)
-    state, dtype = _state(source, plan, consumer)
+    plan = _plan(source.folder)
+    state = _state(source, plan)
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
     return LoadedCheckpoint(_model(source, state, dtype).eval(), plan)
 
 
-def _told(folder: Path) -> tuple[Plan, str]:
+def _plan(folder: Path) -> Plan:
     try:
-        text = (folder / PLAN_FILE).read_bytes()
-        consumer = json.loads((folder / PROVENANCE_FILE).read_bytes())["consumer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return parse_plan((folder / PLAN_FILE).read_bytes())
+    except OSError as error:
         raise CheckpointError(
-            f"Folder must hold {PLAN_FILE} and {PROVENANCE_FILE}. Got {str(folder)!r}: {error}."
-            " Write it with bitplan checkpoint."
+            f"Folder must hold {PLAN_FILE}. Got {str(folder)!r} without it. Write it with bitplan checkpoint."
         ) from error
-    if consumer not in CHECKPOINTS or CHECKPOINTS[consumer].writes != "folder":
-        raise CheckpointError(f"{PROVENANCE_FILE} must name a consumer of folders. Got {consumer!r:.60}.")
-    return parse_plan(text), consumer
 
 
-def _state(source: Source, plan: Plan, consumer: str) -> tuple[dict[str, Tensor], Any]:
-    """Tensor name -> values, and the type of those that are not packed."""
-    keys = source.keys(plan)
-    planned = {key for names in keys.values() for key in names}
-    state: dict[str, Tensor] = {}
-    for file, header in source.headers.items():
-        with safe_open(source.folder / file, framework="pt") as tensors:
-            for name in header.tensors:
-                if name.rpartition(".weight")[0] not in planned:
-                    state[name] = tensors.get_tensor(name)
-    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
-    module = CHECKPOINTS[consumer].load()
-    for layer, weight in module.read_back(source.folder, plan_deployment(plan, source)):
-        state |= {f"{key}.weight": weight.to(dtype or weight.dtype) for key in keys[layer]}
-    return state, dtype
+def _state(source: Source, plan: Plan) -> dict[str, Tensor]:
+    """Tensor name -> values; what was packed comes in the type of the others."""
+    if "quantization_config" not in source.config:
+        state: dict[str, Tensor] = {}
+        for file in source.headers:
+            state |= load_file(source.folder / file)
+        return state
+    own = getattr(torch, str(source.config.get("dtype", source.config.get("torch_dtype", "float32"))))
+    return {
+        name: tensor if layer is None else tensor.to(own) for name, layer, tensor in unpacked(source, plan)
+    }
 
 
 def _model(source: Source, state: dict[str, Tensor], dtype: Any) -> nn.Module:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoints.joined import Joined
 from quant.checkpoints.protocol import CheckpointError
 from quant.digest import CONFIG, ManifestEntry, folder_digest, weight_files
 from quant.export.protocol import QUANTIZABLE
@@ -21,12 +23,17 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored tensor that holds the weight of a layer of a plan."""
+    """One stored tensor that holds the weight of a layer of a plan.
+
+    `part_of` names the parameter that transformers joins it into with others (`Source.joined`), for experts
+    that are stored apart; None for a tensor that is the layer's weight as it is.
+    """
 
     file: str
     tensor: str
     layer: str
     entry: TensorEntry
+    part_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,32 +66,61 @@ class Source:
     def stored(self, plan: Plan) -> tuple[StoredTensor, ...]:
         """The stored tensors of every layer, in the order of files and offsets.
 
-        Tied weights may be stored once, or under each of their names. Raises CheckpointError for a layer
-        without a tensor, or one of another shape or type.
+        Tied weights may be stored once, or under each of their names; fused experts may be stored apart.
+        Raises CheckpointError for a layer without a tensor, or one of another shape or type.
         """
-        places = {tensor: file for file, header in self.headers.items() for tensor in header.tensors}
-        found = []
-        for name, keys in self.keys(plan).items():
-            for tensor in (f"{key}.weight" for key in keys):
-                if tensor not in places:
-                    raise _lacking([name])
-                entry = self.headers[places[tensor]].tensors[tensor]
-                _check(name, plan.layers[name], tensor, entry)
-                found.append(StoredTensor(places[tensor], tensor, name, entry))
-        return tuple(sorted(found, key=lambda item: (item.file, item.entry.start)))
+        places = self._places
+        try:
+            rename = renaming(plan, places)
+        except CheckpointError:
+            places = {**self._joined_places, **places}
+            rename = renaming(plan, places)
+        found: dict[tuple[str, str], StoredTensor] = {}
+        for name, layer in plan.layers.items():
+            for path in (name, *layer.aliases):
+                members = places.get(rename(path), ())
+                _check(name, layer, members)
+                found |= {(place.file, place.tensor): replace(place, layer=name) for place in members}
+        return tuple(sorted(found.values(), key=lambda item: (item.file, item.entry.start)))
 
-    def keys(self, plan: Plan) -> dict[str, list[str]]:
-        """Layer name -> the beginnings of its tensors' names, as this folder spells them.
+    @cached_property
+    def joined(self) -> Joined:
+        """Which stored tensors make up which parameter, as transformers reads them."""
+        return Joined.of(self.folder, self._entries)
 
-        A quantized layer may be stored in several tensors, `<key>.weight_packed` for one. Raises
-        CheckpointError for a layer that is not stored.
-        """
-        tensors = (tensor for header in self.headers.values() for tensor in header.tensors)
-        known = {tensor.rpartition(".weight")[0] for tensor in tensors if ".weight" in tensor}
-        rename = _renaming(plan, known)
+    @cached_property
+    def _entries(self) -> dict[str, tuple[str, TensorEntry]]:
+        """Tensor name -> its file and entry."""
         return {
-            name: [key for key in dict.fromkeys(map(rename, (name, *layer.aliases))) if key in known]
-            for name, layer in plan.layers.items()
+            tensor: (file, entry)
+            for file, header in self.headers.items()
+            for tensor, entry in header.tensors.items()
+        }
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[StoredTensor, ...]]:
+        """Layer name -> the stored tensor of that very name."""
+        return {
+            tensor.removesuffix(".weight"): (StoredTensor(file, tensor, "", entry),)
+            for tensor, (file, entry) in self._entries.items()
+        }
+
+    @cached_property
+    def _joined_places(self) -> dict[str, tuple[StoredTensor, ...]]:
+        """Layer name -> the stored tensors that transformers makes the layer's weight of."""
+        joined = self.joined
+        return {
+            parameter.removesuffix(".weight"): tuple(
+                StoredTensor(
+                    self._entries[part.tensor][0],
+                    part.tensor,
+                    "",
+                    self._entries[part.tensor][1],
+                    parameter if joined.converted(parameter) else None,
+                )
+                for part in parts
+            )
+            for parameter, parts in joined.parts.items()
         }
 
 
@@ -100,7 +136,7 @@ class Renaming:
         return self.add + path.removeprefix(self.drop)
 
 
-def _renaming(plan: Plan, places: Collection[str]) -> Renaming:
+def renaming(plan: Plan, places: Collection[str]) -> Renaming:
     """How the checkpoint spells module paths: as they are, or with one prefix more or less.
 
     A base model loaded from a task model's checkpoint ("bert.encoder..." for "encoder...") and the other
@@ -125,26 +161,29 @@ def _renaming(plan: Plan, places: Collection[str]) -> Renaming:
     fitting = [rename for rename in tails if not missing(rename)]
     if len(fitting) == 1:
         return fitting[0]
-    raise _lacking(plain)
-
-
-def _lacking(layers: Sequence[str]) -> CheckpointError:
-    return CheckpointError(
-        f"Checkpoint must hold the weight of every layer of the plan. Got none for {', '.join(layers[:3])}"
-        f" ({len(layers)} in all). Save the model again with save_pretrained(), and plan for that folder."
+    raise CheckpointError(
+        f"Checkpoint must hold the weight of every layer of the plan. Got none for {', '.join(plain[:3])}"
+        f" ({len(plain)} in all). Save the model again with save_pretrained(), and plan for that folder."
     )
 
 
-def _check(name: str, layer: PlanLayer, tensor: str, entry: TensorEntry) -> None:
-    if entry.shape != layer.shape:
+def _check(name: str, layer: PlanLayer, places: Sequence[StoredTensor]) -> None:
+    for place in places:
+        if place.entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"Tensor {place.tensor!r} must be stored as one of {', '.join(FLOATS)}."
+                f" Got {place.entry.dtype}. Start from the original checkpoint."
+            )
+        if place.part_of is None and place.entry.shape != layer.shape:
+            raise CheckpointError(
+                f"Tensor {place.tensor!r} must have the shape {layer.shape} of layer {name!r}."
+                f" Got {place.entry.shape}. Pass the plan's own model."
+            )
+    stored = sum(prod(place.entry.shape) for place in places if place.part_of is not None)
+    if stored not in (0, layer.parameters):
         raise CheckpointError(
-            f"Tensor {tensor!r} must have the shape {layer.shape} of layer {name!r}. Got {entry.shape}."
-            " Pass the plan's own model."
-        )
-    if entry.dtype not in FLOATS:
-        raise CheckpointError(
-            f"Tensor {tensor!r} must be stored as one of {', '.join(FLOATS)}. Got {entry.dtype}."
-            " Start from the original checkpoint."
+            f"The tensors that make up layer {name!r} must hold its {layer.parameters} values. Got {stored}"
+            f" in {len(places)} tensors from {places[0].tensor!r} on. Pass the plan's own model."
         )
     if layer.op not in QUANTIZABLE:
         raise CheckpointError(

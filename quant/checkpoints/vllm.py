@@ -7,16 +7,17 @@ formats `weight_zero_point` (packed along the output channels, moved by half the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quant.checkpoints.protocol import Layout, Wrote
 from quant.checkpoints.shards import Repacked, Slot, Slots, repack
-from quant.checkpoints.source import Source, StoredTensor
+from quant.checkpoints.source import Source, StoredTensor, renaming
 from quant.export import front, vllm
 from quant.export.protocol import Deployment, Violation
 from quant.integer import IntegerFormat, ScaleType
+from quant.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from quant.apply import InputsOf
     from quant.packing import Encoded
 
+PACKED = ".weight_packed"
 SCALES: dict[ScaleType, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 EXACT = {
     "float16": ("float16",),
@@ -76,28 +78,55 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
 
 
 def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
-    """Decompressed by the library, with the scheme that its own parser attaches to the module."""
-    import torch
+    """Decompressed by the library, with the scheme that its own parser reads for the module."""
+    for _, layer, weight in unpacked(Source.open(place), deployment.plan):
+        if layer is not None:
+            yield layer, weight
+
+
+def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tensor]]:
+    """Every tensor of a written folder: its name in the model, the planned layer whose weight it is, values.
+
+    Packed ones are decompressed to float32; one is in memory at a time.
+    """
     from compressed_tensors.compressors import BaseCompressor
+
+    files = {tensor: file for file, header in source.headers.items() for tensor in header.tensors}
+    packed = {name.removesuffix(PACKED) for name in files if name.endswith(PACKED)}
+    layers = _layers_by_key(plan, files)
+    schemes = _schemes(source)
+    for name in files:
+        key, _, part = name.rpartition(".")
+        if key not in packed or not part.startswith("weight"):
+            yield name, layers.get(key) if part == "weight" else None, _read(source, files, name)
+        elif name.endswith(PACKED):
+            parts = [other for other in files if other.startswith(f"{key}.weight_")]
+            state = {other.removeprefix(f"{key}."): _read(source, files, other) for other in parts}
+            state["weight_scale"] = state["weight_scale"].float()
+            layer = layers[key]
+            compressor = BaseCompressor.get_value_from_registry(schemes[layer].format)
+            yield f"{key}.weight", layer, compressor.decompress(state, schemes[layer])["weight"]
+
+
+def _layers_by_key(plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
+    """The beginning of a stored tensor's name -> layer."""
+    rename = renaming(plan, {name.rpartition(".")[0] for name in tensors})
+    return {rename(path): name for name, layer in plan.layers.items() for path in (name, *layer.aliases)}
+
+
+def _schemes(source: Source) -> dict[str, Any]:
     from compressed_tensors.quantization import QuantizationConfig
+
+    config = QuantizationConfig.model_validate(source.config["quantization_config"])
+    return {name: group for group in config.config_groups.values() for name in group.targets}
+
+
+def _read(source: Source, files: Mapping[str, str], name: str) -> Tensor:
     from safetensors import safe_open
 
-    source = Source.open(place)
-    config = QuantizationConfig.model_validate(source.config["quantization_config"])
-    schemes = {name: group for group in config.config_groups.values() for name in group.targets}
-    files = {tensor: file for file, header in source.headers.items() for tensor in header.tensors}
-    for layer, keys in source.keys(deployment.plan).items():
-        for key in keys:
-            parts = [name for name in files if name == f"{key}.weight" or name.startswith(f"{key}.weight_")]
-            state = {}
-            for name in parts:
-                with safe_open(place / files[name], framework="pt") as tensors:
-                    state[name.removeprefix(f"{key}.")] = tensors.get_tensor(name)
-            if "weight" not in state:
-                scale = state["weight_scale"].float()
-                compressor = BaseCompressor.get_value_from_registry(schemes[layer].format)
-                state = compressor.decompress({**state, "weight_scale": scale}, schemes[layer])
-            yield layer, torch.as_tensor(state["weight"])
+    with safe_open(source.folder / files[name], framework="pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(name)
+    return tensor
 
 
 def _repacked(source: Source, deployment: Deployment) -> Repacked:
