@@ -54,6 +54,7 @@ FRONTS = (
     "plain",
     "plan",
     "planning",
+    "quantizers.runs",
     "reading",
     "runtime_rules",
     "runtimes",
