@@ -180,4 +180,12 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="safetensors with dequantized weights in their own types, for transformers as it is.",
         source="safetensors 0.6, format of the header; transformers 5, from_pretrained",
     ),
+    "gguf": Checkpoint(
+        name="gguf",
+        module="quant.checkpoints.gguf",
+        library="gguf",
+        writes="file",
+        summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
+        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
+    ),
 }
