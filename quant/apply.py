@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quant.catalog import QUANTIZERS
 from quant.formats import codec_of
 from quant.inputs import LayerInputs
-from quant.layers import Inventory, Layer
+from quant.layers import Inventory, Layer, parameter_name
 from quant.ops import from_matrix, to_matrix
 from quant.plan import Plan
 from quant.planning import scheme_of
@@ -168,7 +168,7 @@ def quantize_(
 def parameter_of(model: nn.Module, layer: Layer) -> Tensor:
     """The layer's weight in a model. Raises ApplyError where the model has no such weight."""
     try:
-        weight = model.get_submodule(layer.name).weight
+        weight: Tensor | None = model.get_parameter(parameter_name(layer.name, layer.op))
     except AttributeError:
         weight = None
     if not isinstance(weight, Tensor) or tuple(weight.shape) != layer.weight_shape:

@@ -64,6 +64,14 @@ QUANTIZERS: dict[str, Quantizer] = {
         source="Frantar et al. 2022, arXiv:2210.17323",
         needs_inputs=True,
     ),
+    "hqq": Quantizer(
+        name="hqq",
+        module="quant.quantizers.hqq",
+        version=1,
+        families=("integer",),
+        summary="The scale and zero point with the least sum of |error|^0.7; needs no data.",
+        source="Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/",
+    ),
     "mse_clip": Quantizer(
         name="mse_clip",
         module="quant.quantizers.mse_clip",

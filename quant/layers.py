@@ -9,7 +9,11 @@ from typing import Any, Literal, Protocol, cast, get_args
 from quant.reading import Node
 from quant.storage import Matrix
 
-Op = Literal["linear", "conv1d", "conv2d", "embedding", "transformers_conv1d"]
+Op = Literal[
+    "linear", "conv1d", "conv2d", "embedding", "transformers_conv1d", "experts", "experts_transposed"
+]
+EXPERT_OPS = ("experts", "experts_transposed")
+"""Weights of all experts of a block in one parameter, (experts, out, in) or (experts, in, out)."""
 Role = Literal["attention", "feed_forward", "convolution", "embedding", "head", "other"]
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -30,10 +34,11 @@ class Decided(Protocol):
 class Layer:
     """One quantizable weight tensor with its module.
 
-    `name` is the module path of the first user of the tensor, `aliases` the other module paths that share
-    it. `matrix` is (output channels, columns), as formats see the weight. `parameters` counts the weight's
-    elements, without biases. `macs` are multiply-accumulates for one calibration sample, all users
-    together; None where the calibration forward never called the module.
+    `name` is the module path of the first user of the tensor (for fused experts the parameter's own path),
+    `aliases` the other paths that share it. `matrix` is (output channels, columns), as formats see the
+    weight. `parameters` counts the weight's elements, without biases. `macs` are multiply-accumulates for
+    one calibration sample, all users together, of fused experts only those that a token is routed to; None
+    where the calibration forward never called the module.
     """
 
     name: str
@@ -55,6 +60,11 @@ class Layer:
     def names(self) -> tuple[str, ...]:
         """The layer's name and its aliases."""
         return (self.name, *self.aliases)
+
+    @property
+    def experts(self) -> int:
+        """How many experts share the tensor; 1 for a weight of its own."""
+        return self.weight_shape[0] if self.op in EXPERT_OPS else 1
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; `layer_from_json` reads them back."""
@@ -115,6 +125,15 @@ class Inventory:
             total_parameters=fields["total_parameters"].integer(),
             other_bytes=fields["other_bytes"].integer(),
         )
+
+
+def parameter_name(layer: str, op: str) -> str:
+    """The full name of the parameter of a layer.
+
+    >>> parameter_name("mlp.up_proj", "linear"), parameter_name("mlp.experts.down_proj", "experts")
+    ('mlp.up_proj.weight', 'mlp.experts.down_proj')
+    """
+    return layer if op in EXPERT_OPS else f"{layer}.weight"
 
 
 def layer_from_json(node: Node) -> Layer:

@@ -115,8 +115,8 @@ class Scheme:
 def grammar() -> str:
     """The grammar of all families, one per line; `<activation>` is a name of ACTIVATIONS.
 
-    >>> grammar().splitlines()[0]
-    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn][-a<activation>]'
+    >>> grammar().splitlines()[2]
+    '(mxfp4|mxfp8|nvfp4)[-mse_clip|-rtn][-a<activation>]'
     """
     return "\n".join(
         family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values()
