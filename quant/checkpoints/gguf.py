@@ -185,7 +185,7 @@ def file_tensors(source: Source, deployment: Deployment, config: Any) -> list[Fi
             continue
         if module not in modules or part not in ("weight", "bias") or item.entry.dtype not in OWN:
             raise CheckpointError(
-                f"Every stored tensor must have a place in a GGUF file of {deployment.model.config['model_type']}."
+                "Every stored tensor must have a place in a GGUF file of this architecture."
                 f" Got {item.tensor} ({item.entry.dtype}). Save the model again with save_pretrained()."
             )
         name = f"{modules[module]}.{part}"

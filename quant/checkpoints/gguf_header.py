@@ -1,4 +1,4 @@
-"""What a GGUF file says about a model beside its tensors: hyperparameters, tokenizer, provenance. No torch."""
+"""What a GGUF file says beside its tensors: hyperparameters, tokenizer, provenance. No torch."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _space_prefix(content: Mapping[str, Any]) -> bool:
     if normalizer is None and pre and pre.get("type") == "Metaspace" and pre.get("replacement") == SPACE:
         scheme = pre.get("prepend_scheme", "always")
         if not pre.get("split", True):
-            return scheme != "never"
+            return bool(scheme != "never")
     raise _refusal(
         "only turn spaces into ▁, with or without one before the text, and split nowhere",
         json.dumps({"normalizer": normalizer, "pre_tokenizer": pre}, ensure_ascii=False),
