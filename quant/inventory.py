@@ -52,12 +52,16 @@ class Found:
     @property
     def aliases(self) -> tuple[str, ...]:
         """Names of all other places that share the tensor, each once."""
-        return tuple(dict.fromkeys(use.layer for use in self.shared.uses if use.layer not in (self.name, "")))
+        return _other_users(self.shared, self.use)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The layer's name and its aliases."""
         return (self.name, *self.aliases)
+
+
+def _other_users(shared: Shared, first: Use) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(use.layer for use in shared.uses if use.layer not in (first.layer, "")))
 
 
 def take_inventory(
@@ -108,7 +112,8 @@ def _find(shared: Shared, heads: frozenset[str], routers: frozenset[str]) -> Fou
         if op is not None and _is_plain(use):
             reason = _unfit(shared, use)
             if reason:
-                return Excluded(use.layer or use.name, op, _size(shared.tensor), reason)
+                others = _other_users(shared, use)
+                return Excluded(use.layer or use.name, op, _size(shared.tensor), reason, others)
             return Found(
                 shared, use, cast(Op, op), not paths.isdisjoint(heads), not paths.isdisjoint(routers)
             )
@@ -186,7 +191,7 @@ def _first_match(patterns: Sequence[str], names: Sequence[str]) -> str | None:
 def _excluded(item: Found | Excluded, reasons: dict[str, str]) -> Excluded:
     if isinstance(item, Excluded):
         return item
-    return Excluded(item.name, item.op, _size(item.shared.tensor), reasons[item.name])
+    return Excluded(item.name, item.op, _size(item.shared.tensor), reasons[item.name], item.aliases)
 
 
 def _nothing(excluded: list[Excluded]) -> str:

@@ -75,12 +75,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A weight that keeps its precision. `name` is a module path, or a parameter's if no layer holds it."""
+    """A weight that keeps its precision. `name` is a module path, or a parameter's if no layer holds it;
+    `aliases` are the other module paths that share the weight.
+    """
 
     name: str
     op: str
     parameters: int
     reason: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weight's name and its aliases."""
+        return (self.name, *self.aliases)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "aliases": list(self.aliases)}
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class Inventory:
         """Plain values; `Inventory.from_json` reads them back."""
         return {
             "layers": [layer.as_json() for layer in self.layers],
-            "excluded": [asdict(item) for item in self.excluded],
+            "excluded": [item.as_json() for item in self.excluded],
             "total_parameters": self.total_parameters,
             "other_bytes": self.other_bytes,
         }
@@ -168,10 +180,13 @@ def read_matrix(node: Node) -> Matrix:
 
 
 def _excluded(node: Node) -> Excluded:
-    fields = node.fields("name", "op", "parameters", "reason")
+    """Documents from before there were aliases have none."""
+    given = ("aliases",) if "aliases" in node.mapping() else ()
+    fields = node.fields("name", "op", "parameters", "reason", *given)
     return Excluded(
         name=fields["name"].text(),
         op=fields["op"].text(),
         parameters=fields["parameters"].integer(),
         reason=fields["reason"].text(),
+        aliases=tuple(item.text() for item in fields["aliases"].items()) if given else (),
     )

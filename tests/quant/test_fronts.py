@@ -15,6 +15,7 @@ FRONTS = (
     "activations",
     "catalog",
     "checkpoints.front",
+    "checkpoints.joined",
     "checkpoints.gguf",
     "checkpoints.gguf_header",
     "checkpoints.gguf_tokenizer",

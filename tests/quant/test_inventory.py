@@ -117,6 +117,7 @@ def test_embeddings_and_head_are_left_out_unless_included():
     assert by_name(inventory.excluded)["embed"].reason == (
         "embedding (shared with lm_head): left out by default; include it by pattern"
     )
+    assert by_name(inventory.excluded)["embed"].aliases == ("lm_head",)
     both = take_inventory(Tied(), include=["embed"], exclude=["lm_*"])
     assert by_name(both.excluded)["embed"].reason == "matches the exclude pattern 'lm_*'"
 
