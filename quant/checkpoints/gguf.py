@@ -124,7 +124,7 @@ def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
             f"config.json must be one that transformers reads. Got {error}. Save the model again."
@@ -232,7 +232,30 @@ def _packed(tensor: FileTensor, weight: Tensor, deployment: Deployment, inputs: 
         scheme, op = deployment.schemes[tensor.layer], deployment.layers[tensor.layer].op
         encoded = encode_weight(weight, op, tensor.layer, scheme, inputs)
         data = codec_of(scheme.weight).pack(encoded).values.reshape(weight.shape[0], -1)
-    if tensor.heads:
-        halves = torch.arange(len(data)).reshape(tensor.heads, 2, -1)
-        data = data[halves.transpose(1, 2).reshape(-1)]
-    return tensor_bytes(data)
+    return tensor_bytes(data[_row_order(len(data), tensor.heads)] if tensor.heads else data)
+
+
+def _row_order(rows: int, heads: int) -> Tensor:
+    """Which row of ours lies where in llama.cpp: the halves of each head by turns."""
+    import torch
+
+    return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
+    """Dequantized by the gguf package, rows in the model's own order."""
+    import torch
+
+    reader = gguf_library().GGUFReader(place)
+    kind = reader.fields["general.architecture"].contents()
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = module_names(deployment.model.config, deployment.layers)
+    for name, layer in deployment.plan.layers.items():
+        tensor = tensors[f"{names[name]}.weight"]
+        values = gguf_library().quants.dequantize(tensor.data, tensor.tensor_type)
+        weight = torch.from_numpy(values.copy()).reshape(layer.shape)
+        turned = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(names[name].rpartition(".")[2])
+        if kind == "llama" and turned:
+            heads = reader.fields[f"llama.attention.{turned}"].contents()
+            weight = weight[_row_order(len(weight), heads).argsort()]
+        yield name, weight
