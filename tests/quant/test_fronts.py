@@ -53,6 +53,7 @@ FRONTS = (
     "plain",
     "plan",
     "planning",
+    "quantizers.runs",
     "reading",
     "runtime_rules",
     "runtimes",
