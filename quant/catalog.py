@@ -188,4 +188,12 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="safetensors with dequantized weights in their own types, for transformers as it is.",
         source="safetensors 0.6, format of the header; transformers 5, from_pretrained",
     ),
+    "onnxruntime": Checkpoint(
+        name="onnxruntime",
+        module="quant.checkpoints.onnxruntime",
+        library="onnx",
+        writes="folder",
+        summary="an ONNX model with MatMulNBits nodes, weights in a data file beside it, for ONNX Runtime.",
+        source="ONNX Runtime 1.31, com.microsoft.MatMulNBits; ONNX 1.23, external data",
+    ),
 }
