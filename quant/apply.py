@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from quant.catalog import QUANTIZERS
+from quant.adjusted import Adjusted, dequantized
 from quant.formats import codec_of
 from quant.inputs import LayerInputs
 from quant.layers import Inventory, Layer, parameter_name
 from quant.ops import from_matrix, to_matrix
+from quant.packing import Encoded
 from quant.plan import Plan
 from quant.planning import scheme_of
 from quant.schemes import Scheme
@@ -47,28 +47,27 @@ def quantize_dequantize(
     `op` is a key of OPS, `name` the layer's for messages and for `inputs`. Raises NonFinite, and ApplyError
     when the quantizer needs statistics and there are none.
     """
-    encoded = encode_weight(weight, op, name, scheme, inputs)
-    codec = codec_of(scheme.weight)
-    matrix = cast(Tensor, codec.decode(encoded)).to(weight)
+    matrix = dequantized(encode_weight(weight, op, name, scheme, inputs)).to(weight)
     if not torch.isfinite(matrix).all():
         raise NonFinite(name, scheme.name, f"in {weight.dtype} after quantizing the weight")
     return from_matrix(matrix, op, tuple(weight.shape)).contiguous()
 
 
-def encode_weight(weight: Tensor, op: str, name: str, scheme: Scheme, inputs: InputsOf | None = None) -> Any:
-    """What is stored of a weight: the result of the scheme's quantizer, which its format's codec packs.
+def encode_weight(
+    weight: Tensor, op: str, name: str, scheme: Scheme, inputs: InputsOf | None = None
+) -> Encoded | Adjusted:
+    """What is stored of a weight: values for the format's codec to pack, and what a quantizer adds to them.
 
     `quantize_dequantize` decodes the same. Raises NonFinite for a weight that is not finite, and ApplyError
     when the quantizer needs statistics and there are none.
     """
     if not torch.isfinite(weight).all():
         raise NonFinite(name, scheme.name, "in the weight")
-    quantize = QUANTIZERS[scheme.quantizer].load()
     known = inputs_for(name, scheme, inputs)
     matrix = to_matrix(weight.detach(), op)
     if known is not None:
         matrix = matrix.to(known.second_moments.device)
-    return quantize(matrix, codec_of(scheme.weight).own_format(scheme.weight), known)
+    return scheme.load()(matrix, codec_of(scheme.weight).own_format(scheme.weight), known)
 
 
 def inputs_for(name: str, scheme: Scheme, inputs: InputsOf | None) -> LayerInputs | None:

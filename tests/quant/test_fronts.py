@@ -15,6 +15,7 @@ FRONTS = (
     "activations",
     "catalog",
     "checkpoints.front",
+    "checkpoints.joined",
     "checkpoints.protocol",
     "checkpoints.pytorch",
     "checkpoints.source",
