@@ -49,7 +49,7 @@ def trace(folder: Path) -> Graph:
     return _trace((folder / "config.json").read_text(encoding="utf-8"), folder)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _trace(config: str, folder: Path) -> Graph:
     """`config` is part of the key, so that a changed file is traced again."""
     model = _model(folder)

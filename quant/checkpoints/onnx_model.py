@@ -179,7 +179,9 @@ def _values(
     if path is None or path not in deployment.quantized:
         return [weight.float()]
     op, scheme = deployment.layers[path].op, deployment.schemes[path]
-    return node_values(encode_weight(weight, op, path, scheme, inputs))
+    encoded = encode_weight(weight, op, path, scheme, inputs)
+    assert isinstance(encoded, Encoded), "the linter refuses such plans"
+    return node_values(encoded)
 
 
 def node_values(encoded: Encoded) -> list[Tensor]:
@@ -223,7 +225,7 @@ def _stored(graph: Graph, source: Source) -> tuple[StoredTensor, ...]:
 
 
 def _spellings(graph: Graph, weight: str) -> Iterator[str]:
-    """Names that a checkpoint may give a weight: its own and tied ones, with the model's prefix or without."""
+    """Names that a checkpoint may give a weight: its own and tied ones, with the model's prefix or not."""
     for name in (weight, *graph.tied.get(weight, ())):
         yield from (name, graph.prefix + name, name.removeprefix(graph.prefix))
 

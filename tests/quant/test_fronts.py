@@ -16,6 +16,7 @@ FRONTS = (
     "catalog",
     "checkpoints.front",
     "checkpoints.joined",
+    "checkpoints.onnxruntime",
     "checkpoints.protocol",
     "checkpoints.pytorch",
     "checkpoints.source",
