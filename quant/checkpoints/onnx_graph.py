@@ -7,6 +7,7 @@ memory for them, and a dry run and the real one see the same graph.
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from quant.checkpoints.protocol import CheckpointError
+from quant.digest import CONFIG
 
 INNER = "model."
 """What the traced wrapper puts before every name."""
@@ -46,13 +48,12 @@ class Graph:
 
 def trace(folder: Path) -> Graph:
     """The graph of the model that a folder's `config.json` describes. Raises CheckpointError."""
-    return _trace((folder / "config.json").read_text(encoding="utf-8"), folder)
+    return _trace((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=4)
-def _trace(config: str, folder: Path) -> Graph:
-    """`config` is part of the key, so that a changed file is traced again."""
-    model = _model(folder)
+def _trace(config: str) -> Graph:
+    model = _model(config)
     with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
@@ -66,23 +67,22 @@ def _trace(config: str, folder: Path) -> Graph:
             ) from error
 
 
-def _model(folder: Path) -> nn.Module:
-    """The model of the folder's configuration in float32, with fake weights."""
+def _model(text: str) -> nn.Module:
+    """The model of a configuration in float32, with fake weights."""
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        value = json.loads(text)
+        config = transformers.CONFIG_MAPPING[value["model_type"]].from_dict(value)
     except Exception as error:
         raise CheckpointError(
-            f"config.json must describe a model of transformers. Got {error!s:.300}. Save the model again."
+            f"{CONFIG} must describe a model of transformers. Got {error!r:.300}. Save the model again."
         ) from error
     name = (config.architectures or ["none"])[0]
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(
-            f"config.json must name a model class of transformers. Got {name!r:.80}. Save the model again."
+            f"{CONFIG} must name a model class of transformers. Got {name!r:.80}. Save the model again."
         )
     config.dtype, config.use_cache = torch.float32, False
     with _fake_weights():

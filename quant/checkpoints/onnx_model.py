@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,18 +12,20 @@ from typing import Any
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
+from onnx.external_data_helper import load_external_data_for_tensor
 from torch import Tensor
 from torch.nn.functional import pad
 
 from quant.apply import InputsOf, encode_weight
 from quant.checkpoints.onnx_graph import Graph, trace
-from quant.checkpoints.onnxruntime import DATA, OPS
+from quant.checkpoints.onnxruntime import DATA, MODEL, OPS
 from quant.checkpoints.protocol import CheckpointError, Wrote
 from quant.checkpoints.source import FLOATS, Source, StoredTensor
 from quant.checkpoints.tensors import each_stored, tensor_bytes
 from quant.export.onnxruntime import node_name
 from quant.export.protocol import Deployment, WeightFacts
-from quant.packing import Encoded, pack_bits
+from quant.ops import from_matrix
+from quant.packing import Encoded, pack_bits, unpack_bits
 from quant.storage import Matrix
 
 ALIGNMENT = 64
@@ -315,3 +317,46 @@ def _replace(node: NodeProto, parts: tuple[Part, ...], matrix: Matrix, facts: We
     node.input.extend(inputs)
     sizes = {"K": columns, "N": rows, "bits": facts.bits, "block_size": facts.group_size}
     node.attribute.extend(helper.make_attribute(name, value) for name, value in sizes.items())
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_weights(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
+    """(layer, weight) of every planned layer of a written folder, dequantized, one at a time."""
+    graph = onnx.load(str(place / MODEL), load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def values(name: str) -> Tensor:
+        tensor = TensorProto()
+        tensor.CopyFrom(tensors[name])
+        load_external_data_for_tensor(tensor, str(place))
+        return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+
+    nodes = {
+        item.value: node
+        for node in graph.node
+        for item in node.metadata_props
+        if item.key == MODULE_KEY and node.op_type == "MatMulNBits"
+    }
+    for path, layer in deployment.plan.layers.items():
+        if path in nodes:
+            matrix = dequantized(nodes[path], values)
+            yield path, from_matrix(matrix, layer.op, layer.shape).contiguous()
+        else:
+            named = (f"{name}.weight" for name in (path, *layer.aliases))
+            yield path, values(next(name for name in named if name in tensors))
+
+
+def dequantized(node: NodeProto, values: Callable[[str], Tensor]) -> Tensor:
+    """The matrix (output channels, columns) that a MatMulNBits node stands for; `values` gives its inputs."""
+    sizes = {item.name: item.i for item in node.attribute}
+    bits, rows, size = sizes["bits"], sizes["N"], sizes["block_size"]
+    scales = values(node.input[2])
+    blocks = scales.shape[1]
+    levels = unpack_bits(values(node.input[1]).reshape(-1), bits, rows * blocks * size)
+    points = torch.full((rows, blocks), 1 << (bits - 1), dtype=torch.uint8)
+    if len(node.input) > 3 and node.input[3]:
+        points = torch.stack([unpack_bits(row, bits, blocks) for row in values(node.input[3])])
+    matrix = levels.reshape(rows, blocks, size).float().sub_(points[..., None]).mul_(scales[..., None])
+    return matrix.reshape(rows, -1)[:, : sizes["K"]]

@@ -8,6 +8,7 @@ key-value cache: ONNX Runtime's kernels for a CPU.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from quant.export.protocol import Deployment, Violation
 from quant.export.rules import Takes, no_additions, only_formats, only_ops
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quant.apply import InputsOf
     from quant.checkpoints.source import Source
 
@@ -50,6 +53,13 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
     write_data(model, source, deployment, out / DATA, inputs, wrote)
     for name in _others(source):
         shutil.copyfile(source.folder / name, out / name)
+
+
+def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
+    """Dequantized from the nodes' own inputs and attributes, read with onnx."""
+    from quant.checkpoints.onnx_model import read_weights
+
+    return read_weights(place, deployment)
 
 
 def _others(source: Source) -> dict[str, int]:
