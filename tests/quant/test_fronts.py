@@ -51,6 +51,7 @@ FRONTS = (
     "plain",
     "plan",
     "planning",
+    "quantizers.runs",
     "reading",
     "runtime_rules",
     "runtimes",
