@@ -30,6 +30,10 @@ LARGEST_BYTES = 2**33
 Batches = Callable[[], Iterable[Batch]]
 
 
+class UnseenInputs(BadUnit):  # noqa: N818 - says what the inputs are
+    """Inputs of a layer that are inside another module, or too many to keep moments of."""
+
+
 class InputStatistics:
     """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same."""
 
@@ -42,7 +46,7 @@ class InputStatistics:
     def __call__(self, name: str) -> LayerInputs:
         """The statistics of one layer; the model must hold its own weights. KeyError for no layer.
 
-        Raises BadUnit for experts whose inputs cannot be seen or whose statistics are too large.
+        Raises UnseenInputs for experts whose inputs cannot be seen or whose statistics are too large.
         """
         layer = self._inventory.by_name[name]
         self._require_observable(layer)
@@ -58,9 +62,9 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            more = self._bytes(layer)
             if layer.name in self._kept or layer.op == "embedding" or self._hidden(layer):
                 continue
+            more = self._bytes(layer)
             if size + more > self._bound // 2:
                 break
             chosen.append(layer)
@@ -80,12 +84,12 @@ class InputStatistics:
 
     def _require_observable(self, layer: Layer) -> None:
         if self._hidden(layer):
-            raise BadUnit(
+            raise UnseenInputs(
                 f"layer {layer.name!r} must have inputs that can be seen for a quantizer that goes by them."
                 " Got experts that compute them inside. Use mse_clip for it, or exclude it."
             )
         if self._bytes(layer) > LARGEST_BYTES:
-            raise BadUnit(
+            raise UnseenInputs(
                 f"statistics of the inputs of layer {layer.name!r} must fit in {LARGEST_BYTES} bytes. Got"
                 f" {self._bytes(layer)} for {layer.experts} experts with {layer.matrix[1]} inputs each."
                 " Use mse_clip for it, or exclude it."
@@ -172,7 +176,7 @@ def _hook(found: _Sum, parameter: str, real: Tensor | None) -> Callable[..., Non
             return
         call = routed(module, arguments, named)
         if call is None:
-            raise BadUnit(
+            raise UnseenInputs(
                 f"layer {found.layer.name!r} must be called with hidden states and the experts of each token."
                 " Got another call. Use mse_clip for it, or exclude it."
             )

@@ -18,7 +18,7 @@ from sensitivity.errors import BadUnit
 from sensitivity.inputs import InputStatistics
 from sensitivity.session import Session
 from sensitivity.tasks.task import Batch
-from sensitivity.units import ScoreUnit
+from sensitivity.units import BlockUnit, ScoreUnit
 
 KINDS = ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "nemotron_h")
 TOKENS = torch.arange(3, 33).reshape(3, 10)
@@ -147,3 +147,16 @@ def test_a_call_that_cannot_be_read_is_refused() -> None:
     known = InputStatistics(model, inventory, lambda: [Batch({"x": torch.randn(7, 5)}, None, "x", 7)])
     with pytest.raises(BadUnit, match="must be called with hidden states and the experts of each token"):
         known(layer.name)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_router_that_takes_part_has_every_score(kind: str, tiny: Callable[[str], Any]) -> None:
+    session = Session(tiny(kind).spec(include=("*.mlp.gate",) if kind == "mixtral" else ("*.router",)))
+    (layer, *_) = [layer.name for layer in session.inventory.layers if layer.matrix == (4, 16)]
+    assert session.inputs(layer).samples == session.inputs(session.inventory.layers[0].name).samples
+    result = session.run(ScoreUnit(layer, "w2-gptq", ("output_kl", "layer_output_error")))
+    assert all(row.value > 0 for row in result.scores)
+    arrays = session.run(BlockUnit("gradient_output", "samples:0:2", ("w2", "w8"), (layer,))).arrays
+    (values,) = arrays.values()
+    assert values.shape == (2, 1, 2)
+    assert (values[:, 0, 0] > values[:, 0, 1]).all()
