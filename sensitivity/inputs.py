@@ -30,7 +30,7 @@ LARGEST_BYTES = 2**33
 Batches = Callable[[], Iterable[Batch]]
 
 
-class UnseenInputs(BadUnit):  # noqa: N818 - says what the inputs are
+class UnseenInputs(BadUnit):
     """Inputs of a layer that are inside another module, or too many to keep moments of."""
 
 
