@@ -135,6 +135,13 @@ class Plan:
         """The layers whose quantizers must be given calibration data."""
         return tuple(name for name, layer in self.layers.items() if parse_scheme(layer.scheme).needs_inputs)
 
+    def other_model(self, model: str) -> str | None:
+        """Why weights with the digest `model` are not the plan's own, or None."""
+        if self.digests.model == model:
+            return None
+        made_for = self.digests.model or "a model without a digest"
+        return f"Plan must be made for this model. Got a plan for {made_for}, and the model {model}."
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON."""
