@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from quant.catalog import CHECKPOINTS
 from quant.devices import DeviceError, read_device
 from quant.geometry import CACHE_BITS
 from quant.runtimes import RUNTIMES
@@ -259,6 +260,19 @@ class JobRequest(WireModel):
         """The patterns of `include`, and every pin that names a layer outright: a pinned head takes part."""
         named = [pattern for pattern in self.pins if not WILDCARDS & set(pattern)]
         return tuple(dict.fromkeys((*self.include, *named)))
+
+
+class CheckpointRequest(WireModel):
+    """What a plan's weights are written for."""
+
+    consumer: Annotated[
+        str, AfterValidator(_one_of("consumer", CHECKPOINTS)), Field(description="Who loads them.")
+    ]
+    force: bool = Field(
+        default=False,
+        description="Write them although the plan was made with other versions of quantizers; told in the"
+        " provenance.",
+    )
 
 
 class PlansRequest(WireModel):
