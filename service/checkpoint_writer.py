@@ -25,12 +25,13 @@ from quant.safetensors_header import HeaderError
 from sensitivity.errors import BadUnit, SessionError
 from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import Unit, UnitResult, WriteUnit
+from service.checkpoints import PLAN, PROGRESS, RESULT
 from service.model_facts import model_facts
 
 if TYPE_CHECKING:
     from quant.apply import InputsOf
 
-PLAN, PROGRESS, RESULT, OUT = "plan.json", "progress", "result", "out"
+OUT = "out"
 RESERVE_BYTES = 64 * 2**20
 """Left free on the disk, for the database and the logs."""
 BLOCK = 512
@@ -121,15 +122,6 @@ class _Progress:
         growing = self._file.with_suffix(".new")
         growing.write_text(f"{len(self._done)} {self._total}", encoding="utf-8")
         os.replace(growing, self._file)
-
-
-def read_progress(folder: Path) -> tuple[int, int] | None:
-    """(layers written, layers in all), or None before the first."""
-    try:
-        done, total = (folder / PROGRESS).read_text(encoding="utf-8").split()
-        return int(done), int(total)
-    except (OSError, ValueError):
-        return None
 
 
 def room_for(layout: Layout) -> int:

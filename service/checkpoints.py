@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -13,6 +14,9 @@ from service.db.repositories import calibrations
 from service.errors import Conflict
 from service.records import CalibrationRecord, PlanRecord
 from service.states import InputState
+
+PLAN, PROGRESS, RESULT = "plan.json", "progress", "result"
+"""Files of the folder that a runner shares with the worker that writes a checkpoint."""
 
 
 def file_name(consumer: str) -> str:
@@ -47,3 +51,12 @@ def require_calibration(session: Session, plan: Plan, tenant: str) -> Calibratio
             " Send the same file again.",
         )
     return found
+
+
+def read_progress(folder: Path) -> tuple[int, int] | None:
+    """(layers written, layers in all), or None before the first."""
+    try:
+        done, total = (folder / PROGRESS).read_text(encoding="utf-8").split()
+        return int(done), int(total)
+    except (OSError, ValueError):
+        return None

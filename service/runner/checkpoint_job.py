@@ -19,8 +19,7 @@ from quant.digest import canonical_json
 from quant.plan import Plan, plan_from_json
 from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import WriteUnit
-from service.checkpoint_writer import PLAN, RESULT, read_progress
-from service.checkpoints import file_name, require_calibration
+from service.checkpoints import PLAN, RESULT, file_name, read_progress, require_calibration
 from service.db.repositories import jobs, models, plans
 from service.errors import InsufficientStorage
 from service.executors.protocol import Outcome

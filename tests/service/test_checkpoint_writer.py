@@ -20,9 +20,9 @@ from service.checkpoint_writer import (
     CheckpointWriter,
     DiskFull,
     archive,
-    read_progress,
     room_for,
 )
+from service.checkpoints import read_progress
 
 
 @pytest.fixture
