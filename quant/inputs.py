@@ -17,7 +17,8 @@ class LayerInputs:
     """Second moments of a layer's inputs over the scoring part, at full precision.
 
     `second_moments` is (groups, columns, columns), float32: X'X / samples of the columns that each group of
-    output channels multiplies; one group except for grouped convolutions, whose channels are split evenly.
+    output channels multiplies; one group except for grouped convolutions and fused experts, whose channels
+    are split evenly.
     `samples` counts the rows of X: tokens, or positions of a convolution. An input that the calibration data
     never reached has zeros.
     """
@@ -29,6 +30,10 @@ class LayerInputs:
     def groups(self) -> int:
         """How many groups of output channels have inputs of their own."""
         return int(self.second_moments.shape[0])
+
+    def of(self, groups: slice) -> LayerInputs:
+        """The statistics of some groups of output channels."""
+        return LayerInputs(self.second_moments[groups], self.samples)
 
     def require(self, matrix: tuple[int, int]) -> None:
         """Raise InputsError unless these are statistics for a matrix of (output channels, columns)."""

@@ -27,6 +27,7 @@ def written(plan, folder: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_checkpoint_survives_kills(start, resnet, tmp_path):
     service = start().supervise()
     client = service.client()
