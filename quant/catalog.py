@@ -99,6 +99,16 @@ def _low_rank_refusal(matrix: Matrix, rank: int) -> str | None:
 EVERY_FAMILY = ("integer", "float", "microscaling", "gguf", "plain")
 
 QUANTIZERS: dict[str, Quantizer] = {
+    "awq": Quantizer(
+        name="awq",
+        module="quant.quantizers.awq",
+        version=1,
+        families=("integer", "float", "microscaling", "gguf"),
+        summary="Columns with large inputs are multiplied before rounding and divided after it.",
+        source="Lin et al. 2023, arXiv:2306.00978, section 3.2",
+        needs_inputs=True,
+        adjusts=Adjustment(bits=lambda matrix, _: 16 * matrix[1]),
+    ),
     "gptq": Quantizer(
         name="gptq",
         module="quant.quantizers.gptq",

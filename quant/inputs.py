@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 1 << 22
+"""Values handled at once where a whole matrix would need too much temporary memory."""
+
 
 class InputsError(ValueError):
     """Statistics that are missing, or are not those of the layer."""
@@ -46,8 +49,11 @@ class LayerInputs:
         >>> inputs.output_errors(torch.tensor([[1.0, 2.0]])).tolist()
         [20.0]
         """
-        split = errors.float().reshape(self.groups, -1, errors.shape[1])
-        return torch.einsum("grc,gcd,grd->gr", split, self.second_moments, split).clamp(min=0).reshape(-1)
+        columns, found = errors.shape[1], []
+        for moments, own in zip(self.second_moments, errors.reshape(self.groups, -1, columns), strict=True):
+            for part in torch.split(own.float(), max(1, BLOCK // columns)):
+                found.append(((part @ moments) * part).sum(dim=1))
+        return torch.cat(found).clamp(min=0)
 
 
 def required(inputs: LayerInputs | None, matrix: tuple[int, int], quantizer: str) -> LayerInputs:

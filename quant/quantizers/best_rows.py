@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from quant.adjusted import dequantized
 from quant.inputs import LayerInputs
-from quant.packing import Encoded, decode
+from quant.packing import Encoded
 
 MARGIN = 1e-5
 """A later candidate wins only where it is better by more than the sums' rounding error."""
 
 
-def best_rows(matrix: Tensor, candidates: Sequence[Encoded], inputs: LayerInputs) -> Encoded:
+def best_rows(
+    matrix: Tensor,
+    candidates: Sequence[Encoded],
+    inputs: LayerInputs,
+    restore: Callable[[Tensor], Tensor] = lambda decoded: decoded,
+) -> Encoded:
     """For each output channel the candidate with the least squared output error, the first one on a tie.
 
-    Per tensor all channels share a scale, so one candidate is taken whole. All have one format.
+    Where channels share a scale, and in formats beyond integers, one candidate is taken whole. All have one
+    format; `restore` makes weights of their decoded values, in their memory. Temporary memory is that of a
+    float32 copy of the matrix beside the result.
     """
-    weights = matrix.float()
-    unit = weights.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    shared = candidates[0].fmt.granularity == "tensor"
-    if shared:
-        unit = unit.amax().reshape(1, 1)
-    best, least = candidates[0], _errors(candidates[0], weights, unit, inputs, shared=shared)
+    fmt = candidates[0].fmt
+    shared = fmt.family != "integer" or fmt.granularity == "tensor"
+    dims = (0, 1) if shared else (1,)
+    unit = torch.linalg.vector_norm(matrix, torch.inf, dim=dims, keepdim=True).float()
+    unit.clamp_(min=torch.finfo(torch.float32).tiny)
+
+    def errors(candidate: Encoded) -> Tensor:
+        """(rows,), or (1,) where all rows go together; in units in which squares do not overflow."""
+        error = restore(dequantized(candidate)).sub_(matrix).div_(unit)
+        found = inputs.output_errors(error)
+        return found.sum(dim=0, keepdim=True) if shared else found
+
+    best, least = candidates[0], errors(candidates[0])
     for other in candidates[1:]:
-        errors = _errors(other, weights, unit, inputs, shared=shared)
-        wins = errors < least * (1 - MARGIN)
-        best, least = _merged(best, other, wins), torch.where(wins, errors, least)
+        found = errors(other)
+        wins = found < least * (1 - MARGIN)
+        least = torch.where(wins, found, least)
+        if not shared:
+            best = _merged(best, other, wins)
+        elif bool(wins):
+            best = other
     return best
-
-
-def _errors(
-    candidate: Encoded, weights: Tensor, unit: Tensor, inputs: LayerInputs, *, shared: bool
-) -> Tensor:
-    """(rows,), or (1,) where all rows go together; in units in which squares do not overflow."""
-    errors = inputs.output_errors(decode(candidate) / unit - weights / unit)
-    return errors.sum(dim=0, keepdim=True) if shared else errors
 
 
 def _merged(first: Encoded, second: Encoded, wins: Tensor) -> Encoded:
