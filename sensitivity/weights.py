@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from quant.apply import ApplyError, InputsOf, NonFinite, quantized_weight
+from quant.inputs import LayerInputs
 from quant.layers import Inventory, Layer
 from quant.schemes import Scheme, SchemeError, parse_scheme
 from quant.shared import shared_parameters
@@ -33,6 +34,7 @@ class LayerWeights:
         self._cache: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._held = 0
         self._owners = _owners(model)
+        self._model = model
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises BadUnit."""
@@ -54,6 +56,17 @@ class LayerWeights:
     def parameter(self, name: str) -> nn.Parameter:
         """The layer's weight in the model."""
         return self._owners[self.layer(name).name][0]
+
+    def modules(self, name: str) -> tuple[nn.Module, ...]:
+        """Every module that multiplies with the layer's weight, each once."""
+        found = {id(m): m for m in map(self._model.get_submodule, self.layer(name).names)}
+        return tuple(found.values())
+
+    def inputs(self, name: str) -> LayerInputs:
+        """Second moments of the layer's inputs. Raises BadUnit in a session without data for them."""
+        if self._inputs is None:
+            raise BadUnit(f"statistics of the inputs of {name!r} must be at hand. Got none.")
+        return self._inputs(self.layer(name).name)
 
     def quantized(self, name: str, scheme: str) -> Tensor:
         """The weight quantized and dequantized: same shape, type and device. Raises NonFiniteWeights."""
@@ -82,10 +95,15 @@ class LayerWeights:
     @contextmanager
     def swapped(self, assignment: Iterable[tuple[str, str]]) -> Iterator[None]:
         """Layers hold their quantized weights inside; on exit the very same tensors are back."""
+        with self.replaced({name: self.quantized(name, scheme) for name, scheme in assignment}):
+            yield
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Layers hold the given weights inside; on exit the very same tensors are back."""
         kept: list[tuple[nn.Parameter, Tensor]] = []
-        chosen = [(name, self.quantized(name, scheme)) for name, scheme in assignment]
         try:
-            for name, weight in chosen:
+            for name, weight in weights.items():
                 for parameter in self._owners[self.layer(name).name]:
                     kept.append((parameter, parameter.data))
                     parameter.data = weight

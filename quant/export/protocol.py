@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from quant.formats import BlockFormat, FloatFormat, GgufFormat, IntegerFormat
-from quant.layers import Inventory
+from quant.layers import Inventory, Op
 from quant.plan import Plan, PlanLayer
 from quant.schemes import Scheme, parse_scheme
 
-QUANTIZABLE = ("linear", "conv1d", "conv2d", "embedding", "transformers_conv1d")
+QUANTIZABLE = get_args(Op)
 Files = Mapping[str, bytes]
 
 
