@@ -22,7 +22,7 @@ from quant.quantizers.best_rows import MARGIN, best_rows
 ALPHAS = tuple(step / 10 for step in range(1, 11))
 CLIPS = tuple(1 - step / 20 for step in range(1, 11))
 FAINTEST = 1e-4
-"""Inputs below this share of the mean count as that share: they may be 0."""
+"""Inputs below this share of the mean count as that share."""
 
 
 def quantize(
@@ -52,10 +52,15 @@ def quantize(
 
 
 def column_scales(inputs: LayerInputs, alpha: float) -> Tensor:
-    """(columns,) root mean square inputs ** alpha, with a geometric mean of 1; the same for all groups."""
+    """(columns,) root mean square inputs ** alpha, with a geometric mean of 1; the same for all groups.
+
+    Columns that no input reached have the scale 1.
+    """
     size = inputs.second_moments.diagonal(dim1=1, dim2=2).mean(dim=0).sqrt()
-    logs = size.clamp(min=FAINTEST * size.mean().item()).clamp(min=torch.finfo(torch.float32).tiny).log()
-    return ((logs - logs.mean()) * alpha).exp()
+    reached = size > 0
+    logs = size.maximum(size.mean() * FAINTEST).clamp(min=torch.finfo(torch.float32).tiny).log()
+    mean = logs[reached].mean() if bool(reached.any()) else logs.mean()
+    return torch.where(reached, (logs - mean) * alpha, 0.0).exp()
 
 
 def _rounded(

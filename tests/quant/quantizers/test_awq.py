@@ -60,6 +60,8 @@ def test_scales_have_a_geometric_mean_of_one_and_follow_the_inputs():
     scales = awq.column_scales(known, 1.0)
     torch.testing.assert_close(scales, sizes / 8**0.5)
     torch.testing.assert_close(awq.column_scales(known, 0.5), scales.sqrt())
+    known = LayerInputs(torch.diag(torch.cat([sizes, torch.zeros(1)]).square())[None], 1)
+    torch.testing.assert_close(awq.column_scales(known, 1.0), torch.cat([scales, torch.ones(1)]))
 
 
 def test_inputs_that_are_alike_or_never_reached_change_nothing():
