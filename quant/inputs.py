@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 22
-"""Values handled at once where a whole matrix would need too much temporary memory."""
+from quant.quantizers.runs import runs
 
 
 class InputsError(ValueError):
@@ -33,6 +32,10 @@ class LayerInputs:
         """How many groups of output channels have inputs of their own."""
         return int(self.second_moments.shape[0])
 
+    def of(self, groups: slice) -> LayerInputs:
+        """The statistics of some groups of output channels."""
+        return LayerInputs(self.second_moments[groups], self.samples)
+
     def require(self, matrix: tuple[int, int]) -> None:
         """Raise InputsError unless these are statistics for a matrix of (output channels, columns)."""
         rows, columns = matrix
@@ -49,11 +52,13 @@ class LayerInputs:
         >>> inputs.output_errors(torch.tensor([[1.0, 2.0]])).tolist()
         [20.0]
         """
-        columns, found = errors.shape[1], []
-        for moments, own in zip(self.second_moments, errors.reshape(self.groups, -1, columns), strict=True):
-            for part in torch.split(own.float(), max(1, BLOCK // columns)):
-                found.append(((part @ moments) * part).sum(dim=1))
-        return torch.cat(found).clamp(min=0)
+        rows, columns = errors.shape
+        found = torch.empty(rows, device=errors.device)
+        for part, groups in runs(rows, columns, self.groups):
+            moments = self.second_moments[groups]
+            own = errors[part].float().reshape(len(moments), -1, columns)
+            found[part] = torch.einsum("grc,gcd,grd->gr", own, moments, own).clamp(min=0).reshape(-1)
+        return found
 
 
 def required(inputs: LayerInputs | None, matrix: tuple[int, int], quantizer: str) -> LayerInputs:

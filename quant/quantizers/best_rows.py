@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quant.adjusted import dequantized
 from quant.inputs import LayerInputs
-from quant.packing import Encoded
+from quant.packing import Encoded, some_rows
+from quant.quantizers.runs import runs
 
 MARGIN = 1e-5
 """A later candidate wins only where it is better by more than the sums' rounding error."""
@@ -25,8 +26,7 @@ def best_rows(
     """For each output channel the candidate with the least squared output error, the first one on a tie.
 
     Where channels share a scale, and in formats beyond integers, one candidate is taken whole. All have one
-    format; `restore` makes weights of their decoded values, in their memory. Temporary memory is that of a
-    float32 copy of the matrix beside the result.
+    format; `restore` makes weights of some rows' decoded values, in their memory.
     """
     fmt = candidates[0].fmt
     shared = fmt.family != "integer" or fmt.granularity == "tensor"
@@ -36,8 +36,13 @@ def best_rows(
 
     def errors(candidate: Encoded) -> Tensor:
         """(rows,), or (1,) where all rows go together; in units in which squares do not overflow."""
-        error = restore(dequantized(candidate)).sub_(matrix).div_(unit)
-        found = inputs.output_errors(error)
+        whole = None if fmt.family == "integer" else dequantized(candidate)
+        rows, columns = matrix.shape
+        found = torch.empty(rows, device=matrix.device)
+        for part, groups in runs(rows, columns, inputs.groups):
+            decoded = dequantized(some_rows(candidate, part)) if whole is None else whole[part]
+            misses = restore(decoded).sub_(matrix[part]).div_(unit if shared else unit[part])
+            found[part] = inputs.of(groups).output_errors(misses)
         return found.sum(dim=0, keepdim=True) if shared else found
 
     best, least = candidates[0], errors(candidates[0])
