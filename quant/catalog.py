@@ -279,4 +279,20 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="safetensors packed by compressed-tensors, for vLLM and transformers.",
         source="compressed-tensors 0.20, PackedQuantizationCompressor",
     ),
+    "gguf": Checkpoint(
+        name="gguf",
+        module="quant.checkpoints.gguf",
+        library="gguf",
+        writes="file",
+        summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
+        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
+    ),
+    "onnxruntime": Checkpoint(
+        name="onnxruntime",
+        module="quant.checkpoints.onnxruntime",
+        library="onnx",
+        writes="folder",
+        summary="an ONNX model with MatMulNBits nodes, weights in a data file beside it, for ONNX Runtime.",
+        source="ONNX Runtime 1.31, com.microsoft.MatMulNBits; ONNX 1.23, external data",
+    ),
 }
