@@ -39,8 +39,14 @@ class InputStatistics:
         self._kept: OrderedDict[str, LayerInputs] = OrderedDict()
 
     def __call__(self, name: str) -> LayerInputs:
-        """The statistics of one layer; the model must hold its own weights. KeyError for no layer."""
+        """The statistics of one layer, zeros for one of UNSEEN. The model must hold its own weights.
+
+        KeyError for no layer.
+        """
         layer = self._inventory.by_name[name]
+        if layer.op in UNSEEN:
+            columns = layer.matrix[1]
+            return LayerInputs(torch.zeros(1, columns, columns), samples=0)
         if layer.name not in self._kept:
             wanted = self._neighbors(layer)
             self._make_room(sum(self._bytes(other) for other in wanted))

@@ -10,13 +10,12 @@ from pydantic_core import PydanticCustomError
 
 from quant.devices import DeviceError, read_device
 from quant.geometry import CACHE_BITS
-from quant.runtimes import RUNTIMES
+from quant.runtimes import RUNTIMES, default_menu
 from quant.schemes import parse_scheme
 from search.budget import BudgetError, parse_budget
 from search.choosers import CHOOSERS
 from sensitivity.catalog import SCORERS, TASKS
 
-DEFAULT_SCHEMES = ("w2", "w3", "w4", "w5", "w6", "w8")
 LARGEST_SEED = 2**53 - 1
 MOST_BUDGETS, MOST_SCHEMES, MOST_PATTERNS, MOST_FILES = 64, 64, 1000, 10_000
 
@@ -186,17 +185,26 @@ class Deployment(WireModel):
     kv_cache: CacheType = Field(default="float16", description="Type of cached keys and values.")
 
 
+def _menu_of(members: dict[str, Any]) -> list[str]:
+    """The default menu of the members read so far; a runtime that was refused has none."""
+    return list(default_menu(members.get("runtime")))
+
+
 class JobRequest(WireModel):
     """A search: measure what each layer loses in each scheme, then plan every budget."""
 
     model: Name = Field(description="Id of a model.", examples=["model_0199a0..."])
     calibration: Name = Field(description="Id of a calibration set.", examples=["cal_0199a0..."])
     budgets: Budgets
+    runtime: Runtime | None = Field(
+        default=None, description="What will run the plans: its rules become ties and forbidden choices."
+    )
     schemes: Annotated[
         list[Scheme], Field(min_length=1, max_length=MOST_SCHEMES), AfterValidator(_distinct)
     ] = Field(
-        default=list(DEFAULT_SCHEMES),
-        description="The menu. Short names mean per output channel, symmetric, float16 scales, MSE-clipped.",
+        default_factory=_menu_of,
+        description="The menu; the runtime's default one when left out (GET /v1/runtimes). Short names mean "
+        "per output channel, symmetric, float16 scales, MSE-clipped.",
     )
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=32), AfterValidator(_distinct)] = Field(
         default=["output_kl"], description="What to measure; the first decides."
@@ -231,9 +239,6 @@ class JobRequest(WireModel):
     )
     time_limit_seconds: TimeLimit = 60.0
     gap: Gap = 1e-9
-    runtime: Runtime | None = Field(
-        default=None, description="What will run the plans: its rules become ties and forbidden choices."
-    )
     latency: LatencySource | None = None
     latency_ns: CostTable | None = Field(
         default=None, description="A latency table, as `latency` takes it too; give one of the two."
