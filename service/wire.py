@@ -185,11 +185,6 @@ class Deployment(WireModel):
     kv_cache: CacheType = Field(default="float16", description="Type of cached keys and values.")
 
 
-def _menu_of(members: dict[str, Any]) -> list[str]:
-    """The default menu of the members read so far; a runtime that was refused has none."""
-    return list(default_menu(members.get("runtime")))
-
-
 class JobRequest(WireModel):
     """A search: measure what each layer loses in each scheme, then plan every budget."""
 
@@ -202,7 +197,7 @@ class JobRequest(WireModel):
     schemes: Annotated[
         list[Scheme], Field(min_length=1, max_length=MOST_SCHEMES), AfterValidator(_distinct)
     ] = Field(
-        default_factory=_menu_of,
+        default_factory=lambda: list(default_menu()),
         description="The menu; the runtime's default one when left out (GET /v1/runtimes). Short names mean "
         "per output channel, symmetric, float16 scales, MSE-clipped.",
     )
@@ -250,6 +245,16 @@ class JobRequest(WireModel):
         default={}, max_length=64, description="Your own words; returned as they are."
     )
     name: Annotated[str, Field(max_length=200)] | None = Field(default=None, description="For people.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _menu(cls, members: Any) -> Any:
+        """A request without schemes gets its runtime's menu."""
+        if not isinstance(members, dict) or "schemes" in members:
+            return members
+        runtime = members.get("runtime")
+        known = runtime if isinstance(runtime, str) and runtime in RUNTIMES else None
+        return {**members, "schemes": list(default_menu(known))}
 
     @model_validator(mode="after")
     def _one_latency(self) -> JobRequest:
