@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quant.experts import expert_inputs, gives_inner_inputs, routed
 from quant.inputs import LayerInputs
-from quant.layers import Inventory, Layer
+from quant.layers import EXPERT_OPS, Inventory, Layer
 from sensitivity.tasks.task import Batch
 
 CACHE_BYTES = 2**30
 """Second moments beyond this are collected again when they are needed."""
-
-UNSEEN = ("embedding", "experts", "experts_transposed")
-"""Operations whose inputs are not collected: nothing is multiplied, or inside another module."""
+LARGEST_BYTES = 2**33
+"""Second moments of one layer beyond this are not collected: those of many wide experts."""
 
 Batches = Callable[[], Iterable[Batch]]
 
@@ -39,12 +39,13 @@ class InputStatistics:
         self._kept: OrderedDict[str, LayerInputs] = OrderedDict()
 
     def __call__(self, name: str) -> LayerInputs:
-        """The statistics of one layer, zeros for one of UNSEEN. The model must hold its own weights.
+        """The statistics of one layer; the model must hold its own weights. KeyError for no layer.
 
-        KeyError for no layer.
+        Zeros for embeddings, which multiply nothing, for experts whose inputs cannot be seen and for those
+        whose statistics are too large: quantizers take such a layer for one that the data never reached.
         """
         layer = self._inventory.by_name[name]
-        if layer.op in UNSEEN:
+        if not self._observable(layer):
             columns = layer.matrix[1]
             return LayerInputs(torch.zeros(1, columns, columns), samples=0)
         if layer.name not in self._kept:
@@ -59,7 +60,7 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            if layer.name in self._kept or layer.op in UNSEEN:
+            if layer.name in self._kept or not self._observable(layer):
                 continue
             more = self._bytes(layer)
             if size + more > self._bound // 2:
@@ -69,7 +70,18 @@ class InputStatistics:
         return chosen
 
     def _bytes(self, layer: Layer) -> int:
-        return 4 * _groups(self._model.get_submodule(layer.name)) * layer.matrix[1] ** 2
+        return 4 * _groups(self._model, layer) * layer.matrix[1] ** 2
+
+    def _hidden(self, layer: Layer) -> bool:
+        """Whether the layer's inputs stay inside a module that does not tell how it computes them."""
+        return layer.name.endswith("down_proj") and any(
+            not gives_inner_inputs(module)
+            for module, _ in _places(self._model, layer)
+            if layer.op in EXPERT_OPS
+        )
+
+    def _observable(self, layer: Layer) -> bool:
+        return layer.op != "embedding" and not self._hidden(layer) and self._bytes(layer) <= LARGEST_BYTES
 
     def _make_room(self, size: int) -> None:
         held = sum(inputs.second_moments.nbytes for inputs in self._kept.values())
@@ -85,7 +97,7 @@ def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch])
     sums = {layer.name: _Sum(model, layer) for layer in layers}
     with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
-            with _listening(model, sums.values(), _real_tokens(batch)):
+            with _listening(sums.values(), _real_tokens(batch)):
                 batch.call(model)
     return {name: found.inputs() for name, found in sums.items()}
 
@@ -94,9 +106,9 @@ class _Sum:
     """X'X of one layer, summed in float32 batch by batch, and the rows that went in."""
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
-        self.layer, module = layer, model.get_submodule(layer.name)
-        groups, columns = _groups(module), layer.matrix[1]
-        device = next(module.parameters()).device
+        self.layer, self.places = layer, _places(model, layer)
+        groups, columns = _groups(model, layer), layer.matrix[1]
+        device = next(self.places[0][0].parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
         self.samples = 0
 
@@ -105,26 +117,55 @@ class _Sum:
             self.total += rows.transpose(1, 2) @ rows
             self.samples += rows.shape[1]
 
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        hidden, indices = call
+        if real is not None and len(hidden) % real.numel() == 0:
+            kept = real.reshape(-1, 1).to(hidden.device).repeat(len(hidden) // real.numel(), 1)
+            indices = indices.masked_fill(~kept, -1)
+        for expert, rows in expert_inputs(module, parameter, hidden, indices):
+            exact = rows.float()
+            self.total[expert] += exact.t() @ exact
+            self.samples += len(rows)
+
     def inputs(self) -> LayerInputs:
         return LayerInputs(self.total / max(1, self.samples), self.samples)
 
 
+def _places(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
+    """Every (module, parameter) that multiplies with the layer's weight, each once."""
+    paths = [
+        name.rpartition(".")[::2] if layer.op in EXPERT_OPS else (name, "weight") for name in layer.names
+    ]
+    found = [(model.get_submodule(path), parameter) for path, parameter in paths]
+    return list({(id(module), parameter): (module, parameter) for module, parameter in found}.values())
+
+
 @contextmanager
-def _listening(model: nn.Module, sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
+def _listening(sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
     hooks: list[Any] = []
     try:
         for found in sums:
-            modules = {id(m): m for m in (model.get_submodule(name) for name in found.layer.names)}
-            hooks += [m.register_forward_pre_hook(_hook(found, real)) for m in modules.values()]
+            hooks += [
+                module.register_forward_pre_hook(_hook(found, parameter, real), with_kwargs=True)
+                for module, parameter in found.places
+            ]
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _hook(found: _Sum, real: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found.add(module, arguments[0].detach(), real)
+def _hook(found: _Sum, parameter: str, real: Tensor | None) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if found.layer.op not in EXPERT_OPS:
+            found.add(module, (*arguments, *named.values())[0].detach(), real)
+            return
+        call = routed(module, arguments, named)
+        if call is None:
+            return
+        found.add_experts(module, parameter, call, real)
 
     return hook
 
@@ -163,5 +204,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
     return unfolded.reshape(module.groups, -1, unfolded.shape[-1]).transpose(1, 2)
 
 
-def _groups(module: nn.Module) -> int:
-    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+def _groups(model: nn.Module, layer: Layer) -> int:
+    """How many parts of the output channels have inputs of their own."""
+    module = _places(model, layer)[0][0]
+    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else layer.experts
