@@ -20,6 +20,7 @@ from quant.checkpoints.source import FLOATS, Source, StoredTensor
 from quant.export import front, torchao
 from quant.export.protocol import Deployment, Violation
 from quant.integer import IntegerFormat, ScaleType
+from quant.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,20 +56,33 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
 
 def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
     """Put together and dequantized by torchao."""
+    for _, layer, weight in unpacked(Source.open(place), deployment.plan):
+        if layer is not None:
+            yield layer, weight
+
+
+def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tensor]]:
+    """Every tensor of a written folder: its name in the model, the planned layer whose weight it is, values.
+
+    Those of torchao are dequantized to float32; one is in memory at a time.
+    """
     from safetensors import safe_open
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
-    for file, header in Source.open(place).headers.items():
-        with safe_open(place / file, framework="pt") as tensors:
-            for name in deployment.plan.layers:
-                stem = _part(name, "")
-                parts = [key for key in header.tensors if key.startswith(stem)]
+    for file, header in source.headers.items():
+        with safe_open(source.folder / file, framework="pt") as tensors:
+            taken = set()
+            for layer in plan.layers:
+                parts = [key for key in header.tensors if key.startswith(_part(layer, ""))]
                 if parts:
                     found = {key: tensors.get_tensor(key) for key in parts}
                     whole, _ = unflatten_tensor_state_dict(found, dict(header.metadata))
-                    yield name, _dequantized(whole[f"{name}.weight"])
-                elif f"{name}.weight" in header.tensors:
-                    yield name, tensors.get_tensor(f"{name}.weight")
+                    yield f"{layer}.weight", layer, _dequantized(whole[f"{layer}.weight"])
+                    taken |= set(parts)
+            for key in header.tensors:
+                layer = key.removesuffix(".weight")
+                if key not in taken:
+                    yield key, layer if layer in plan.layers else None, tensors.get_tensor(key)
 
 
 def _dequantized(whole: Any) -> Tensor:

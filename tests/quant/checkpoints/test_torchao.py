@@ -6,6 +6,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaForCausalL
 
 from quant.apply import fake_quantized, quantized_weight
 from quant.checkpoints import front, torchao
+from quant.checkpoints.loading import load_checkpoint
 from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.export import torchao as config
@@ -56,7 +57,9 @@ def test_transformers_loads_what_was_measured(name, seed, saved, deployed, tmp_p
         assert torch.equal(
             weight, quantized_weight(own, inventory.by_name[path], deployment.schemes[path])
         ), path
-    assert torch.allclose(logits(loaded), simulated(model, deployment, inventory), rtol=1e-4, atol=1e-4)
+    expected = simulated(model, deployment, inventory)
+    assert torch.allclose(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(load_checkpoint(tmp_path / "out").model), expected)
 
 
 def test_a_16_bit_model_in_several_files(saved, deployed, tmp_path):
