@@ -14,10 +14,10 @@ from quant.plan import Certificate, Digests, plan_json
 from quant.planning import build_plan
 from sensitivity.model_loading import load_model
 from sensitivity.spec import ModelSource
-from service.cli.export import model_facts
 from service.cli.main import app
 from service.db.repositories import models
 from service.local import Local, local_settings
+from service.model_facts import model_facts
 from service.states import InputState
 
 
