@@ -7,33 +7,33 @@ is collected again. The numbers do not depend on which layers share a pass.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quant.inputs import LayerInputs
 from quant.layers import Inventory, Layer
+from sensitivity.magnitudes import InputMagnitudes
 from sensitivity.tasks.task import Batch
+from sensitivity.watching import Batches, groups_of, input_rows, watch
 
 CACHE_BYTES = 2**30
 """Second moments beyond this are collected again when they are needed."""
 
-Batches = Callable[[], Iterable[Batch]]
-
 
 class InputStatistics:
-    """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same."""
+    """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same.
+
+    `magnitudes` are those of the same inputs, for static activations.
+    """
 
     def __init__(
         self, model: nn.Module, inventory: Inventory, batches: Batches, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self._model, self._inventory, self._batches, self._bound = model, inventory, batches, cache_bytes
         self._kept: OrderedDict[str, LayerInputs] = OrderedDict()
+        self.magnitudes = InputMagnitudes(model, inventory, batches)
 
     def __call__(self, name: str) -> LayerInputs:
         """The statistics of one layer; the model must hold its own weights. KeyError for no layer."""
@@ -60,7 +60,7 @@ class InputStatistics:
         return chosen
 
     def _bytes(self, layer: Layer) -> int:
-        return 4 * _groups(self._model.get_submodule(layer.name)) * layer.matrix[1] ** 2
+        return 4 * groups_of(self._model.get_submodule(layer.name)) * layer.matrix[1] ** 2
 
     def _make_room(self, size: int) -> None:
         held = sum(inputs.second_moments.nbytes for inputs in self._kept.values())
@@ -69,15 +69,9 @@ class InputStatistics:
 
 
 def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch]) -> dict[str, LayerInputs]:
-    """One pass over the batches; tied layers see the inputs of all their modules.
-
-    The attention backend is fixed, so that the numbers are the same inside and outside of `gradients`.
-    """
+    """One pass over the batches; tied layers see the inputs of all their modules."""
     sums = {layer.name: _Sum(model, layer) for layer in layers}
-    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch in batches:
-            with _listening(model, sums.values(), _real_tokens(batch)):
-                batch.call(model)
+    watch(model, sums.values(), batches)
     return {name: found.inputs() for name, found in sums.items()}
 
 
@@ -86,7 +80,7 @@ class _Sum:
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
         self.layer, module = layer, model.get_submodule(layer.name)
-        groups, columns = _groups(module), layer.matrix[1]
+        groups, columns = groups_of(module), layer.matrix[1]
         device = next(module.parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
         self.samples = 0
@@ -98,61 +92,3 @@ class _Sum:
 
     def inputs(self) -> LayerInputs:
         return LayerInputs(self.total / max(1, self.samples), self.samples)
-
-
-@contextmanager
-def _listening(model: nn.Module, sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
-    hooks: list[Any] = []
-    try:
-        for found in sums:
-            modules = {id(m): m for m in (model.get_submodule(name) for name in found.layer.names)}
-            hooks += [m.register_forward_pre_hook(_hook(found, real)) for m in modules.values()]
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _hook(found: _Sum, real: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found.add(module, arguments[0].detach(), real)
-
-    return hook
-
-
-def _real_tokens(batch: Batch) -> Tensor | None:
-    """True (samples, tokens) where a token is no padding; None where nothing says so."""
-    mask = batch.inputs.get("attention_mask")
-    return mask.bool() if mask is not None and mask.ndim == 2 else None
-
-
-def input_rows(module: nn.Module, values: Tensor, real: Tensor | None = None) -> Iterator[Tensor]:
-    """What a module multiplies its weight with, as float32 (groups, rows, columns), one piece at a time.
-
-    Padding tokens are left out where the leading sides are those of `real`.
-    """
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        for image in torch.split(values, 1):
-            yield _patches(module, image.float())
-        return
-    columns = values.shape[-1]
-    if real is not None and values.shape[:-1].numel() == real.numel() and values.ndim in (2, 3):
-        yield values.reshape(-1, columns)[real.reshape(-1).to(values.device)].float()[None]
-    else:
-        yield values.reshape(-1, columns).float()[None]
-
-
-def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
-    """(1, channels, ...) -> (groups, positions, columns), padded as the module pads."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(values, module._reversed_padding_repeated_twice, mode=mode)
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    if isinstance(module, nn.Conv1d):
-        padded = padded.unsqueeze(2)
-        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-    unfolded = functional.unfold(padded, kernel, dilation=dilation, stride=stride)
-    return unfolded.reshape(module.groups, -1, unfolded.shape[-1]).transpose(1, 2)
-
-
-def _groups(module: nn.Module) -> int:
-    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
