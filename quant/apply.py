@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from importlib import import_module
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from quant.catalog import QUANTIZERS
-from quant.formats import FORMATS
+from quant.adjusted import Adjusted, dequantized
+from quant.formats import codec_of
 from quant.inputs import LayerInputs
-from quant.layers import Inventory, Layer
+from quant.layers import Inventory, Layer, parameter_name
 from quant.ops import from_matrix, to_matrix
+from quant.packing import Encoded
 from quant.plan import Plan
 from quant.planning import scheme_of
 from quant.rounded_inputs import rounded_inputs, rounding_of
@@ -49,19 +48,27 @@ def quantize_dequantize(
     `op` is a key of OPS, `name` the layer's for messages and for `inputs`. Raises NonFinite, and ApplyError
     when the quantizer needs statistics and there are none.
     """
+    matrix = dequantized(encode_weight(weight, op, name, scheme, inputs)).to(weight)
+    if not torch.isfinite(matrix).all():
+        raise NonFinite(name, scheme.name, f"in {weight.dtype} after quantizing the weight")
+    return from_matrix(matrix, op, tuple(weight.shape)).contiguous()
+
+
+def encode_weight(
+    weight: Tensor, op: str, name: str, scheme: Scheme, inputs: InputsOf | None = None
+) -> Encoded | Adjusted:
+    """What is stored of a weight: values for the format's codec to pack, and what a quantizer adds to them.
+
+    `quantize_dequantize` decodes the same. Raises NonFinite for a weight that is not finite, and ApplyError
+    when the quantizer needs statistics and there are none.
+    """
     if not torch.isfinite(weight).all():
         raise NonFinite(name, scheme.name, "in the weight")
-    quantize = QUANTIZERS[scheme.quantizer].load()
-    codec = import_module(FORMATS[scheme.weight.family].codec)
     known = inputs_for(name, scheme, inputs)
     matrix = to_matrix(weight.detach(), op)
     if known is not None:
         matrix = matrix.to(known.second_moments.device)
-    encoded = quantize(matrix, codec.own_format(scheme.weight), known)
-    matrix = cast(Tensor, codec.decode(encoded)).to(weight)
-    if not torch.isfinite(matrix).all():
-        raise NonFinite(name, scheme.name, f"in {weight.dtype} after quantizing the weight")
-    return from_matrix(matrix, op, tuple(weight.shape)).contiguous()
+    return scheme.load()(matrix, codec_of(scheme.weight).own_format(scheme.weight), known)
 
 
 def inputs_for(name: str, scheme: Scheme, inputs: InputsOf | None) -> LayerInputs | None:
@@ -165,7 +172,7 @@ def quantize_(
 def parameter_of(model: nn.Module, layer: Layer) -> Tensor:
     """The layer's weight in a model. Raises ApplyError where the model has no such weight."""
     try:
-        weight = model.get_submodule(layer.name).weight
+        weight: Tensor | None = model.get_parameter(parameter_name(layer.name, layer.op))
     except AttributeError:
         weight = None
     if not isinstance(weight, Tensor) or tuple(weight.shape) != layer.weight_shape:

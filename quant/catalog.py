@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from quant.storage import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant.adjusted import Adjusted
     from quant.checkpoints.protocol import CheckpointModule
     from quant.export.protocol import ExporterModule
     from quant.inputs import LayerInputs
@@ -28,14 +29,43 @@ class Quantize(Protocol):
         """Choose scales and round. `inputs` are for quantizers that need them; others pass them over."""
 
 
+class Adjust(Protocol):
+    """The same for quantizers that change the matrix, have another round it, and store how to change back."""
+
+    def __call__(
+        self,
+        weight_matrix: Tensor,
+        fmt: IntegerFormat,
+        inputs: LayerInputs | None = None,
+        *,
+        base: Quantize,
+        parameter: int,
+    ) -> Adjusted:
+        """`base` rounds; `parameter` is the number in the scheme's spelling, 0 where it has none."""
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What is special about a quantizer that lets another one round.
+
+    `bits` tells what it stores beside the format for a matrix and a parameter; `parameter` names the number
+    that its spelling ends with, None where there is none; `refuses` says why it is not offered for a matrix
+    and a parameter, or None.
+    """
+
+    bits: Callable[[Matrix, int], int]
+    parameter: str | None = None
+    refuses: Callable[[Matrix, int], str | None] = lambda matrix, parameter: None
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """One line of QUANTIZERS. `module` holds the function `quantize` and is loaded when used.
 
     `version` is raised whenever the numbers change: stored scores made with another version are not
     reused. `families` are the keys of FORMATS it can write. `needs_inputs`: it reads statistics of the
-    layer's inputs, so it must be given calibration data. `adds` tells the bits of the tensors that it stores
-    beside those of the format; None where it stores none.
+    layer's inputs, so it must be given calibration data. `adjusts` is set for those that change the matrix,
+    have another quantizer round it, and store tensors beside those of the format.
     """
 
     name: str
@@ -45,11 +75,25 @@ class Quantizer:
     summary: str
     source: str
     needs_inputs: bool = False
-    adds: Callable[[Matrix], int] | None = None
+    adjusts: Adjustment | None = None
 
-    def load(self) -> Quantize:
-        """Import the module (and with it torch) and return its `quantize`."""
-        return cast("Quantize", import_module(self.module).quantize)
+    @property
+    def spelling(self) -> str:
+        """As it stands in a scheme's grammar."""
+        parameter = "" if self.adjusts is None else self.adjusts.parameter
+        return f"{self.name}<{parameter}>" if parameter else self.name
+
+    def load(self) -> Any:
+        """Import the module (and with it torch) and return its `quantize`: a Quantize, or an Adjust."""
+        return import_module(self.module).quantize
+
+
+def _low_rank_refusal(matrix: Matrix, rank: int) -> str | None:
+    if rank < min(matrix):
+        return None
+    return (
+        f"factors of rank {rank} must be thinner than the matrix {matrix[0]} x {matrix[1]}; use a lower rank"
+    )
 
 
 EVERY_FAMILY = ("integer", "float", "microscaling", "gguf", "plain")
@@ -63,6 +107,25 @@ QUANTIZERS: dict[str, Quantizer] = {
         summary="Rounds column by column; later columns make up for the error at the layer's output.",
         source="Frantar et al. 2022, arXiv:2210.17323",
         needs_inputs=True,
+    ),
+    "hqq": Quantizer(
+        name="hqq",
+        module="quant.quantizers.hqq",
+        version=1,
+        families=("integer",),
+        summary="The scale and zero point with the least sum of |error|^0.7; needs no data.",
+        source="Badri & Shaji 2023, https://mobiusml.github.io/hqq_blog/",
+    ),
+    "lorc": Quantizer(
+        name="lorc",
+        module="quant.quantizers.lorc",
+        version=1,
+        families=("integer", "float", "microscaling", "gguf"),
+        summary="Two thin float16 matrices beside the rounded one; their product is what rounding lost.",
+        source="Yao et al. 2023, arXiv:2303.08302, section 4; in turns as Li et al. 2023, arXiv:2310.08659",
+        adjusts=Adjustment(
+            bits=lambda matrix, rank: 16 * rank * sum(matrix), parameter="rank", refuses=_low_rank_refusal
+        ),
     ),
     "mse_clip": Quantizer(
         name="mse_clip",
@@ -126,6 +189,13 @@ EXPORTERS: dict[str, Exporter] = {
         library="mlx",
         summary="config.json with a quantization entry for every module.",
         source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+    ),
+    "llama.cpp": Exporter(
+        name="llama.cpp",
+        module="quant.export.llama_cpp",
+        library="gguf",
+        summary="tensor_types.txt for llama-quantize, every tensor by an anchored name; writing needs gguf.",
+        source="llama.cpp, tools/quantize and src/llama-quant.cpp; tensor names of gguf 0.19",
     ),
     "torchao": Exporter(
         name="torchao",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from quant.layers import DTYPE_BITS, Excluded, Inventory, Layer, Op
+from quant.experts import experts_of, fused_projections, routed, router_paths
+from quant.layers import DTYPE_BITS, EXPERT_OPS, Excluded, Inventory, Layer, Op
 from quant.ops import call_macs, matrix_shape, op_of
 from quant.patterns import matches, select
 from quant.quantized_models import quantized_reason
@@ -41,18 +42,26 @@ class Found:
     use: Use
     op: Op
     head: bool
+    router: bool
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.use.layer
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Paths of all other modules that share the tensor, each once."""
-        return tuple(
-            dict.fromkeys(use.path for use in self.shared.uses if use.path not in (self.use.path, ""))
-        )
+        """Names of all other places that share the tensor, each once."""
+        return _other_users(self.shared, self.use)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The layer's name and its aliases."""
-        return (self.use.path, *self.aliases)
+        return (self.name, *self.aliases)
+
+
+def _other_users(shared: Shared, first: Use) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(use.layer for use in shared.uses if use.layer not in (first.layer, "")))
 
 
 def take_inventory(
@@ -64,9 +73,9 @@ def take_inventory(
 ) -> Inventory:
     """List the layers of a model, in the model's order.
 
-    Embeddings and the output head (and tensors tied to them) are left out unless an `include` pattern
-    matches; `exclude` wins over `include`. `run` makes one calibration forward and returns how many samples
-    were in it: MACs are counted during it, and are None without it.
+    Embeddings, the output head (and tensors tied to them) and routers of experts are left out unless an
+    `include` pattern matches; `exclude` wins over `include`. `run` makes one calibration forward and returns
+    how many samples were in it: MACs are counted during it, and are None without it.
 
     Raises AlreadyQuantized, NothingToQuantize, or PatternError for a pattern that matches nothing.
     """
@@ -77,15 +86,15 @@ def take_inventory(
             " Start from the original checkpoint."
         )
     tensors = shared_parameters(model)
-    heads = output_heads(model)
-    found = [_find(shared, heads) for shared in tensors]
+    heads, routers = output_heads(model), router_paths(model)
+    found = [_find(shared, heads, routers) for shared in tensors]
     reasons = _reasons([item for item in found if isinstance(item, Found)], include, exclude)
-    chosen = [item for item in found if isinstance(item, Found) and item.use.path not in reasons]
+    chosen = [item for item in found if isinstance(item, Found) and item.name not in reasons]
     excluded = [_excluded(item, reasons) for item in found if item is not None and item not in chosen]
     if not chosen:
         raise NothingToQuantize(_nothing(excluded))
     macs = _count_macs(chosen, run)
-    layers = tuple(_layer(item, macs.get(item.use.path)) for item in chosen)
+    layers = tuple(_layer(item, macs.get(item.name)) for item in chosen)
     stored = sum(tensor.nbytes for tensor in stored_tensors(model))
     return Inventory(
         layers=layers,
@@ -95,18 +104,22 @@ def take_inventory(
     )
 
 
-def _find(shared: Shared, heads: frozenset[str]) -> Found | Excluded | None:
+def _find(shared: Shared, heads: frozenset[str], routers: frozenset[str]) -> Found | Excluded | None:
     """A candidate layer, a weight with the reason why it is none, or None for biases, norms and the like."""
+    paths = {use.path for use in shared.uses}
     for use in shared.uses:
-        op = op_of(use.module)
-        if op is not None and use.attribute == "weight" and _is_plain(use):
+        op = op_of(use.module, use.attribute)
+        if op is not None and _is_plain(use):
             reason = _unfit(shared, use)
             if reason:
-                return Excluded(use.path or use.name, op, _size(shared.tensor), reason)
-            head = any(other.path in heads for other in shared.uses)
-            return Found(shared, use, cast(Op, op), head)
+                others = _other_users(shared, use)
+                return Excluded(use.layer or use.name, op, _size(shared.tensor), reason, others)
+            return Found(
+                shared, use, cast(Op, op), not paths.isdisjoint(heads), not paths.isdisjoint(routers)
+            )
     use = shared.uses[0]
-    if is_lazy(shared.tensor) or shared.tensor.ndim >= 2:
+    bias = use.attribute.endswith("bias") and bool(fused_projections(use.module))
+    if is_lazy(shared.tensor) or (shared.tensor.ndim >= 2 and not bias):
         kind = type(use.module).__name__
         return Excluded(use.name, kind, _size(shared.tensor), _unknown(shared.tensor, use))
     return None
@@ -121,7 +134,7 @@ def _unfit(shared: Shared, use: Use) -> str | None:
     tensor = shared.tensor
     if is_lazy(tensor):
         return "its shape is not known before the first forward"
-    if use.path == "":
+    if use.layer == "":
         return "the model itself is this one module; wrap it in nn.Sequential to give it a name"
     if tensor.numel() == 0:
         return "it is empty"
@@ -137,7 +150,7 @@ def _unknown(tensor: Tensor, use: Use) -> str:
     if is_lazy(tensor):
         return "its shape is not known before the first forward"
     if "expert" in use.name.lower() and tensor.ndim == 3:
-        return f"fused expert tensor: {VERSION_LACKS}"
+        return f"fused expert tensor whose layout is not certain: {VERSION_LACKS}"
     if isinstance(use.module, nn.MultiheadAttention):
         return f"fused projection of nn.MultiheadAttention: {VERSION_LACKS}"
     if "parametrizations" in use.path or use.attribute in ("weight_g", "weight_v", "weight_orig"):
@@ -153,12 +166,22 @@ def _reasons(found: list[Found], include: Sequence[str], exclude: Sequence[str])
     for item in found:
         pattern = _first_match(exclude, item.names)
         if pattern is not None:
-            reasons[item.use.path] = f"matches the exclude pattern {pattern!r}"
-        elif (item.op == "embedding" or item.head) and _first_match(include, item.names) is None:
-            what = "embedding" if item.op == "embedding" else "output head"
+            reasons[item.name] = f"matches the exclude pattern {pattern!r}"
+            continue
+        kept = _kept_by_default(item)
+        if kept and _first_match(include, item.names) is None:
             tied = f" (shared with {', '.join(item.aliases)})" if item.aliases else ""
-            reasons[item.use.path] = f"{what}{tied}: left out by default; include it by pattern"
+            reasons[item.name] = f"{kept}{tied}: left out by default; include it by pattern"
     return reasons
+
+
+def _kept_by_default(item: Found) -> str | None:
+    """What a layer is that keeps its precision unless it is asked for; None for all others."""
+    if item.op == "embedding":
+        return "embedding"
+    if item.head:
+        return "output head"
+    return "router of experts" if item.router else None
 
 
 def _first_match(patterns: Sequence[str], names: Sequence[str]) -> str | None:
@@ -168,27 +191,28 @@ def _first_match(patterns: Sequence[str], names: Sequence[str]) -> str | None:
 def _excluded(item: Found | Excluded, reasons: dict[str, str]) -> Excluded:
     if isinstance(item, Excluded):
         return item
-    return Excluded(item.use.path, item.op, _size(item.shared.tensor), reasons[item.use.path])
+    return Excluded(item.name, item.op, _size(item.shared.tensor), reasons[item.name], item.aliases)
 
 
 def _nothing(excluded: list[Excluded]) -> str:
     shown = "; ".join(f"{item.name}: {item.reason}" for item in excluded[:3]) or "it has no weight matrices"
     return (
-        "Model must have at least one layer to quantize (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding or"
-        f" transformers' Conv1D). Got none: {shown}. Include layers by pattern, or drop exclude patterns."
+        "Model must have at least one layer to quantize (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding,"
+        f" transformers' Conv1D or fused experts). Got none: {shown}. Include layers by pattern, or drop"
+        " exclude patterns."
     )
 
 
 def _layer(item: Found, macs: int | None) -> Layer:
     shape = tuple(item.shared.tensor.shape)
     return Layer(
-        name=item.use.path,
+        name=item.name,
         op=item.op,
         weight_shape=shape,
         matrix=matrix_shape(shape, item.op),
         parameters=item.shared.tensor.numel(),
         macs=macs,
-        role=role_of(item.use.path, item.op, item.head),
+        role=role_of(item.name, item.op, item.head),
         aliases=item.aliases,
         dtype=str(item.shared.tensor.dtype).removeprefix("torch."),
     )
@@ -217,11 +241,12 @@ def _counting(found: list[Found], totals: dict[str, int]) -> Iterator[None]:
     """Count the MACs of every call of the layers' modules while the block runs."""
     handles = []
     for item in found:
-        modules = {id(use.module): use.module for use in item.shared.uses if use.attribute == "weight"}
-        for module in modules.values():
-            op = op_of(module)
+        uses = {(id(use.module), use.attribute): use for use in item.shared.uses}
+        for use in uses.values():
+            op = op_of(use.module, use.attribute)
             if op is not None:
-                handles.append(module.register_forward_hook(_counter(item.use.path, op, totals)))
+                hook = _counter(item, op, totals)
+                handles.append(use.module.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -229,8 +254,31 @@ def _counting(found: list[Found], totals: dict[str, int]) -> Iterator[None]:
             handle.remove()
 
 
-def _counter(name: str, op: str, totals: dict[str, int]) -> Callable[[nn.Module, Any, Tensor], None]:
-    def count(module: nn.Module, _: Any, output: Tensor) -> None:
-        totals[name] = totals.get(name, 0) + call_macs(module, op, output)
+def _counter(item: Found, op: str, totals: dict[str, int]) -> Callable[..., None]:
+    size = item.shared.tensor.numel()
+
+    def count(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        if op in EXPERT_OPS:
+            macs = _expert_macs(module, size, arguments, named)
+        else:
+            macs = call_macs(module, op, _first_tensor((*arguments, *named.values())), output)
+        if macs is not None:
+            totals[item.name] = totals.get(item.name, 0) + macs
 
     return count
+
+
+def _expert_macs(
+    module: nn.Module, size: int, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> int | None:
+    """Every token passes through the experts that it is routed to, no others; None for an unknown call."""
+    call = routed(module, arguments, named)
+    if call is None:
+        return None
+    experts = experts_of(module)
+    chosen = int(((call[1] >= 0) & (call[1] < experts)).sum())
+    return chosen * (size // experts)
+
+
+def _first_tensor(values: tuple[Any, ...]) -> Tensor:
+    return next((value for value in values if isinstance(value, Tensor)), torch.empty(0))

@@ -9,7 +9,11 @@ from typing import Any, Literal, Protocol, cast, get_args
 from quant.reading import Node
 from quant.storage import Matrix
 
-Op = Literal["linear", "conv1d", "conv2d", "embedding", "transformers_conv1d"]
+Op = Literal[
+    "linear", "conv1d", "conv2d", "embedding", "transformers_conv1d", "experts", "experts_transposed"
+]
+EXPERT_OPS = ("experts", "experts_transposed")
+"""Weights of all experts of a block in one parameter, (experts, out, in) or (experts, in, out)."""
 Role = Literal["attention", "feed_forward", "convolution", "embedding", "head", "other"]
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -30,10 +34,11 @@ class Decided(Protocol):
 class Layer:
     """One quantizable weight tensor with its module.
 
-    `name` is the module path of the first user of the tensor, `aliases` the other module paths that share
-    it. `matrix` is (output channels, columns), as formats see the weight. `parameters` counts the weight's
-    elements, without biases. `macs` are multiply-accumulates for one calibration sample, all users
-    together; None where the calibration forward never called the module.
+    `name` is the module path of the first user of the tensor (for fused experts the parameter's own path),
+    `aliases` the other paths that share it. `matrix` is (output channels, columns), as formats see the
+    weight. `parameters` counts the weight's elements, without biases. `macs` are multiply-accumulates for
+    one calibration sample, all users together, of fused experts only those that a token is routed to; None
+    where the calibration forward never called the module.
     """
 
     name: str
@@ -56,6 +61,11 @@ class Layer:
         """The layer's name and its aliases."""
         return (self.name, *self.aliases)
 
+    @property
+    def experts(self) -> int:
+        """How many experts share the tensor; 1 for a weight of its own."""
+        return self.weight_shape[0] if self.op in EXPERT_OPS else 1
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; `layer_from_json` reads them back."""
         return {
@@ -65,12 +75,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A weight that keeps its precision. `name` is a module path, or a parameter's if no layer holds it."""
+    """A weight that keeps its precision. `name` is a module path, or a parameter's if no layer holds it;
+    `aliases` are the other module paths that share the weight.
+    """
 
     name: str
     op: str
     parameters: int
     reason: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weight's name and its aliases."""
+        return (self.name, *self.aliases)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "aliases": list(self.aliases)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,7 @@ class Inventory:
         """Plain values; `Inventory.from_json` reads them back."""
         return {
             "layers": [layer.as_json() for layer in self.layers],
-            "excluded": [asdict(item) for item in self.excluded],
+            "excluded": [item.as_json() for item in self.excluded],
             "total_parameters": self.total_parameters,
             "other_bytes": self.other_bytes,
         }
@@ -115,6 +137,15 @@ class Inventory:
             total_parameters=fields["total_parameters"].integer(),
             other_bytes=fields["other_bytes"].integer(),
         )
+
+
+def parameter_name(layer: str, op: str) -> str:
+    """The full name of the parameter of a layer.
+
+    >>> parameter_name("mlp.up_proj", "linear"), parameter_name("mlp.experts.down_proj", "experts")
+    ('mlp.up_proj.weight', 'mlp.experts.down_proj')
+    """
+    return layer if op in EXPERT_OPS else f"{layer}.weight"
 
 
 def layer_from_json(node: Node) -> Layer:
@@ -149,10 +180,13 @@ def read_matrix(node: Node) -> Matrix:
 
 
 def _excluded(node: Node) -> Excluded:
-    fields = node.fields("name", "op", "parameters", "reason")
+    """Documents from before there were aliases have none."""
+    given = ("aliases",) if "aliases" in node.mapping() else ()
+    fields = node.fields("name", "op", "parameters", "reason", *given)
     return Excluded(
         name=fields["name"].text(),
         op=fields["op"].text(),
         parameters=fields["parameters"].integer(),
         reason=fields["reason"].text(),
+        aliases=tuple(item.text() for item in fields["aliases"].items()) if given else (),
     )

@@ -77,7 +77,7 @@ def require_choices(
     must share a scheme, and all take part or none.
     """
     offered = {layer.name: _left(layer, menu, pins, runtime) for layer in inventory.layers}
-    excluded = [item.name for item in inventory.excluded]
+    excluded = [name for item in inventory.excluded for name in item.names]
     for members in fused_sets(runtime, [*offered, *excluded]):
         inside = [name for name in members if name in offered]
         outside = [name for name in members if name not in offered]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-from quant.catalog import QUANTIZERS
 from quant.costs import bits_per_weight, bops
 from quant.layers import Inventory, Layer
 from quant.lint import lint
@@ -47,7 +46,7 @@ def build_plan(
             bops=_total_bops(inventory, schemes),
         ),
         digests=digests,
-        quantizers={scheme.quantizer: QUANTIZERS[scheme.quantizer].version for scheme in schemes.values()},
+        quantizers={n: version for s in schemes.values() for n, version in s.quantizers.items()},
         budget=budget,
         metric=metric,
         predicted=_float(predicted),

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from quant.layers import Role
+from quant.layers import EXPERT_OPS, Role
 
 ATTENTION = re.compile(
     r"(^|[._])(attn|attention|self_attn|self_attention|cross_attn|cross_attention|crossattention|mha"
@@ -35,6 +35,8 @@ def role_of(name: str, op: str, head: bool) -> Role:
         return "embedding"
     if head:
         return "head"
+    if op in EXPERT_OPS:
+        return "feed_forward"
     if op in ("conv1d", "conv2d"):
         return "convolution"
     if ATTENTION.search(name):

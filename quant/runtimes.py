@@ -81,16 +81,15 @@ TORCHAO = Runtime(
 )
 MLX = Runtime(
     name="mlx",
-    summary="MLX and mlx-lm on Apple silicon and CPUs: affine groups, MXFP4, MXFP8, NVFP4",
+    summary="MLX and mlx-lm on Apple silicon and CPUs: affine groups, MXFP4, MXFP8",
     source="https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html",
     rules=(
         Rule(
-            Integers((2, 3, 4, 5, 6, 8), channel=False, groups=(32, 64, 128), symmetric=BOTH),
+            Integers((2, 3, 4, 5, 6, 8), channel=False, groups=(32, 64, 128), symmetric=(False,)),
             ops=("linear", "embedding"),
             whole_groups=True,
         ),
         Rule(Named(("mxfp4*", "mxfp8*")), ops=("linear", "embedding"), columns=32),
-        Rule(Named(("nvfp4*",)), ops=("linear", "embedding"), columns=16),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
     fused=EXPERTS,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from quant.activations import ACTIVATIONS, ActivationFormat, parse_activation
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS, Format
 from quant.layers import Decided
 from quant.storage import Matrix, SchemeError, Storage
+
+if TYPE_CHECKING:
+    from quant.adjusted import Adjusted
+    from quant.catalog import Quantize
+    from quant.packing import Encoded
 
 __all__ = ["Scheme", "SchemeError", "grammar", "parse_scheme", "parse_schemes"]
 
@@ -30,33 +38,54 @@ class Scheme:
     weight: Format
     quantizer: str = DEFAULT_QUANTIZER
     activation: ActivationFormat | None = None
+    base: str | None = None
+    parameter: int = 0
 
     def __post_init__(self) -> None:
-        if self.quantizer not in QUANTIZERS:
+        _check_quantizer(self.quantizer, self.weight)
+        adjusts = QUANTIZERS[self.quantizer].adjusts
+        if (adjusts is None) != (self.base is None):
             raise SchemeError(
-                f"Quantizer must be one of {', '.join(QUANTIZERS)}. Got {self.quantizer!r}."
-                f" Use {DEFAULT_QUANTIZER!r}."
+                "A base quantizer must be given for quantizers that let another one round, and only then."
+                f" Got {self.quantizer!r} with base {self.base!r}. Use {DEFAULT_QUANTIZER!r}."
             )
-        if self.weight.family not in QUANTIZERS[self.quantizer].families:
+        numbered = adjusts is not None and adjusts.parameter is not None
+        if numbered != (self.parameter > 0):
+            spelling = QUANTIZERS[self.quantizer].spelling
             raise SchemeError(
-                f"Quantizer must support the format family {self.weight.family!r}. Got {self.quantizer!r},"
-                f" which supports {', '.join(QUANTIZERS[self.quantizer].families)}. Choose another quantizer."
+                f"Quantizer must be spelled {spelling}, with a number of at least 1 only where it says so."
+                f" Got '{self.quantizer}{self.parameter or ''}'. Correct it."
             )
+        if self.base is not None:
+            _check_quantizer(self.base, self.weight)
+            if QUANTIZERS[self.base].adjusts is not None:
+                raise SchemeError(
+                    f"Scheme must name one of {', '.join(_adjusting())} at most."
+                    f" Got {self.base!r} and {self.quantizer!r}. Drop one of them."
+                )
 
     @property
     def name(self) -> str:
         """Canonical short spelling: defaults left out, parts in the order of the grammar."""
-        quantizer = "" if self.quantizer == DEFAULT_QUANTIZER else f"-{self.quantizer}"
-        return f"{self.weight.short}{quantizer}{self._activation}"
+        words = (word for word in self._words if word != DEFAULT_QUANTIZER)
+        return "-".join((self.weight.short, *words))
 
     @property
     def spelled(self) -> str:
         """Full spelling, every part written out."""
-        return f"{self.weight.name}-{self.quantizer}{self._activation}"
+        return "-".join((self.weight.name, *self._words))
 
     @property
-    def _activation(self) -> str:
-        return "" if self.activation is None else f"-a{self.activation.name}"
+    def _words(self) -> tuple[str, ...]:
+        base = () if self.base is None else (self.base,)
+        activation = () if self.activation is None else (f"a{self.activation.name}",)
+        return (*base, f"{self.quantizer}{self.parameter or ''}", *activation)
+
+    @property
+    def quantizers(self) -> dict[str, int]:
+        """The quantizers that take part, with their versions."""
+        names = (self.quantizer,) if self.base is None else (self.base, self.quantizer)
+        return {name: QUANTIZERS[name].version for name in names}
 
     @property
     def weight_bits(self) -> int:
@@ -65,8 +94,8 @@ class Scheme:
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether its quantizer must be given statistics of the layer's inputs."""
-        return QUANTIZERS[self.quantizer].needs_inputs
+        """Whether a quantizer of it must be given statistics of the layer's inputs."""
+        return any(QUANTIZERS[name].needs_inputs for name in self.quantizers)
 
     @property
     def needs_range(self) -> bool:
@@ -81,28 +110,45 @@ class Scheme:
     @property
     def adds(self) -> bool:
         """Whether its quantizer stores tensors beside those of the format."""
-        return QUANTIZERS[self.quantizer].adds is not None
+        return self.base is not None
 
     def storage(self, matrix: Matrix) -> Storage:
         """Exact size of what is stored for a matrix of (output channels, columns).
 
         The format's values, scales and zero points, what the quantizer adds, and the activations' scale.
         """
-        adds = QUANTIZERS[self.quantizer].adds
-        added = 0 if adds is None else adds(matrix)
+        adjusts = QUANTIZERS[self.quantizer].adjusts
+        added = 0 if adjusts is None else adjusts.bits(matrix, self.parameter)
         scale = 0 if self.activation is None else self.activation.stored_bits
         return replace(self.weight.storage(matrix), added_bits=added + scale)
+
+    def load(self) -> Callable[..., Encoded | Adjusted]:
+        """The function that quantizes (weight matrix, format, inputs or None); importing it loads torch."""
+        quantize = QUANTIZERS[self.quantizer].load()
+        if self.base is None:
+            return cast("Quantize", quantize)
+        return partial(quantize, base=QUANTIZERS[self.base].load(), parameter=self.parameter)
 
     def refuses(self, layer: Decided) -> str | None:
         """Why this scheme is not offered for a layer, or None."""
         if self.needs_inputs and layer.op == "embedding":
-            return f"an embedding has no inputs to multiply, which {self.quantizer} goes by; use mse_clip"
-        refused = None if self.activation is None else self.activation.refuses(layer.op, layer.matrix[1])
-        return refused or self.weight.refuses(layer.matrix)
+            informed = next(name for name in self.quantizers if QUANTIZERS[name].needs_inputs)
+            return f"an embedding has no inputs to multiply, which {informed} goes by; use mse_clip"
+        adjusts = QUANTIZERS[self.quantizer].adjusts
+        reasons = (
+            None if self.activation is None else self.activation.refuses(layer.op, layer.matrix[1]),
+            None if adjusts is None else adjusts.refuses(layer.matrix, self.parameter),
+            self.weight.refuses(layer.matrix),
+        )
+        return next((reason for reason in reasons if reason is not None), None)
 
     def as_json(self) -> dict[str, str | int | None]:
-        """Plain values for documents and digests."""
+        """Plain values for documents and digests; those of a base quantizer only where there is one."""
+        base: dict[str, str | int | None] = {}
+        if self.base is not None:
+            base = {"base": self.base, "base_version": QUANTIZERS[self.base].version}
         return {
+            **base,
             "name": self.name,
             "spelled": self.spelled,
             "weight_bits": self.weight_bits,
@@ -115,8 +161,8 @@ class Scheme:
 def grammar() -> str:
     """The grammar of all families, one per line; `<activation>` is a name of ACTIVATIONS.
 
-    >>> grammar().splitlines()[0]
-    'w<bits>[-tensor|-channel|-g<size>][-sym|-asym][-float16|-bfloat16|-float32][-gptq|-mse_clip|-rtn][-a<activation>]'
+    >>> grammar().splitlines()[2]
+    '(mxfp4|mxfp8|nvfp4)[-mse_clip|-rtn][-lorc<rank>][-a<activation>]'
     """
     return "\n".join(
         family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values()
@@ -124,8 +170,26 @@ def grammar() -> str:
 
 
 def _writers(family: str) -> str:
-    names = [f"-{name}" for name, quantizer in QUANTIZERS.items() if family in quantizer.families]
-    return f"[{'|'.join(names)}]"
+    offered = [entry for entry in QUANTIZERS.values() if family in entry.families]
+    rounding = [f"-{entry.spelling}" for entry in offered if entry.adjusts is None]
+    adjusting = [f"-{entry.spelling}" for entry in offered if entry.adjusts is not None]
+    return f"[{'|'.join(rounding)}]" + (f"[{'|'.join(adjusting)}]" if adjusting else "")
+
+
+def _adjusting() -> list[str]:
+    return [name for name, entry in QUANTIZERS.items() if entry.adjusts is not None]
+
+
+def _check_quantizer(name: str, weight: Format) -> None:
+    if name not in QUANTIZERS:
+        raise SchemeError(
+            f"Quantizer must be one of {', '.join(QUANTIZERS)}. Got {name!r}. Use {DEFAULT_QUANTIZER!r}."
+        )
+    if weight.family not in QUANTIZERS[name].families:
+        raise SchemeError(
+            f"Quantizer must support the format family {weight.family!r}. Got {name!r},"
+            f" which supports {', '.join(QUANTIZERS[name].families)}. Choose another quantizer."
+        )
 
 
 def _spellings() -> str:
@@ -157,22 +221,38 @@ def _read(text: str, parts: Sequence[str]) -> Scheme:
         parsed = family.parse(others)
         if parsed is not None:
             weight, rest = parsed
-            return Scheme(weight, _quantizer(text, rest), activation)
+            return _scheme(text, weight, rest, activation)
     raise SchemeError(
         f"Scheme must be spelled {_spellings()}. Got {text!r}. Use for example 'w4' or 'w4-g128'."
     )
 
 
-def _quantizer(text: str, rest: Sequence[str]) -> str:
-    unknown = [part for part in rest if part not in QUANTIZERS]
-    if unknown:
+def _scheme(text: str, weight: Format, rest: Sequence[str], activation: ActivationFormat | None) -> Scheme:
+    """The scheme whose quantizers the words `rest` name: one that rounds, one that adjusts, or both."""
+    read = [_word(part) for part in rest]
+    unknown = next((part for part, found in zip(rest, read, strict=True) if found is None), None)
+    if unknown is not None:
         raise SchemeError(
-            f"Scheme must be spelled {_spellings()}. Got {text!r} with the unknown part {unknown[0]!r}."
+            f"Scheme must be spelled {_spellings()}. Got {text!r} with the unknown part {unknown!r}."
             f" Drop or correct it; activations are {', '.join(ACTIVATIONS)}."
         )
-    if len(rest) > 1:
+    found = [item for item in read if item is not None]
+    rounding = [item for item in found if QUANTIZERS[item[0]].adjusts is None]
+    adjusting = [item for item in found if QUANTIZERS[item[0]].adjusts is not None]
+    if len(rounding) > 1 or len(adjusting) > 1:
         raise SchemeError(f"Scheme must name its quantizer once. Got {text!r}. Drop all but one.")
-    return rest[0] if rest else DEFAULT_QUANTIZER
+    name, parameter = rounding[0] if rounding else (DEFAULT_QUANTIZER, 0)
+    if not adjusting:
+        return Scheme(weight, name, activation, parameter=parameter)
+    return Scheme(weight, adjusting[0][0], activation, base=name, parameter=adjusting[0][1])
+
+
+def _word(part: str) -> tuple[str, int] | None:
+    """The quantizer that a word names, and its number, 0 without one; None for other words."""
+    match = re.fullmatch(r"([a-z_]+)([1-9][0-9]{0,8})?", part)
+    name = part if match is None else match[1]
+    number = int(match[2]) if match is not None and match[2] else 0
+    return (name, number) if name in QUANTIZERS else None
 
 
 def parse_schemes(text: str | Iterable[str]) -> tuple[Scheme, ...]:

@@ -22,6 +22,11 @@ class Use:
         """The parameter's full name."""
         return f"{self.path}.{self.attribute}" if self.path else self.attribute
 
+    @property
+    def layer(self) -> str:
+        """The name as a layer: the module's path for its `weight`, the parameter's own for any other."""
+        return self.path if self.attribute == "weight" else self.name
+
 
 @dataclass(eq=False)
 class Shared:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quant.digest import FolderError, weight_files
+from quant.experts import fused_projections
 from sensitivity.catalog import TASKS
 from sensitivity.errors import BadModel, ModelAlreadyQuantized, NonFiniteWeights, SessionError
 from sensitivity.spec import ModelSource
@@ -52,8 +53,17 @@ def load_model(source: ModelSource, task: str, device: torch.device) -> LoadedMo
     """
     loaded = _from_folder(source, task) if source.kind == "folder" else _from_factory(source, task)
     require_finite_weights(loaded.model)
+    compute_experts_in_turn(loaded.model)
     loaded.model.eval().requires_grad_(False).to(device)
     return loaded
+
+
+def compute_experts_in_turn(model: nn.Module) -> None:
+    """Have transformers multiply expert by expert: its batched kernels cannot be differentiated twice."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if fused_projections(module) and getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
 
 
 def require_finite_weights(model: nn.Module) -> None:

@@ -125,10 +125,10 @@ class LayerWeights:
 
 
 def _owners(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """For each module path with a weight: every distinct parameter that is that very memory."""
+    """For each layer name: every distinct parameter that is that very memory."""
     owners: dict[str, list[nn.Parameter]] = {}
     for shared in shared_parameters(model):
         parameters = [use.module.get_parameter(use.attribute) for use in shared.uses]
         distinct = list({id(parameter): parameter for parameter in parameters}.values())
-        owners |= {use.path: distinct for use in shared.uses if use.attribute == "weight"}
+        owners |= {use.layer: distinct for use in shared.uses}
     return owners

@@ -61,7 +61,7 @@ def estimate(
         "metrics": metrics,
         "layers": len(inventory.layers),
         "parameters": inventory.parameters,
-        "excluded": [vars(item) for item in inventory.excluded],
+        "excluded": [item.as_json() for item in inventory.excluded],
         "choices": len(cells),
         "scores": {"wanted": len(cells) * len(metrics), "stored": known},
         "samples": dict(inspection["samples"]),

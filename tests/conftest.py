@@ -47,7 +47,7 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """tiny("llama" | "bert" | "resnet" | "mlp"): built on first use."""
+    """tiny("llama" | "bert" | "resnet" | "mlp" | a key of EXPERTS): built on first use."""
     built: dict[str, Tiny] = {}
 
     def build(name: str) -> Tiny:
@@ -183,4 +183,97 @@ def _mlp(folder: Path) -> Tiny:
     return Tiny("mlp", "generic", "factory", "tiny_factory:build", data, "safetensors")
 
 
-BUILDERS: dict[str, Callable[[Path], Tiny]] = {"llama": _llama, "bert": _bert, "resnet": _resnet, "mlp": _mlp}
+EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"num_experts": 4, "moe_intermediate_size": 12}),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "sliding_window": 8}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 12,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_key_value_heads": 2,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "llama4_text": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 12},
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 12,
+            "moe_shared_expert_intermediate_size": 12,
+            "n_group": 1,
+            "topk_group": 1,
+            "layers_block_type": ["attention", "moe"],
+        },
+    ),
+}
+"""Mixture-of-experts models: configuration, class, and what each needs beyond the usual."""
+
+
+def build_experts(kind: str, **changes: Any) -> Any:
+    """A model of four fused experts per block, two of them used by each token (one in Llama 4)."""
+    import torch
+    import transformers
+
+    torch.manual_seed(7)
+    config, model, own = EXPERTS[kind]
+    usual = {
+        "vocab_size": len(WORDS) + 3,
+        "hidden_size": 16,
+        "head_dim": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    settings = getattr(transformers, config)(**{**usual, **own, **changes})
+    settings._experts_implementation = "eager"
+    return getattr(transformers, model)(settings).eval()
+
+
+@pytest.fixture
+def tiny_experts() -> Callable[..., Any]:
+    """tiny_experts("mixtral" | ... a key of EXPERTS, **changes of its configuration)."""
+    return build_experts
+
+
+def _experts_folder(kind: str) -> Callable[[Path], Tiny]:
+    def build(folder: Path) -> Tiny:
+        save_tokenizer(folder)
+        build_experts(kind).save_pretrained(folder)
+        data = folder / "text.txt"
+        data.write_text("\n".join(sentences(40)) + "\n", encoding="utf-8")
+        return Tiny(kind, "causal_lm", "folder", str(folder), data, "text")
+
+    return build
+
+
+BUILDERS: dict[str, Callable[[Path], Tiny]] = {
+    "llama": _llama,
+    "bert": _bert,
+    "resnet": _resnet,
+    "mlp": _mlp,
+    **{kind: _experts_folder(kind) for kind in EXPERTS},
+}

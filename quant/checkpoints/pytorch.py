@@ -1,7 +1,7 @@
 """Safetensors with the plan's weights quantized and dequantized: what `transformers` loads as it is.
 
 Files are copied; then one tensor at a time is replaced in its own bytes, so shards, types, metadata and all
-other tensors stay the same.
+other tensors stay the same. Experts that are stored apart are joined, quantized and taken apart again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from quant.export.protocol import Deployment, Violation
 from quant.schemes import parse_scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quant.apply import InputsOf
     from quant.checkpoints.source import Source
 
@@ -40,18 +42,28 @@ def layout(source: Source, deployment: Deployment) -> Layout:
 def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | None, wrote: Wrote) -> None:
     """Copy the folder's files and write every planned tensor over the copy's bytes."""
     from quant.apply import quantize_dequantize
-    from quant.checkpoints.tensors import each_stored, tensor_bytes
+    from quant.checkpoints.tensors import each_joined, each_stored, tensor_bytes
 
-    layers = deployment.plan.layers
     for entry in source.manifest:
         shutil.copyfile(source.folder / entry["path"], out / entry["path"])
-    tensors = each_stored(source, source.stored(deployment.plan))
-    for file, members in groupby(tensors, key=lambda pair: pair[0].file):
+    layers, stored = deployment.plan.layers, source.stored(deployment.plan)
+
+    def changed(weight: Tensor, name: str) -> Tensor:
+        scheme = parse_scheme(layers[name].scheme)
+        return quantize_dequantize(weight, layers[name].op, name, scheme, inputs)
+
+    whole = [item for item in stored if item.part_of is None]
+    for file, members in groupby(each_stored(source, whole), key=lambda pair: pair[0].file):
         with (out / file).open("r+b") as stream:
             for item, weight in members:
-                layer = layers[item.layer]
-                scheme = parse_scheme(layer.scheme)
-                changed = quantize_dequantize(weight, layer.op, item.layer, scheme, inputs)
                 stream.seek(item.entry.start)
-                stream.write(tensor_bytes(changed))
+                stream.write(tensor_bytes(changed(weight, item.layer)))
                 wrote(item.layer)
+    for parts, weight in each_joined(source, stored):
+        layer, parameter = parts[0].layer, str(parts[0].part_of)
+        pieces = source.joined.apart(parameter, changed(weight, layer))
+        for item in parts:
+            with (out / item.file).open("r+b") as stream:
+                stream.seek(item.entry.start)
+                stream.write(tensor_bytes(pieces[item.tensor]))
+        wrote(layer)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from quant.checkpoints.joined import Joined
 from quant.checkpoints.protocol import CheckpointError
 from quant.digest import CONFIG, ManifestEntry, folder_digest, weight_files
 from quant.export.protocol import QUANTIZABLE
@@ -21,12 +23,17 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored tensor that holds the weight of a layer of a plan."""
+    """One stored tensor that holds the weight of a layer of a plan.
+
+    `part_of` names the parameter that transformers joins it into with others (`Source.joined`), for experts
+    that are stored apart; None for a tensor that is the layer's weight as it is.
+    """
 
     file: str
     tensor: str
     layer: str
     entry: TensorEntry
+    part_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,25 +66,62 @@ class Source:
     def stored(self, plan: Plan) -> tuple[StoredTensor, ...]:
         """The stored tensors of every layer, in the order of files and offsets.
 
-        Tied weights may be stored once, or under each of their names. Raises CheckpointError for a layer
-        without a tensor, or one of another shape or type.
+        Tied weights may be stored once, or under each of their names; fused experts may be stored apart.
+        Raises CheckpointError for a layer without a tensor, or one of another shape or type.
         """
-        places = {
-            tensor.removesuffix(".weight"): (file, tensor, entry)
-            for file, header in self.headers.items()
-            for tensor, entry in header.tensors.items()
-            if tensor.endswith(".weight")
-        }
-        rename = _renaming(plan, places)
-        found = {}
+        places = self._places
+        try:
+            rename = _renaming(plan, places)
+        except CheckpointError:
+            places = {**self._joined_places, **places}
+            rename = _renaming(plan, places)
+        found: dict[tuple[str, str], StoredTensor] = {}
         for name, layer in plan.layers.items():
             for path in (name, *layer.aliases):
-                key = rename(path)
-                if key in places:
-                    file, tensor, entry = places[key]
-                    _check(name, layer, tensor, entry)
-                    found[file, tensor] = StoredTensor(file, tensor, name, entry)
+                members = places.get(rename(path), ())
+                _check(name, layer, members)
+                found |= {(place.file, place.tensor): replace(place, layer=name) for place in members}
         return tuple(sorted(found.values(), key=lambda item: (item.file, item.entry.start)))
+
+    @cached_property
+    def joined(self) -> Joined:
+        """Which stored tensors make up which parameter, as transformers reads them."""
+        return Joined.of(self.folder, self._entries)
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[str, TensorEntry]]:
+        """Tensor name -> its file and entry."""
+        return {
+            tensor: (file, entry)
+            for file, header in self.headers.items()
+            for tensor, entry in header.tensors.items()
+        }
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[StoredTensor, ...]]:
+        """Layer name -> the stored tensor of that very name."""
+        return {
+            tensor.removesuffix(".weight"): (StoredTensor(file, tensor, "", entry),)
+            for tensor, (file, entry) in self._entries.items()
+        }
+
+    @cached_property
+    def _joined_places(self) -> dict[str, tuple[StoredTensor, ...]]:
+        """Layer name -> the stored tensors that transformers makes the layer's weight of."""
+        joined = self.joined
+        return {
+            parameter.removesuffix(".weight"): tuple(
+                StoredTensor(
+                    self._entries[part.tensor][0],
+                    part.tensor,
+                    "",
+                    self._entries[part.tensor][1],
+                    parameter if joined.converted(parameter) else None,
+                )
+                for part in parts
+            )
+            for parameter, parts in joined.parts.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -123,16 +167,23 @@ def _renaming(plan: Plan, places: Mapping[str, Any]) -> Renaming:
     )
 
 
-def _check(name: str, layer: PlanLayer, tensor: str, entry: TensorEntry) -> None:
-    if entry.shape != layer.shape:
+def _check(name: str, layer: PlanLayer, places: Sequence[StoredTensor]) -> None:
+    for place in places:
+        if place.entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"Tensor {place.tensor!r} must be stored as one of {', '.join(FLOATS)}."
+                f" Got {place.entry.dtype}. Start from the original checkpoint."
+            )
+        if place.part_of is None and place.entry.shape != layer.shape:
+            raise CheckpointError(
+                f"Tensor {place.tensor!r} must have the shape {layer.shape} of layer {name!r}."
+                f" Got {place.entry.shape}. Pass the plan's own model."
+            )
+    stored = sum(prod(place.entry.shape) for place in places if place.part_of is not None)
+    if stored not in (0, layer.parameters):
         raise CheckpointError(
-            f"Tensor {tensor!r} must have the shape {layer.shape} of layer {name!r}. Got {entry.shape}."
-            " Pass the plan's own model."
-        )
-    if entry.dtype not in FLOATS:
-        raise CheckpointError(
-            f"Tensor {tensor!r} must be stored as one of {', '.join(FLOATS)}. Got {entry.dtype}."
-            " Start from the original checkpoint."
+            f"The tensors that make up layer {name!r} must hold its {layer.parameters} values. Got {stored}"
+            f" in {len(places)} tensors from {places[0].tensor!r} on. Pass the plan's own model."
         )
     if layer.op not in QUANTIZABLE:
         raise CheckpointError(

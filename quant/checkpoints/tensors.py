@@ -27,6 +27,19 @@ def each_stored(source: Source, stored: Iterable[StoredTensor]) -> Iterator[tupl
             yield item, tensors.get_tensor(item.tensor)
 
 
+def each_joined(
+    source: Source, stored: Iterable[StoredTensor]
+) -> Iterator[tuple[tuple[StoredTensor, ...], Tensor]]:
+    """Every weight that is stored in several tensors: these, and the weight as transformers joins it."""
+    parts: dict[str, list[StoredTensor]] = {}
+    for item in stored:
+        if item.part_of is not None:
+            parts.setdefault(item.part_of, []).append(item)
+    for parameter, members in parts.items():
+        values = {item.tensor: value for item, value in each_stored(source, members)}
+        yield tuple(members), source.joined.join(parameter, values)
+
+
 def tensor_bytes(tensor: Tensor) -> bytes:
     """A tensor's bytes in memory order; bfloat16 has no numpy type of its own."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

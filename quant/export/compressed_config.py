@@ -7,9 +7,35 @@ from typing import Any
 
 from quant.export.protocol import Deployment, ModelFacts, WeightFacts
 from quant.integer import IntegerFormat
+from quant.plan import PlanLayer
 
 SHAPE_BYTES = 16
 """Two 64-bit integers beside every packed weight: its shape."""
+FORMATS = {
+    "fp8_e4m3": "float-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+}
+SCALES = {"nvfp4": "torch.float8_e4m3fn", "mxfp4": "torch.uint8", "mxfp8": "torch.uint8"}
+
+
+def _inputs(bits: int, kind: str, strategy: str, dynamic: bool | str, **more: Any) -> dict[str, Any]:
+    shape = {"strategy": strategy, "group_size": None, "dynamic": dynamic}
+    return {"num_bits": bits, "type": kind, "symmetric": True, **shape, **more}
+
+
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "int8": _inputs(8, "int", "token", True),
+    "int8s": _inputs(8, "int", "tensor", False),
+    "int4": _inputs(4, "int", "token", True),
+    "fp8": _inputs(8, "float", "token", True),
+    "fp8s": _inputs(8, "float", "tensor", False),
+    "mxfp8": _inputs(8, "float", "group", True, group_size=32, scale_dtype="torch.uint8"),
+    "nvfp4s": _inputs(4, "float", "tensor_group", "local", group_size=16, scale_dtype="torch.float8_e4m3fn"),
+}
+STORED_SCALES = ("int8s", "fp8s", "nvfp4s")
+"""Activation formats with a stored scale; the block scales of nvfp4s are taken at run time all the same."""
 
 
 def config_groups(deployment: Deployment) -> dict[str, dict[str, Any]]:
@@ -24,21 +50,33 @@ def config_groups(deployment: Deployment) -> dict[str, dict[str, Any]]:
 
 
 def _group(facts: WeightFacts, names: list[str]) -> dict[str, Any]:
-    weights = {
+    return {
+        "targets": names,
+        "weights": _weights(facts),
+        "input_activations": None if facts.activation is None else dict(ACTIVATIONS[facts.activation]),
+        "output_activations": None,
+        "format": tensor_format(facts),
+    }
+
+
+def tensor_format(facts: WeightFacts) -> str:
+    """The library's name of the layout of a module's tensors."""
+    if facts.kind in FORMATS:
+        return FORMATS[facts.kind]
+    whole = facts.bits == 8 and facts.group_size is None
+    return "int-quantized" if facts.activation is not None and whole else "pack-quantized"
+
+
+def _weights(facts: WeightFacts) -> dict[str, Any]:
+    found = {
         "num_bits": facts.bits,
-        "type": "int",
+        "type": "int" if facts.kind == "int" else "float",
         "symmetric": facts.symmetric,
-        "strategy": facts.granularity,
+        "strategy": "tensor_group" if facts.kind == "nvfp4" else facts.granularity,
         "group_size": facts.group_size,
         "dynamic": False,
     }
-    return {
-        "targets": names,
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": "pack-quantized",
-    }
+    return found | ({"scale_dtype": SCALES[facts.kind]} if facts.kind in SCALES else {})
 
 
 def quantization_config(deployment: Deployment) -> dict[str, Any]:
@@ -54,18 +92,24 @@ def quantization_config(deployment: Deployment) -> dict[str, Any]:
 
 
 def packed_bytes(deployment: Deployment) -> int:
-    """Bytes of the packed tensors: 32-bit words per output channel, scales, packed zero points, shapes."""
-    stored = deployment.kept_bytes
-    for name, layer in deployment.quantized_layers.items():
-        fmt = deployment.schemes[name].weight
-        assert isinstance(fmt, IntegerFormat), "the linter refuses such plans"
-        rows, columns = layer.matrix
-        scales = fmt.scales_shape(layer.matrix)
-        words = rows * -(-columns * fmt.bits // 32)
-        points = 0 if fmt.symmetric else -(-rows * fmt.bits // 32) * scales[1]
-        scale_bytes = fmt.storage(layer.matrix).scale_bits // 8
-        stored += 4 * (words + points) + scale_bytes + SHAPE_BYTES
-    return stored
+    """Bytes of the tensors of all planned modules, as the library stores them."""
+    return deployment.kept_bytes + sum(
+        _tensor_bytes(deployment, name, layer) for name, layer in deployment.quantized_layers.items()
+    )
+
+
+def _tensor_bytes(deployment: Deployment, name: str, layer: PlanLayer) -> int:
+    """Packed integers are 32-bit words per output channel, packed zero points and a shape beside them."""
+    scheme, facts = deployment.schemes[name], deployment.quantized[name]
+    fmt = scheme.weight
+    inputs = 4 if facts.activation is not None and facts.activation in STORED_SCALES else 0
+    if tensor_format(facts) != "pack-quantized":
+        return fmt.storage(layer.matrix).bytes + inputs
+    assert isinstance(fmt, IntegerFormat), "only integers are packed so"
+    rows, columns = layer.matrix
+    words = rows * -(-columns * fmt.bits // 32)
+    points = 0 if fmt.symmetric else -(-rows * fmt.bits // 32) * fmt.scales_shape(layer.matrix)[1]
+    return 4 * (words + points) + fmt.storage(layer.matrix).scale_bits // 8 + SHAPE_BYTES + inputs
 
 
 def read_config(config: Mapping[str, Any], model: ModelFacts) -> dict[str, WeightFacts | None]:
@@ -84,4 +128,31 @@ def _attached(module: Any) -> WeightFacts | None:
     if scheme is None or scheme.weights is None:
         return None
     weights = scheme.weights
-    return WeightFacts("int", weights.num_bits, weights.symmetric, str(weights.strategy), weights.group_size)
+    grain = "group" if weights.strategy == "tensor_group" else str(weights.strategy)
+    inputs = None if scheme.input_activations is None else _activation_of(scheme.input_activations)
+    facts = WeightFacts(
+        _kind_of(weights), weights.num_bits, weights.symmetric, grain, weights.group_size, inputs
+    )
+    if str(scheme.format) != tensor_format(facts):
+        raise ValueError(
+            f"Format must be {tensor_format(facts)} for {facts}. Got {scheme.format}. Export again."
+        )
+    return facts
+
+
+def _kind_of(weights: Any) -> str:
+    if weights.type == "int":
+        return "int"
+    grain = (weights.num_bits, str(weights.strategy), weights.group_size)
+    kinds = {(4, "tensor_group", 16): "nvfp4", (4, "group", 32): "mxfp4", (8, "group", 32): "mxfp8"}
+    return kinds.get(grain, f"fp{weights.num_bits}_e4m3")
+
+
+def _activation_of(inputs: Any) -> str:
+    found = {
+        name: getattr(inputs, name) for name in ("num_bits", "type", "strategy", "dynamic", "group_size")
+    }
+    for name, arguments in ACTIVATIONS.items():
+        if all(arguments[key] == value for key, value in found.items()):
+            return name
+    raise ValueError(f"Input activations must be of a known format. Got {found}. Export again.")

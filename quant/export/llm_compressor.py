@@ -40,7 +40,6 @@ def files(deployment: Deployment) -> dict[str, bytes]:
     observer = OBSERVERS[deployment.schemes[next(iter(deployment.quantized))].quantizer]
     groups = config_groups(deployment)
     for group in groups.values():
-        del group["format"]
         group["weights"]["observer"] = observer
     modifier = {"ignore": [module.name for module in deployment.untouched], "config_groups": groups}
     recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}

@@ -1,7 +1,8 @@
 """MLX: `config.json` with `quantization`, and the same again under `quantization_config`.
 
 MLX's affine mode stores a scale and a bias of 16 bits for every group, for symmetric plans too: those are
-refused, and an asymmetric plan's bytes in MLX are told by `stored_bytes`.
+refused, and an asymmetric plan's bytes in MLX are told by `stored_bytes`. Its nvfp4 mode has no scale for the
+whole tensor, without which the stored numbers are others than those measured: refused.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from quant.export.protocol import Deployment, Files, ModelFacts, Violation, Weig
 from quant.export.rules import Takes, only_formats, only_ops
 
 FILE = "config.json"
-TAKES = (Takes("int", asymmetric=(2, 3, 4, 5, 6, 8), scales=(32, 64, 128)),)
+TAKES = (
+    Takes("int", asymmetric=(2, 3, 4, 5, 6, 8), scales=(32, 64, 128)),
+    Takes("mxfp4"),
+    Takes("mxfp8"),
+)
 OPS = ("linear", "embedding")
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
-    """Every violation of the rules of MLX's affine mode."""
+    """Every violation of the rules of MLX's modes."""
     return (
         *only_ops(deployment, OPS),
         *only_formats(deployment, *TAKES),
@@ -41,16 +46,18 @@ def files(deployment: Deployment) -> dict[str, bytes]:
 
 
 def _entry(facts: WeightFacts) -> dict[str, Any]:
-    return {"group_size": facts.group_size, "bits": facts.bits, "mode": "affine"}
+    mode = "affine" if facts.kind == "int" else facts.kind
+    return {"group_size": facts.group_size, "bits": facts.bits, "mode": mode}
 
 
 def stored_bytes(deployment: Deployment) -> int:
-    """Packed values, and a scale and a bias of 16 bits per group."""
+    """Packed values, and per group a scale and a bias of 16 bits each; MX formats have a scale of 8 bits."""
     stored = deployment.kept_bytes
     for name, layer in deployment.quantized_layers.items():
         facts = deployment.quantized[name]
         assert facts.group_size is not None, "the linter refuses such plans"
-        stored += layer.parameters * facts.bits // 8 + layer.parameters // facts.group_size * 4
+        beside = 4 if facts.kind == "int" else 1
+        stored += layer.parameters * facts.bits // 8 + layer.parameters // facts.group_size * beside
     return stored
 
 
@@ -71,6 +78,7 @@ def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | Non
                 tree.model,
                 group_size=quantization["group_size"],
                 bits=quantization["bits"],
+                mode=quantization["mode"],
                 class_predicate=lambda path, _: quantization.get(path, False),
             )
             found[module.name] = _facts(tree.leaf())
@@ -102,4 +110,5 @@ class _Tree:
 def _facts(module: Any) -> WeightFacts | None:
     if not hasattr(module, "scales"):
         return None
-    return WeightFacts("int", module.bits, False, "group", module.group_size)
+    kind = "int" if module.mode == "affine" else module.mode
+    return WeightFacts(kind, module.bits, kind != "int", "group", module.group_size)

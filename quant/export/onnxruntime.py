@@ -2,8 +2,9 @@
 
 `matmul_nbits.json` goes to `MatMulNBitsQuantizer(model, nodes_to_exclude=..., algo_config=
 RTNWeightOnlyQuantConfig(customized_weight_config=...))`. The quantizer gives 4 bits to every node that is
-not mentioned, so modules that keep their precision are listed as excluded. Nodes are named as
-`torch.onnx.export` and Optimum name them.
+not mentioned, so all modules that keep their precision are listed as excluded (a name without a node does no
+harm, and a head that shares an embedding's weight is listed as one). Nodes are named as `torch.onnx.export`
+and Optimum name them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def files(deployment: Deployment) -> dict[str, bytes]:
     config = {
         "quant_format": "QOperator",
         "algorithm": "RTN",
-        "nodes_to_exclude": [node_name(item.name) for item in deployment.untouched if item.op == "linear"],
+        "nodes_to_exclude": [node_name(item.name) for item in deployment.untouched],
         "customized_weight_config": {
             node_name(name): {
                 "bits": facts.bits,
@@ -89,20 +90,19 @@ def node_bytes(facts: WeightFacts, rows: int, columns: int, scale_bytes: int) ->
 
 
 def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | None]:
-    """The nodes that the quantizer writes for a model with one small MatMul for every linear module."""
+    """The nodes that the quantizer writes for a model with one small MatMul for every module."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer, RTNWeightOnlyQuantConfig
 
     config = json.loads(exported[FILE])
-    linears = [module.name for module in model.modules if module.op == "linear"]
+    names = [module.name for module in model.modules]
     quantizer = MatMulNBitsQuantizer(
-        _stand_in(linears),
+        _stand_in(names),
         nodes_to_exclude=config["nodes_to_exclude"],
         algo_config=RTNWeightOnlyQuantConfig(customized_weight_config=config["customized_weight_config"]),
     )
     quantizer.process()
     written = {node.name.rpartition("_Q")[0]: node for node in quantizer.model.model.graph.node}
-    found = {name: written.get(node_name(name)) for name in linears}
-    return {module.name: node_facts(found.get(module.name)) for module in model.modules}
+    return {name: node_facts(written.get(node_name(name))) for name in names}
 
 
 def _stand_in(names: list[str]) -> Any:

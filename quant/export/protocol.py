@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from quant.formats import BlockFormat, FloatFormat, GgufFormat, IntegerFormat
-from quant.layers import Inventory
+from quant.layers import Inventory, Op
 from quant.plan import Plan, PlanLayer
 from quant.schemes import Scheme, parse_scheme
 
-QUANTIZABLE = ("linear", "conv1d", "conv2d", "embedding", "transformers_conv1d")
+QUANTIZABLE = get_args(Op)
 Files = Mapping[str, bytes]
 
 
@@ -122,7 +122,8 @@ class ModelFacts:
     def of(cls, inventory: Inventory, config: Mapping[str, Any]) -> ModelFacts:
         """From an inventory, whatever it includes or leaves out."""
         layers = [Module(name, layer.op) for layer in inventory.layers for name in layer.names]
-        excluded = [Module(item.name, item.op) for item in inventory.excluded if item.op in QUANTIZABLE]
+        left_out = [item for item in inventory.excluded if item.op in QUANTIZABLE]
+        excluded = [Module(name, item.op) for item in left_out for name in item.names]
         return cls(config, tuple(layers + excluded))
 
 

@@ -86,17 +86,31 @@ def _format_fault(facts: WeightFacts, columns: int, takes: Collection[Takes]) ->
 
 def fused_agree(deployment: Deployment) -> Iterator[Violation]:
     """Modules that are loaded as one matrix must get one scheme, or all keep their precision."""
+    for names in _fused_sets(deployment):
+        found = {name: _scheme(deployment, name) for name in names}
+        if len(set(found.values())) > 1:
+            rule = f"it is loaded as one matrix with {', '.join(names[1:])}, so their schemes must be equal"
+            yield Violation(names[0], rule, ", ".join(found.values()))
+
+
+def fused_have_channels(deployment: Deployment) -> Iterator[Violation]:
+    """Floats loaded as one matrix must not have one scale per tensor: they would be rounded again."""
+    for names in _fused_sets(deployment):
+        for name in names if len(names) > 1 else ():
+            facts = deployment.quantized.get(name)
+            if facts is not None and facts.kind.startswith("fp8") and facts.granularity == TENSOR:
+                rule = "it is loaded as one matrix with others, so its scales must be one per channel"
+                yield Violation(name, rule, _scheme(deployment, name))
+
+
+def _fused_sets(deployment: Deployment) -> Iterator[list[str]]:
     sets: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for module in deployment.model.modules:
         parent, _, last = module.name.rpartition(".")
         for number, members in enumerate(FUSED):
             if last in members:
                 sets[parent, number].append(module.name)
-    for names in sets.values():
-        found = {name: _scheme(deployment, name) for name in names}
-        if len(set(found.values())) > 1:
-            rule = f"it is loaded as one matrix with {', '.join(names[1:])}, so their schemes must be equal"
-            yield Violation(names[0], rule, ", ".join(found.values()))
+    yield from sets.values()
 
 
 def _scheme(deployment: Deployment, name: str) -> str:

@@ -1,7 +1,8 @@
 """vLLM: `config.json` with a compressed-tensors `quantization_config`.
 
-Rules: weight-only integers of 2 to 8 bits, zero points for 4 and 8 bits only, scales per output channel or
-for groups of 32, 64 or 128 columns, and one scheme for matrices that vLLM loads as one.
+Rules: integers of 2 to 8 bits with scales per output channel or for groups of 32, 64 or 128 columns, zero
+points for 4 and 8 bits without quantized activations only, fp8 (e4m3), nvfp4, mxfp4 and mxfp8 with the
+activations that vLLM has a kernel for, and one scheme for matrices that vLLM loads as one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,30 @@ import json
 
 from quant.export.compressed_config import packed_bytes, quantization_config, read_config
 from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
-from quant.export.rules import CHANNEL, Takes, fused_agree, only_formats, only_ops
+from quant.export.rules import (
+    CHANNEL,
+    TENSOR,
+    Takes,
+    fused_agree,
+    fused_have_channels,
+    only_formats,
+    only_ops,
+)
 
 FILE = "config.json"
-TAKES = (Takes("int", symmetric=range(2, 9), asymmetric=(4, 8), scales=(CHANNEL, 32, 64, 128)),)
+GRAINS = (CHANNEL, 32, 64, 128)
+TAKES = (
+    Takes("int", symmetric=range(2, 9), asymmetric=(4, 8), scales=GRAINS),
+    Takes("int", symmetric=(8,), scales=(CHANNEL, TENSOR), activations=("int8", "int8s")),
+    Takes("int", symmetric=range(2, 9), scales=GRAINS, activations=("int8",)),
+    Takes("int", symmetric=range(2, 5), scales=GRAINS, activations=("int4",)),
+    Takes("fp8_e4m3", scales=(CHANNEL, TENSOR), activations=(None, "fp8", "fp8s")),
+    Takes("nvfp4", activations=(None, "nvfp4s")),
+    Takes("mxfp4"),
+    Takes("mxfp8", activations=("mxfp8",)),
+)
+"""What vLLM finds a scheme class for. Its kernel for mxfp8 always rounds activations too, the one for mxfp4
+does on GPUs that multiply MXFP4."""
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
@@ -22,6 +43,7 @@ def lint(deployment: Deployment) -> tuple[Violation, ...]:
         *only_ops(deployment, ("linear",)),
         *only_formats(deployment, *TAKES),
         *fused_agree(deployment),
+        *fused_have_channels(deployment),
     )
 
 

@@ -7,7 +7,7 @@ binary weights in Rastegari et al. 2016 (arXiv:1603.05279), a few times in turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -42,13 +42,17 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | No
     """
     if fmt.family != "integer":
         return cast(Encoded, codec_of(fmt).closest(weight_matrix, fmt))
-    found = [_search(block, fmt) for block in _blocks(weight_matrix, fmt)]
-    scales = torch.cat([scale for scale, _ in found])
-    points = None if fmt.symmetric else torch.cat([point for _, point in found if point is not None])
-    return encode(weight_matrix, fmt, scales, points)
+    return rounded(weight_matrix, fmt, (search(block, fmt) for block in blocks(weight_matrix, fmt)))
 
 
-def _blocks(matrix: Tensor, fmt: IntegerFormat) -> Iterator[Tensor]:
+def rounded(matrix: Tensor, fmt: IntegerFormat, found: Iterable[tuple[Tensor, Tensor | None]]) -> Encoded:
+    """The matrix on the grids of stored scales and zero points that were found block by block."""
+    grids = list(found)
+    points = None if fmt.symmetric else torch.cat([point for _, point in grids if point is not None])
+    return encode(matrix, fmt, torch.cat([scale for scale, _ in grids]), points)
+
+
+def blocks(matrix: Tensor, fmt: IntegerFormat) -> Iterator[Tensor]:
     """(groups, size) weights, some rows of the matrix at a time; per tensor one (1, all) block."""
     if fmt.granularity == "tensor":
         yield matrix.float().reshape(1, -1)
@@ -58,7 +62,7 @@ def _blocks(matrix: Tensor, fmt: IntegerFormat) -> Iterator[Tensor]:
         yield grouped.reshape(-1, grouped.shape[-1])
 
 
-def _search(groups: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:
+def search(groups: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:
     """(count, size) -> stored scales and zero points, both (count,)."""
     scan = Scan.of(groups, fmt)
     full = scan.measure(scan.low, scan.high)
@@ -164,8 +168,8 @@ class Scan:
         dot = torch.zeros_like(self.unit)
         square = torch.zeros_like(self.unit)
         scale = best.scale.float() / self.unit
-        for part in self._parts():
-            levels = self._levels(part, scale, best.point)
+        for part in self.parts():
+            levels = self.levels(part, scale, best.point)
             square += levels.square().sum(dim=self.axis, keepdim=True)
             dot += levels.mul_(part).sum(dim=self.axis, keepdim=True)
         fitted = torch.where(square > 0, dot / square.clamp(min=1) * self.unit, best.scale.float())
@@ -175,15 +179,16 @@ class Scan:
     def _error(self, stored: Tensor, point: Tensor | None) -> Tensor:
         total = torch.zeros_like(self.unit)
         scale = stored.float() / self.unit
-        for part in self._parts():
-            miss = self._levels(part, scale, point).mul_(scale).sub_(part)
+        for part in self.parts():
+            miss = self.levels(part, scale, point).mul_(scale).sub_(part)
             total += torch.linalg.vector_norm(miss, dim=self.axis, keepdim=True).square()
         return total
 
-    def _parts(self) -> tuple[Tensor, ...]:
+    def parts(self) -> tuple[Tensor, ...]:
+        """Views of `weights` that are small enough for temporary copies."""
         return torch.split(self.weights, BLOCK, dim=1) if self.axis == 1 else (self.weights,)
 
-    def _levels(self, part: Tensor, scale: Tensor, point: Tensor | None) -> Tensor:
+    def levels(self, part: Tensor, scale: Tensor, point: Tensor | None) -> Tensor:
         """Integers minus zero point, in the shared buffer."""
         levels = torch.div(part, scale, out=self.buffer.narrow(1, 0, part.shape[1])).round_()
         if point is None:

@@ -1,4 +1,4 @@
-"""Exports: a plan as the files that a runtime reads. Built here, because writing them needs no library."""
+"""Exports: a plan as the files that a runtime reads. Built here, because writing them needs no torch."""
 
 from __future__ import annotations
 

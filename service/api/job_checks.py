@@ -96,9 +96,8 @@ def _check_names(body: JobRequest, model: ModelRecord) -> None:
     inventory = stored_inventory(model)
     if inventory is None:
         return
-    layers = inventory["layers"]
-    names = [name for layer in layers for name in (layer["name"], *layer["aliases"])]
-    everything = names + [item["name"] for item in inventory["excluded"]]
+    listed = (*inventory["layers"], *inventory["excluded"])
+    everything = [name for item in listed for name in (item["name"], *item.get("aliases", ()))]
     _require(body.include, everything, "include")
     _require(body.exclude, everything, "exclude")
     _require(body.pins, everything, "pins")
@@ -117,7 +116,9 @@ def _check_runtime(body: JobRequest, runtime: str, inventory: Inventory) -> None
     }
     layers = tuple(layer for layer in inventory.layers if layer.name not in left_out)
     kept = [
-        Excluded(layer.name, layer.op, 0, "excluded") for layer in inventory.layers if layer.name in left_out
+        Excluded(layer.name, layer.op, 0, "excluded", layer.aliases)
+        for layer in inventory.layers
+        if layer.name in left_out
     ]
     present = {layer.name for layer in layers}
     pins = expand_pins(inventory, _known_pins(body, inventory))

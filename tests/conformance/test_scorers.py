@@ -17,21 +17,24 @@ from sensitivity.errors import BadUnit, MetricNotOffered
 from sensitivity.session import Session
 from sensitivity.units import BlockPlan, BlockUnit, ScoreRow, ScoreUnit, unit_from_json
 
+EXPERTS = "causal_lm of fused experts"
 MODELS = {
     "causal_lm": "llama",
     "sequence_embedding": "bert",
     "image_classification": "resnet",
     "generic": "mlp",
+    EXPERTS: "mixtral",
 }
 SCHEMES = ("w2", "w3", "w4", "w6", "w8")
 HAS_LABELS = {"image_classification"}
 PAIRS = [(metric, task) for metric in SCORERS for task in TASKS]
 OFFERED = [(m, t) for m, t in PAIRS if m in offered_metrics(t, has_labels=t in HAS_LABELS)]
+WITH_EXPERTS = [*OFFERED, *((m, EXPERTS) for m, t in OFFERED if t == "causal_lm")]
 REFUSED = [pair for pair in PAIRS if pair not in OFFERED]
 
 
 def test_every_task_has_a_model_here() -> None:
-    assert set(MODELS) == set(TASKS)
+    assert set(MODELS) == {*TASKS, EXPERTS}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def block_rows(session: Session, metric: Metric, plan: BlockPlan, *, reverse: bo
     return scorer.combine(plan, done)
 
 
-@pytest.mark.parametrize(("metric", "task"), OFFERED)
+@pytest.mark.parametrize(("metric", "task"), WITH_EXPERTS)
 def test_every_choice_gets_one_finite_row(metric: str, task: str, tiny: Any, scores: Any) -> None:
     rows = scores(metric, task)
     layers = [layer.name for layer in Session(tiny(MODELS[task]).spec()).inventory.layers]
@@ -95,16 +98,19 @@ def test_another_session_in_another_order_gives_the_same_rows(metric: str, task:
     assert scores(metric, task, again=True) == scores(metric, task)
 
 
-@pytest.mark.parametrize(("metric", "task"), OFFERED)
+@pytest.mark.parametrize(("metric", "task"), WITH_EXPERTS)
 def test_more_bits_are_better_on_average(metric: str, task: str, scores: Any) -> None:
-    """Single layers may be out of order; the mean over layers that matter is not."""
+    """Single layers may be out of order; the mean over layers that matter is not. A token that is routed to
+    another expert changes the outputs however little the weights changed, so fine schemes may tie there.
+    """
+    schemes = SCHEMES[:3] if task == EXPERTS else SCHEMES
     by_scheme = {
-        scheme: [abs(r.value) for r in scores(metric, task) if r.scheme == scheme] for scheme in SCHEMES
+        scheme: [abs(r.value) for r in scores(metric, task) if r.scheme == scheme] for scheme in schemes
     }
-    means = [float(np.mean(by_scheme[scheme])) for scheme in SCHEMES]
+    means = [float(np.mean(by_scheme[scheme])) for scheme in schemes]
     expected = sorted(means, reverse=SCORERS[metric].direction == "min")
     assert means == expected
-    assert len(set(means)) == len(SCHEMES)
+    assert len(set(means)) == len(schemes)
 
 
 @pytest.mark.parametrize(("metric", "task"), REFUSED)

@@ -3,7 +3,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from quant.apply import ApplyError, NonFinite, fake_quantized, quantize_, quantized_weight, replaced_weights
+from quant.apply import (
+    ApplyError,
+    NonFinite,
+    encode_weight,
+    fake_quantized,
+    quantize_,
+    quantized_weight,
+    replaced_weights,
+)
+from quant.formats import codec_of
 from quant.inventory import take_inventory
 from quant.packing import decode
 from quant.plan import Certificate, Digests
@@ -59,6 +68,16 @@ def test_weights_are_what_the_formats_store(model):
         assert model.head.weight is model.embed.weight
         assert not torch.equal(model.head.weight, weights["embed.weight"])
     assert same(model, weights)
+
+
+@pytest.mark.parametrize("spelling", ["w4-g5-asym", "w3", "fp8", "fp4", "bf16"])
+def test_what_is_stored_decodes_to_what_is_measured(model, spelling):
+    scheme, layer = parse_scheme(spelling), inventory_of(model).by_name["conv"]
+    codec = codec_of(scheme.weight)
+    packed = codec.pack(encode_weight(model.conv.weight, "conv2d", "conv", scheme))
+    assert packed.nbytes == scheme.storage(layer.matrix).bytes
+    stored = codec.decode(codec.unpack(packed)).reshape(layer.weight_shape).to(model.conv.weight)
+    assert torch.equal(stored, quantized_weight(model.conv.weight, layer, scheme))
 
 
 def test_the_same_memory_comes_back_after_an_exception(model):

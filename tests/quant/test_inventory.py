@@ -117,6 +117,7 @@ def test_embeddings_and_head_are_left_out_unless_included():
     assert by_name(inventory.excluded)["embed"].reason == (
         "embedding (shared with lm_head): left out by default; include it by pattern"
     )
+    assert by_name(inventory.excluded)["embed"].aliases == ("lm_head",)
     both = take_inventory(Tied(), include=["embed"], exclude=["lm_*"])
     assert by_name(both.excluded)["embed"].reason == "matches the exclude pattern 'lm_*'"
 
@@ -153,7 +154,10 @@ def test_what_has_no_layer_is_listed_with_its_reason():
     inventory = take_inventory(model)
     reasons = {item.name: item.reason for item in inventory.excluded}
     assert [layer.name for layer in inventory.layers] == ["fc", "mha.out_proj"]
-    assert reasons["experts.gate_up_proj"] == "fused expert tensor: this version does not offer it"
+    assert (
+        reasons["experts.gate_up_proj"]
+        == "fused expert tensor whose layout is not certain: this version does not offer it"
+    )
     assert "nn.MultiheadAttention" in reasons["mha.in_proj_weight"]
     assert "LSTM" in reasons["rnn.weight_ih_l0"]
     assert "parametrized" in reasons["normed.parametrizations.weight.original1"]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -6,11 +7,18 @@ from quant.layers import Excluded, Inventory, Layer
 from quant.reading import Node, ReadError
 
 LAYER = Layer("conv", "conv2d", (8, 3, 3, 3), (8, 27), 216, None, "convolution", ("again",), "bfloat16")
-INVENTORY = Inventory((LAYER,), (Excluded("embed", "embedding", 640, "left out"),), 900, 1234)
+EMBED = Excluded("embed", "embedding", 640, "left out", ("lm_head",))
+INVENTORY = Inventory((LAYER,), (EMBED,), 900, 1234)
 
 
 def test_inventory_survives_json():
     assert Inventory.from_json(json.loads(json.dumps(INVENTORY.as_json()))) == INVENTORY
+
+
+def test_documents_from_before_excluded_weights_had_aliases_are_read():
+    document = json.loads(json.dumps(INVENTORY.as_json()))
+    del document["excluded"][0]["aliases"]
+    assert Inventory.from_json(document).excluded == (replace(EMBED, aliases=()),)
 
 
 def test_layers_are_found_by_every_name():

@@ -27,8 +27,15 @@ def peak(work):
     return highest, result
 
 
-@pytest.mark.parametrize("quantizer", ["rtn", "mse_clip"])
-@pytest.mark.parametrize("name", SCHEMES)
+CASES = [
+    (name, quantizer.name)
+    for name in SCHEMES
+    for quantizer in QUANTIZERS.values()
+    if not quantizer.needs_inputs and parse_scheme(name).weight.family in quantizer.families
+]
+
+
+@pytest.mark.parametrize(("name", "quantizer"), CASES)
 def test_quantizing_and_packing_take_less_than_twice_the_size(name, quantizer):
     fmt = parse_scheme(name).weight
     matrix = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))

@@ -1,9 +1,7 @@
-from dataclasses import replace
-
 import pytest
 
-from quant.catalog import QUANTIZERS
 from quant.formats import IntegerFormat
+from quant.layers import Layer
 from quant.schemes import Scheme, SchemeError, parse_scheme, parse_schemes
 
 
@@ -93,7 +91,7 @@ def test_menus_keep_their_order_and_hold_everything_once():
 
 
 def test_a_scheme_needs_a_listed_quantizer():
-    with pytest.raises(SchemeError, match="Quantizer must be one of gptq, mse_clip, rtn. Got 'none'"):
+    with pytest.raises(SchemeError, match="Quantizer must be one of gptq, hqq, lorc, mse_clip, rtn. Got 'no"):
         Scheme(IntegerFormat(4), "none")
 
 
@@ -122,13 +120,67 @@ def test_as_json_names_everything_a_score_depends_on():
     }
 
 
-def test_storage_counts_what_a_quantizer_adds(monkeypatch):
-    scheme = parse_scheme("w3-rtn")
-    assert not scheme.adds
-    assert scheme.storage((5, 7)) == IntegerFormat(3).storage((5, 7))
-    adding = replace(QUANTIZERS["rtn"], adds=lambda matrix: 16 * matrix[1])
-    monkeypatch.setitem(QUANTIZERS, "rtn", adding)
+def test_storage_counts_what_a_quantizer_adds():
+    scheme = parse_scheme("w3-lorc2")
     assert scheme.adds
-    assert scheme.storage((5, 7)).added_bits == 16 * 7
-    assert scheme.storage((5, 7)).bytes == IntegerFormat(3).storage((5, 7)).bytes + 2 * 7
-    assert scheme.storage((5, 7)).bits == IntegerFormat(3).storage((5, 7)).bits + 16 * 7
+    assert not parse_scheme("w3").adds
+    assert scheme.storage((5, 7)).added_bits == 16 * 2 * (5 + 7)
+    assert scheme.storage((5, 7)).bytes == IntegerFormat(3).storage((5, 7)).bytes + 2 * 2 * 12
+    assert scheme.storage((5, 7)).bits == IntegerFormat(3).storage((5, 7)).bits + 16 * 2 * 12
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "spelled"),
+    [
+        ("lorc8-w3", "w3-lorc8", "w3-channel-sym-float16-mse_clip-lorc8"),
+        ("w3-mse_clip-lorc8", "w3-lorc8", "w3-channel-sym-float16-mse_clip-lorc8"),
+        ("w3-lorc16-gptq-g32", "w3-g32-gptq-lorc16", "w3-g32-sym-float16-gptq-lorc16"),
+        ("nf4-lorc4-aint8-rtn", "nf4-rtn-lorc4-aint8", "nf4-g64-float32-rtn-lorc4-aint8"),
+    ],
+)
+def test_an_adjusting_quantizer_has_another_one_round(text, name, spelled):
+    scheme = parse_scheme(text)
+    assert (scheme.name, scheme.spelled) == (name, spelled)
+    assert parse_scheme(spelled) == scheme == parse_scheme(name)
+    assert set(scheme.quantizers) == {scheme.base, "lorc"}
+    assert scheme.needs_inputs == ("gptq" in name)
+    assert scheme.as_json()["base"] == scheme.base
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w3-lorc", "Quantizer must be spelled lorc<rank>"),
+        ("w3-lorc0", "unknown part 'lorc0'"),
+        ("w3-lorc08", "unknown part 'lorc08'"),
+        ("w3-rtn8", "Quantizer must be spelled rtn,"),
+        ("w3-lorc4-lorc8", "must name its quantizer once"),
+        ("bf16-lorc4", "Quantizer must support the format family 'plain'. Got 'lorc'"),
+    ],
+)
+def test_adjusting_quantizers_are_spelled_with_their_number(text, message):
+    with pytest.raises(SchemeError) as raised:
+        parse_scheme(text)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quantizer": "lorc", "parameter": 4}, "A base quantizer must be given"),
+        ({"quantizer": "rtn", "base": "gptq"}, "A base quantizer must be given"),
+        ({"quantizer": "lorc", "parameter": 4, "base": "lorc"}, "Scheme must name one of lorc at most"),
+        ({"quantizer": "lorc", "parameter": 4, "base": "none"}, "Quantizer must be one of"),
+    ],
+)
+def test_schemes_check_who_rounds(fields, message):
+    with pytest.raises(SchemeError, match=message):
+        Scheme(IntegerFormat(4), **fields)
+
+
+def test_factors_must_be_thinner_than_the_matrix():
+    layer = Layer("fc", "linear", (8, 20), (8, 20), 160, None, "other", (), "float32")
+    assert parse_scheme("w3-lorc7").refuses(layer) is None
+    assert parse_scheme("w3-lorc8").refuses(layer) == (
+        "factors of rank 8 must be thinner than the matrix 8 x 20; use a lower rank"
+    )

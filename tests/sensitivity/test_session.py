@@ -31,7 +31,7 @@ from sensitivity.session import Session
 from sensitivity.spec import DataSource, ModelSource, SessionSpec
 from sensitivity.units import BlockUnit, InspectUnit, MeasureUnit, ScoreUnit, Unit, UnitResult
 
-NAMES = ("llama", "bert", "resnet", "mlp")
+NAMES = ("llama", "bert", "resnet", "mlp", "gpt_oss")
 CHOICE_METRICS = tuple(name for name, metric in SCORERS.items() if metric.unit == "choice")
 
 
@@ -89,7 +89,7 @@ def test_facts_of_an_inspection(name: str, tiny: Any, session: Callable[[str], S
     assert facts["divergence"] == TASKS[tiny(name).task].divergence
     assert facts["dtype"] == "float32"
     assert facts["has_labels"] is (name == "resnet")
-    assert ("hessian_trace" in facts["available_metrics"]) is (name in ("llama", "resnet"))
+    assert ("hessian_trace" in facts["available_metrics"]) is (name not in ("bert", "mlp"))
     assert facts["forward_seconds"] > 0
     inventory = Inventory.from_json(json.loads(json.dumps(facts["inventory"])))
     assert len(inventory.layers) >= 3
@@ -140,13 +140,13 @@ def test_units_leave_the_model_as_it_was(name: str, tiny: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_full_precision_model_does_not_diverge_from_itself(
-    name: str, session: Callable[[str], Session]
+    name: str, tiny: Any, session: Callable[[str], Session]
 ) -> None:
     result = session(name).run(MeasureUnit((), "choosing"))
     assert result.arrays["divergence"].tolist() == [0.0] * 6
     assert result.facts["divergence"] == {"mean": 0.0, "stderr": 0.0, "n": 6}
     assert set(result.facts["quality"]) == (
-        {"perplexity"} if name == "llama" else {"accuracy"} if name == "resnet" else set()
+        {"causal_lm": {"perplexity"}, "image_classification": {"accuracy"}}.get(tiny(name).task, set())
     )
 
 

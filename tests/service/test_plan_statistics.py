@@ -23,8 +23,6 @@ from service.settings import Settings
 
 Tiny = Callable[[str], Any]
 PARAMETERS: dict[str, Any] = {
-    "budgets": ["4.5 bpw"],
-    "schemes": ["w2-gptq", "w3-asym-gptq", "w4-g8-gptq", "w8"],
     "samples": 8,
     "sequence_length": 12,
     "seed": 5,
@@ -32,11 +30,19 @@ PARAMETERS: dict[str, Any] = {
     "evaluations": 1,
 }
 
+GPTQ = ("w2-gptq", "w3-asym-gptq", "w4-g8-gptq", "w8")
+ADJUSTED = ("w2-gptq-lorc1", "w8")
+BUDGETS = {GPTQ: "4.5 bpw", ADJUSTED: "7 bpw"}
 
-@pytest.fixture(params=["llama", "resnet", "bert"])
+
+@pytest.fixture(
+    params=[("llama", GPTQ), ("resnet", GPTQ), ("bert", GPTQ), ("llama", ADJUSTED)],
+    ids=["llama", "resnet", "bert", "adjusted"],
+)
 def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
     """(tiny model, plan file, session that measured the plan)."""
-    model = tiny(request.param)
+    kind, schemes = request.param
+    model = tiny(kind)
     settings = Settings(
         data_dir=tmp_path / "data",
         database_url=f"sqlite:///{tmp_path}/data/bitplan.db",
@@ -45,7 +51,11 @@ def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
     )
     with Local(settings) as local:
         source, data = folder_source(model.folder), file_data(model.data)
-        wanted = local.request(local.model(source), local.calibration(data), PARAMETERS)
+        wanted = local.request(
+            local.model(source),
+            local.calibration(data),
+            {**PARAMETERS, "schemes": schemes, "budgets": [BUDGETS[schemes]]},
+        )
         job = local.run(wanted)
         assert job.state == "succeeded", job.problem
         [plan] = local.plans(job.id)
@@ -67,6 +77,8 @@ def test_the_checkpoint_holds_the_very_weights_that_were_measured(
     assert plan.calibration is not None
     assert (plan.calibration.samples, plan.calibration.seed) == (8, 5)
     assert plan_json(parse_plan(plan_json(plan))) == plan_json(plan)
+    menu = {layer.scheme for layer in plan.layers.values()}
+    assert menu <= set(GPTQ) or menu == set(ADJUSTED)
     out = tmp_path / "out"
     result = bitplan("apply", model.folder, file, "-o", out, "--calibration", model.data)
     assert result.exit_code == 0, result.output

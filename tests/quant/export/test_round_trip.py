@@ -1,6 +1,7 @@
 """Random plans come back from the consumer's own parser module by module."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,10 +10,15 @@ from hypothesis import strategies as st
 from quant.export import llm_compressor, mlx, onnxruntime, torchao, vllm
 from quant.export.front import export, lint
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts, Module
-from quant.layers import Inventory, Layer
+from quant.layers import Excluded, Inventory, Layer
+from quant.plan import Certificate, Digests
+from quant.planning import build_plan
 
 VLLM_MENU = ["w2", "w3-g32", "w4", "w4-g128", "w4-g32-asym", "w5", "w6-g64", "w8", "w8-asym"]
+VLLM_MENU += ["fp8", "fp8-bfloat16", "nvfp4", "mxfp4", "w8-aint8", "w8-aint8s", "w4-g128-aint8", "w3-aint4"]
+VLLM_MENU += ["fp8-afp8", "fp8-afp8s", "nvfp4-anvfp4s", "mxfp8-amxfp8"]
 MLX_MENU = ["w2-g32-asym", "w3-g64-asym", "w4-g128-asym", "w5-g32-asym", "w6-g64-asym", "w8-g32-asym"]
+MLX_MENU += ["mxfp4", "mxfp8"]
 AO_MENU = [
     "w2",
     "w3-g32",
@@ -73,6 +79,12 @@ def test_fused_siblings_that_differ_are_refused(inventories, deploy):
     assert violations[0].got == "w4, w8, w4"
 
 
+def test_fused_floats_with_one_scale_per_tensor_are_refused(inventories, deploy):
+    assignment = {layer.name: "fp8-tensor" for layer in inventories["llama"].layers}
+    layers = {item.layer for item in lint("vllm", deploy(inventories["llama"], assignment))}
+    assert layers == {name for name in assignment if not name.endswith(("o_proj", "down_proj"))}
+
+
 def test_a_fused_sibling_that_keeps_its_precision_is_refused(inventories, deploy):
     kept = ("model.layers.0.mlp.up_proj",)
     assignment = {layer.name: "w4" for layer in inventories["llama"].layers if layer.name not in kept}
@@ -86,6 +98,17 @@ def test_a_fused_sibling_that_keeps_its_precision_is_refused(inventories, deploy
         ("vllm", "w3-asym", "asymmetric weights must have a width of 4, 8 bits"),
         ("vllm", "w4-g48", "scales must be one per channel, groups of 32"),
         ("vllm", "w4-tensor", "scales must be one per channel"),
+        ("vllm", "fp8-g32", "scales must be one per channel, one per tensor"),
+        ("vllm", "fp8-e5m2", "weights must be int, fp8_e4m3, nvfp4, mxfp4, mxfp8"),
+        ("vllm", "mxfp8", "activations of mxfp8 weights must be mxfp8"),
+        ("vllm", "nvfp4-anvfp4", "activations of nvfp4 weights must be left alone, nvfp4s"),
+        ("vllm", "w8-g32-aint8s", "scales must be one per channel, one per tensor"),
+        ("vllm", "w8-aint4", "symmetric weights must have a width of 2, 3, 4 bits"),
+        ("vllm", "w4-asym-aint8", "asymmetric weights must have a width of none bits"),
+        ("vllm", "w8-afp8", "activations of int weights must be left alone, int8, int8s, int4"),
+        ("vllm", "q4_0", "weights must be int"),
+        ("mlx", "nvfp4", "weights must be int, mxfp4, mxfp8"),
+        ("mlx", "w4-g32-asym-aint8", "activations of int weights must be left alone"),
         ("mlx", "w4-g64", "symmetric weights must have a width of none bits"),
         ("mlx", "w7-g64-asym", "asymmetric weights must have a width of 2, 3, 4, 5, 6, 8 bits"),
         ("mlx", "w4-asym", "scales must be groups of 32"),
@@ -108,38 +131,6 @@ def test_one_recipe_has_one_quantizer(inventories, deploy):
     assignment["model.layers.2.mlp.down_proj"] = "w4-rtn"
     violations = lint("llm-compressor", deploy(inventories["llama"], assignment))
     assert [(item.layer, item.got) for item in violations] == [("model.layers.2.mlp.down_proj", "rtn")]
-
-
-def test_bytes_of_packed_weights_are_those_of_the_library(inventories, deploy):
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    for scheme, args in {
-        "w3": {"num_bits": 3, "strategy": "channel"},
-        "w4-g32-asym": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
-        "w8-asym": {"num_bits": 8, "strategy": "channel", "symmetric": False},
-    }.items():
-        found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
-        groups = 128 // args.get("group_size", 128)
-        state = {
-            "weight": torch.randn(128, 128),
-            "weight_scale": torch.rand(128, groups, dtype=torch.float16) + 0.1,
-            "weight_zero_point": torch.zeros(128, groups, dtype=torch.int8),
-        }
-        compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-        packed = compressor.compress(
-            state, QuantizationScheme(targets=["head"], weights=QuantizationArgs(**args))
-        )
-        assert vllm.stored_bytes(found) == sum(tensor.nbytes for tensor in packed.values())
-
-
-def test_bytes_in_mlx_are_those_of_its_arrays(inventories, deploy):
-    import mlx.core as mx
-
-    found = deploy(inventories["cnn"], {"head": "w3-g64-asym"}, kept=("stem", "block.conv"))
-    packed = mx.quantize(mx.ones((128, 128), dtype=mx.float16), group_size=64, bits=3)
-    assert mlx.stored_bytes(found) == sum(array.nbytes for array in packed)
 
 
 @pytest.mark.parametrize("scheme", AO_MENU)
@@ -181,8 +172,26 @@ def test_bytes_in_onnxruntime_are_those_of_the_node(scheme, deploy):
 def test_onnxruntime_leaves_out_what_the_plan_keeps(inventories, deploy):
     assignment = {layer.name: "w8-g32" for layer in inventories["llama"].layers}
     config = json.loads(export("onnxruntime", deploy(inventories["llama"], assignment))[onnxruntime.FILE])
-    assert config["nodes_to_exclude"] == ["/lm_head/MatMul"]
+    assert config["nodes_to_exclude"] == ["/model/embed_tokens/MatMul", "/lm_head/MatMul"]
     assert len(config["customized_weight_config"]) == len(assignment)
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+def test_a_head_that_shares_a_kept_embedding_is_left_alone_by_name(consumer, module, menu, inventories):
+    tied = Excluded("model.embed_tokens", "embedding", 640, "left out", ("lm_head",))
+    inventory = replace(inventories["llama"], excluded=(tied,))
+    plan = build_plan(
+        inventory,
+        {layer.name: menu[2] for layer in inventory.layers},
+        digests=Digests(),
+        certificate=Certificate("feasible"),
+        source="test",
+    )
+    found = Deployment(plan, ModelFacts.of(inventory, {}))
+    assert found.expected["lm_head"] is None
+    files = export(consumer, found)
+    assert module.read_back(files, found.model) == found.expected
+    assert b"lm_head" in b"".join(files.values())
 
 
 def test_a_shared_weight_keeps_its_precision_in_torchao(deploy):

@@ -53,7 +53,7 @@ def inventory() -> Inventory:
         Layer(name, "linear", shape, shape, shape[0] * shape[1], shape[0] * shape[1], "other", (), "float32")
         for name, shape in LAYERS.items()
     )
-    head = Excluded("lm_head", "linear", 64, "output head: include it with a pattern")
+    head = Excluded("lm_head", "linear", 64, "output head: include it with a pattern", ("tied_head",))
     return Inventory(layers, (head,), sum(layer.parameters for layer in layers) + 64, 256)
 
 

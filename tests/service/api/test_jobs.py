@@ -92,7 +92,9 @@ def test_patterns_that_match_nothing_are_refused_once_the_model_is_known(api, ru
 
 
 def test_patterns_that_match_are_taken(api, runner):
-    request = api.request(pins={"a.*": "w8"}, ties=[["a.q", "a.k"]], include=["lm_head"], exclude=["b.up"])
+    request = api.request(
+        pins={"a.*": "w8"}, ties=[["a.q", "a.k"]], include=["lm_head", "tied_*"], exclude=["b.up"]
+    )
     runner.verify(request["model"])
     assert api.http.post("/v1/jobs", json=request).status_code == 202
 

@@ -1,0 +1,57 @@
+"""What a quantizer stores beside its format, and the weights that both together stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from quant.formats import codec_of
+from quant.packing import Encoded
+
+HIGHEST = torch.finfo(torch.float16).max
+
+
+class Addition(Protocol):
+    """Tensors of their own, in float16."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored; their bits are those that the quantizer's line of QUANTIZERS counts."""
+
+    def restore(self, decoded: Tensor) -> Tensor:
+        """The weights (rows, columns), float32, from what the format decodes to, whose memory may be used."""
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """A matrix as its format stores it, and what turns the decoded values into the weights."""
+
+    stored: Encoded
+    addition: Addition
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """weights = decoded + left @ right, with `left` (rows, rank) and `right` (rank, columns)."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Both factors."""
+        return self.left, self.right
+
+    def restore(self, decoded: Tensor) -> Tensor:
+        """Add the product of the factors."""
+        return decoded.addmm_(self.left.float(), self.right.float())
+
+
+def dequantized(quantized: Encoded | Adjusted) -> Tensor:
+    """The float32 weights (rows, columns) that a quantizer's result stands for."""
+    if isinstance(quantized, Adjusted):
+        return quantized.addition.restore(dequantized(quantized.stored))
+    return cast(Tensor, codec_of(quantized.fmt).decode(quantized))

@@ -1,0 +1,141 @@
+"""llama.cpp: a `--tensor-type-file` for `llama-quantize`, one anchored pattern per tensor.
+
+    llama-quantize --tensor-type-file tensor_types.txt model-bf16.gguf model.gguf q8_0
+
+The last argument must be a quantized type: with a float type llama-quantize reads no patterns. It chooses
+scales itself, so its weights differ in rounding from those that were measured; a GGUF checkpoint has the
+measured ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from quant.export.gguf_names import BLOCKS, architecture, block_count, gguf_library, tensor_names
+from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
+from quant.export.rules import Takes, only_formats, only_ops
+from quant.gguf_blocks import GGUF_TYPES
+from quant.schemes import parse_scheme
+
+FILE = "tensor_types.txt"
+OPS = ("linear", "embedding", "transformers_conv1d")
+FLOATS = {"bf16": "bf16", "fp16": "f16"}
+"""Our name of a 16-bit type -> GGML's."""
+TAKES = tuple(Takes(kind, whole_groups=False) for kind in (*GGUF_TYPES, *FLOATS))
+KEPT = (
+    "_norm.weight",
+    "position_embd",
+    "token_types",
+    "ffn_gate_inp",
+    "per_layer_model_proj",
+    "altup",
+    "laurel",
+    "ssm_conv1d",
+    "shortconv.conv",
+    "attn_rel_b",
+    "indexer.",
+    "time_mix_",
+)
+"""Parts of the names of tensors that llama-quantize leaves alone, whatever a pattern says."""
+
+
+def lint(deployment: Deployment) -> tuple[Violation, ...]:
+    """Every violation of what llama-quantize can do."""
+    model = tuple(model_faults(deployment))
+    return (
+        *model,
+        *only_ops(deployment, OPS),
+        *only_formats(deployment, *TAKES),
+        *whole_blocks(deployment),
+        *(() if model else _quantized_tensors(deployment)),
+    )
+
+
+def model_faults(deployment: Deployment) -> Iterator[Violation]:
+    """What keeps a whole model from having GGUF names."""
+    config = deployment.model.config
+    if architecture(config) is None:
+        rule = "model_type must be an architecture of the gguf package, such as llama, qwen3 or bert"
+        yield Violation("config.json", rule, repr(config.get("model_type")))
+    if block_count(config) is None:
+        yield Violation("config.json", f"one of {', '.join(BLOCKS)} must be an integer", "none of them")
+
+
+def whole_blocks(deployment: Deployment) -> Iterator[Violation]:
+    """Rows must be whole blocks; else llama.cpp would store another type than was planned."""
+    for name in deployment.quantized:
+        layer, weight = deployment.layers[name], deployment.schemes[name].weight
+        if weight.family == "gguf" and weight.refuses(layer.matrix):
+            rule = f"the columns must be whole blocks of {deployment.quantized[name].group_size}"
+            yield Violation(name, rule, f"{layer.scheme}: {weight.refuses(layer.matrix)}")
+
+
+def _quantized_tensors(deployment: Deployment) -> Iterator[Violation]:
+    names = tensor_names(deployment.model.config, deployment.quantized)
+    kind = architecture(deployment.model.config)
+    for module in deployment.quantized:
+        if module not in names:
+            rule = f"it must have a tensor in GGUF's table of the architecture {kind}"
+            yield Violation(module, rule, "no name there")
+        elif any(part in names[module] for part in KEPT):
+            yield Violation(module, "llama-quantize leaves this tensor alone", names[module])
+
+
+def files(deployment: Deployment) -> dict[str, bytes]:
+    """One line per tensor of a quantizable module; those that keep their precision name their float type.
+
+    A tied embedding is named as the output too: whichever of the two a GGUF file holds gets the type.
+    """
+    names = tensor_names(deployment.model.config, [module.name for module in deployment.model.modules])
+    own = FLOATS.get(deployment.model.own_type or "", "f32")
+    expected = deployment.expected
+    lines = [f"{_pattern(name)}={_type(expected[module]) or own}\n" for module, name in names.items()]
+    return {FILE: "".join(lines).encode()}
+
+
+def _pattern(tensor: str) -> str:
+    return f"^{re.escape(tensor)}$"
+
+
+def _type(facts: WeightFacts | None) -> str | None:
+    return None if facts is None else FLOATS.get(facts.kind, facts.kind)
+
+
+def stored_bytes(deployment: Deployment) -> int:
+    """Bytes of the planned tensors: whole blocks, as the formats count them."""
+    return sum(layer.bytes for layer in deployment.plan.layers.values())
+
+
+def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | None]:
+    """The type of every tensor as llama-quantize finds it: the first pattern that is found in its name."""
+    patterns = read_patterns(exported[FILE].decode())
+    names = tensor_names(model.config, [module.name for module in model.modules])
+    found = {
+        name: next((kind for pattern, kind in patterns if pattern.search(name)), None)
+        for name in names.values()
+    }
+    types = {module.name: found.get(names.get(module.name, "")) for module in model.modules}
+    return {module: _facts(kind, model) for module, kind in types.items()}
+
+
+def read_patterns(text: str) -> list[tuple[re.Pattern[str], str]]:
+    """Tokens between white space, split at the first `=`, the pattern in lower case, GGML's types.
+
+    Raises ValueError for a token that llama-quantize stops at.
+    """
+    types = {kind.name.lower() for kind in gguf_library().GGMLQuantizationType}
+    found = []
+    for token in text.split():
+        pattern, _, kind = token.partition("=")
+        if not pattern or kind.lower() not in types:
+            raise ValueError(f"A token must be PATTERN=TYPE of GGML. Got {token!r:.80}. Export again.")
+        found.append((re.compile(pattern.lower()), kind.lower()))
+    return found
+
+
+def _facts(kind: str | None, model: ModelFacts) -> WeightFacts | None:
+    ours = {theirs: name for name, theirs in FLOATS.items()}.get(kind or "", kind)
+    if ours in (None, "f32", model.own_type):
+        return None
+    return WeightFacts.of(parse_scheme(str(ours)))

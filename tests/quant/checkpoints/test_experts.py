@@ -1,0 +1,125 @@
+"""Fused experts in checkpoints: stored fused or apart, what loads is what was measured."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralModel
+
+from quant.apply import fake_quantized
+from quant.checkpoints.front import apply_plan
+from quant.checkpoints.protocol import CheckpointError
+from quant.checkpoints.source import Source
+from quant.digest import folder_digest
+from quant.inventory import take_inventory
+from quant.plan import Certificate, Digests
+from quant.planning import build_plan
+
+TOKENS = torch.arange(3, 33).reshape(3, 10)
+SCHEMES = ("w3", "w4-g4-asym", "w8-tensor", "w2")
+FUSED = ("gpt_oss", "llama4_text")
+
+
+def plan_for(folder, model, include=()):
+    inventory = take_inventory(model, include=include)
+    assignment = {layer.name: SCHEMES[at % 4] for at, layer in enumerate(inventory.layers)}
+    digests = Digests(model=folder_digest(folder)[0])
+    certificate = Certificate("feasible")
+    return build_plan(inventory, assignment, digests=digests, certificate=certificate, source="t"), inventory
+
+
+def assert_written_as_measured(folder, out, kind, include=()):
+    model = kind.from_pretrained(folder, experts_implementation="eager").eval()
+    plan, inventory = plan_for(folder, model, include)
+    written = apply_plan(folder, plan, out)
+    loaded = kind.from_pretrained(out, experts_implementation="eager").eval()
+    with torch.no_grad(), fake_quantized(model, plan, inventory):
+        for name, measured in model.named_parameters():
+            assert torch.equal(measured, loaded.get_parameter(name)), name
+        assert torch.equal(model(TOKENS)[0], loaded(TOKENS)[0])
+    assert {path.name for path in out.iterdir()} >= {path.name for path in folder.glob("*.safetensors")}
+    return written, plan
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"])
+def test_what_save_pretrained_wrote_loads_with_the_measured_weights(kind, tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    tiny_experts(kind).save_pretrained(folder, max_shard_size="9KB")
+    stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    apart = {name for name in stored if ".experts.0." in name}
+    assert bool(apart) == (kind not in FUSED)
+    written, plan = assert_written_as_measured(folder, tmp_path / "out", AutoModelForCausalLM)
+    fused = sum(layer.op.startswith("experts") for layer in plan.layers.values())
+    # 4 experts: gate, up and down of a block are 12 stored tensors, and 2 layers
+    assert written.provenance.tensors == len(plan.layers) + (0 if kind in FUSED else 5 * fused)
+
+
+def test_experts_stored_fused_in_their_own_layout(tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    tiny_experts("mixtral").save_pretrained(folder, save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in load_file(folder / "model.safetensors"))
+    assert_written_as_measured(folder, tmp_path / "out", AutoModelForCausalLM)
+
+
+def test_routers_that_are_stored_under_another_name(tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    tiny_experts("mixtral").save_pretrained(folder)
+    _, plan = assert_written_as_measured(folder, tmp_path / "out", AutoModelForCausalLM, include=["*.gate"])
+    assert "model.layers.0.mlp.gate" in plan.layers
+
+
+def test_a_base_model_from_the_checkpoint_of_a_task_model(tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    tiny_experts("mixtral").save_pretrained(folder)
+    assert_written_as_measured(folder, tmp_path / "out", MixtralModel)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_types_are_kept(dtype, tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    tiny_experts("qwen3_moe").to(dtype).save_pretrained(folder)
+    assert_written_as_measured(folder, tmp_path / "out", AutoModelForCausalLM)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+
+
+def test_every_conversion_comes_apart_into_what_is_stored(tiny, tiny_experts):
+    source = Source.open(tiny("mixtral").folder)
+    stored = {
+        name: value for file in source.headers for name, value in load_file(source.folder / file).items()
+    }
+    joined = source.joined
+    assert {part.tensor for parts in joined.parts.values() for part in parts} == set(stored)
+    for parameter in joined.parts:
+        if joined.converted(parameter):
+            whole = joined.join(parameter, stored)
+            assert torch.equal(whole, tiny_experts("mixtral").get_parameter(parameter))
+            for name, piece in joined.apart(parameter, whole).items():
+                assert torch.equal(piece, stored[name])
+
+
+def test_an_expert_that_is_missing_is_named(tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    model = tiny_experts("mixtral")
+    model.save_pretrained(folder)
+    plan, _ = plan_for(folder, model)
+    stored = load_file(folder / "model.safetensors")
+    left = {name: value for name, value in stored.items() if ".experts.3." not in name}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"gate_up_proj' must hold its 1536 values. Got 1152 in 6 tensors"
+    ):
+        apply_plan(folder, plan, tmp_path / "out", force=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_transformers_does_not_know(tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    model = tiny_experts("mixtral")
+    model.save_pretrained(folder)
+    plan, _ = plan_for(folder, model)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    with pytest.raises(CheckpointError, match="must describe a model of transformers"):
+        apply_plan(folder, plan, tmp_path / "out", force=True)
