@@ -243,4 +243,12 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="safetensors with dequantized weights in their own types, for transformers as it is.",
         source="safetensors 0.6, format of the header; transformers 5, from_pretrained",
     ),
+    "vllm": Checkpoint(
+        name="vllm",
+        module="quant.checkpoints.vllm",
+        library="compressed_tensors",
+        writes="folder",
+        summary="safetensors packed by compressed-tensors, for vLLM and transformers.",
+        source="compressed-tensors 0.20, PackedQuantizationCompressor",
+    ),
 }

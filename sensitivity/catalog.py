@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
@@ -76,9 +76,16 @@ def _load(path: str) -> Any:
 
 
 def _metric(
-    name: str, class_name: str, unit: Literal["choice", "block"], needs: set[Need], **rest: Any
+    name: str,
+    class_name: str,
+    unit: Literal["choice", "block"],
+    needs: set[Need],
+    *,
+    module: str | None = None,
+    **rest: Any,
 ) -> Metric:
-    return Metric(name, f"sensitivity.scorers.{name}:{class_name}", unit, frozenset(needs), **rest)
+    path = f"sensitivity.scorers.{module or name}:{class_name}"
+    return Metric(name, path, unit, frozenset(needs), **rest)
 
 
 def _pass_per_choice(work: Workload) -> int:
@@ -96,6 +103,19 @@ def _backward_per_sample(work: Workload) -> int:
 def _product_per_probe(work: Workload) -> int:
     """Forward, backward and a backward through the backward, on one micro-batch."""
     return 7 * work.layers * work.probes * min(work.batch_size, work.samples)
+
+
+def _draws_per_sample(work: Workload) -> int:
+    """Rounds of one forward and four backward passes per sample, eight at most."""
+    return 9 * 8 * work.samples
+
+
+def _noise_per_layer(work: Workload) -> int:
+    return 4 * work.layers * work.samples
+
+
+def _power_per_layer(work: Workload) -> int:
+    return 7 * 20 * work.layers * work.samples
 
 
 SCORERS: dict[str, Metric] = {
@@ -144,6 +164,109 @@ SCORERS: dict[str, Metric] = {
             forwards=_backward_per_sample,
         ),
         _metric(
+            "gram_fisher", "GramFisher", "block", set(), direction="min", additive=True,
+            cost="4 to 32 backward passes per sample for all layers and schemes",
+            source="Bitplan, docs/metrics.md",
+            summary="As fisher with more draws; products of samples model any plan's divergence.",
+            forwards=_draws_per_sample,
+        ),
+        _metric(
+            "fisher_diagonal", "FisherDiagonal", "block", set(), direction="min", additive=True,
+            module="fisher",
+            cost="one backward pass per sample for all layers and schemes",
+            source="FIT, Zandonati et al. 2022",
+            summary="Half the mean of sum g^2 dW^2, labels sampled: the diagonal of the information.",
+            forwards=_backward_per_sample,
+        ),
+        _metric(
+            "fisher_empirical", "FisherEmpirical", "block", {"labels"}, direction="min", additive=True,
+            module="fisher",
+            cost="one backward pass per sample for all layers and schemes",
+            source="empirical Fisher, Kunstner et al. 2019",
+            summary="As fisher with the labels of the data.",
+            forwards=_backward_per_sample,
+        ),
+        _metric(
+            "fisher_empirical_diagonal", "FisherEmpiricalDiagonal", "block", {"labels"}, direction="min",
+            additive=True, module="fisher",
+            cost="one backward pass per sample for all layers and schemes",
+            source="SqueezeLLM, Kim et al. 2023",
+            summary="As fisher_diagonal with the labels of the data.",
+            forwards=_backward_per_sample,
+        ),
+        _metric(
+            "taylor", "Taylor", "block", {"labels"}, direction="min", additive=True,
+            cost="one backward pass per sample for all layers and schemes",
+            source="AutoRound's delta loss; MixLLM, Zheng et al. 2024",
+            summary="Mean over samples of |g . dW + (g . dW)^2 / 2|.",
+            forwards=_backward_per_sample,
+        ),
+        _metric(
+            "taylor_first", "TaylorFirst", "block", {"labels"}, direction="min", additive=True,
+            module="taylor",
+            cost="one backward pass per sample for all layers and schemes",
+            source="AutoRound's delta loss",
+            summary="Mean over samples of |g . dW|.",
+            forwards=_backward_per_sample,
+        ),
+        _metric(
+            "gradient_output", "GradientOutput", "block", {"labels"}, direction="min", additive=True,
+            cost="one backward pass per sample, and the layer alone per scheme",
+            source="NVIDIA ModelOpt, auto_quantize with method gradient",
+            summary="Squared gradient at the layer's output times the squared change of that output.",
+            forwards=_backward_per_sample,
+        ),
+        _metric(
+            "layer_output_error", "LayerOutputError", "choice", set(), direction="min", additive=True,
+            cost="no model pass per scheme: second moments of the inputs, once for many layers",
+            source="GPTQ, Frantar et al. 2022",
+            summary="Mean squared error at the layer's own output.",
+            forwards=_no_pass,
+        ),
+        _metric(
+            "loss_delta", "LossDelta", "choice", {"labels"}, direction="min", additive=True,
+            cost="one pass over the scoring part per layer and scheme, shared with output_kl",
+            source="AdaQuant, Hubara et al. 2021",
+            summary="Rise of the loss against the truth with this one layer quantized, at least 0.",
+            forwards=_pass_per_choice,
+        ),
+        _metric(
+            "metric_delta", "MetricDelta", "choice", {"labels"}, direction="min", additive=True,
+            cost="one pass over the scoring part per layer and scheme, shared with output_kl",
+            source="Qualcomm AIMET, automatic mixed precision",
+            summary="Loss of the task's own quality (accuracy, perplexity) with this one layer quantized.",
+            forwards=_pass_per_choice,
+        ),
+        _metric(
+            "size_normalized", "SizeNormalized", "choice", set(), direction="min", additive=True,
+            cost="one pass over the scoring part per layer and scheme, shared with output_kl",
+            source="BitsFusion, Sui et al. 2024",
+            summary="output_kl times the layer's number of weights to the power -0.3.",
+            forwards=_pass_per_choice,
+        ),
+        _metric(
+            "linearity", "Linearity", "block", set(), direction="min", additive=True,
+            cost="four passes over the scoring part per layer, none per scheme",
+            source="HIGGS, Malinovskii et al. 2024",
+            summary="Divergence per relative squared weight error, fitted with Gaussian noise.",
+            forwards=_noise_per_layer,
+        ),
+        _metric(
+            "random", "Random", "choice", set(), direction="min", additive=True,
+            cost="no model pass",
+            source="a control",
+            summary="A random sensitivity per layer times 4^-bits: what every metric must beat.",
+            forwards=_no_pass,
+        ),
+        _metric(
+            "hessian_top_eigenvalue", "HessianTopEigenvalue", "block", {"labels", "double_backward"},
+            direction="min", additive=True,
+            cost="up to 20 Hessian-vector products over the scoring part per layer, none per scheme",
+            source="HAWQ, Dong et al. 2019",
+            summary="Largest Hessian eigenvalue of the layer times its mean squared weight error.",
+            forwards=_power_per_layer,
+        ),
+        _metric(
             "hessian_trace", "HessianTrace", "block", {"labels", "double_backward"}, direction="min",
             additive=True,
             cost="one Hessian-vector product on one micro-batch per layer and probe, none per scheme",
@@ -153,6 +276,19 @@ SCORERS: dict[str, Metric] = {
         ),
     )
 }  # fmt: skip
+
+INTERACTIONS = ("gram_output", "gram_fisher")
+"""Metrics whose arrays model pairs of choices."""
+
+
+def with_interactions(metrics: Sequence[str]) -> list[str]:
+    """The metrics, and the first of INTERACTIONS where they hold none.
+
+    >>> with_interactions(["output_kl"]), with_interactions(["gram_fisher"])
+    (['output_kl', 'gram_output'], ['gram_fisher'])
+    """
+    return [*metrics, *(() if set(metrics) & set(INTERACTIONS) else INTERACTIONS[:1])]
+
 
 TASKS: dict[str, TaskEntry] = {
     task.name: task

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sensitivity.calibration import Samples, placement
 from sensitivity.tasks.task import Batch, Outputs, Task
@@ -58,6 +58,13 @@ class Forwards:
         """Each micro-batch beside its reference; the weights are swapped for one batch at a time."""
         for batch, reference in zip(self.batches(part), self.references(part), strict=True):
             yield Pair(batch, reference, self.outputs(batch, assignment) if assignment else reference)
+
+    def replaced_pairs(self, part: str, weights: Mapping[str, Tensor]) -> Iterator[Pair]:
+        """As `pairs` for weights at hand, by layer."""
+        for batch, reference in zip(self.batches(part), self.references(part), strict=True):
+            with self._weights.replaced(weights), torch.inference_mode():
+                outputs = self._task.outputs(self._model, batch)
+            yield Pair(batch, reference, outputs)
 
     def rows(self, part: str) -> int:
         """Rows of outputs in the whole part."""

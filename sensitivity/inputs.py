@@ -21,6 +21,9 @@ from sensitivity.watching import Batches, groups_of, input_rows, watch
 CACHE_BYTES = 2**30
 """Second moments beyond this are collected again when they are needed."""
 
+UNSEEN = ("embedding", "experts", "experts_transposed")
+"""Operations whose inputs are not collected: nothing is multiplied, or inside another module."""
+
 
 class InputStatistics:
     """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same.
@@ -50,9 +53,9 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            more = self._bytes(layer)
-            if layer.name in self._kept or layer.op == "embedding":
+            if layer.name in self._kept or layer.op in UNSEEN:
                 continue
+            more = self._bytes(layer)
             if size + more > self._bound // 2:
                 break
             chosen.append(layer)

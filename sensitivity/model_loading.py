@@ -66,6 +66,14 @@ def compute_experts_in_turn(model: nn.Module) -> None:
             config._experts_implementation = "eager"  # type: ignore[union-attr]
 
 
+def load_skeleton(folder: Path | str) -> nn.Module:
+    """The model of a folder on the meta device: its modules and shapes, ties included, without its weights.
+
+    Raises BadModel as `load_model` does.
+    """
+    return _from_folder(ModelSource("folder", str(folder), ""), "auto", device_map="meta").model.eval()
+
+
 def require_finite_weights(model: nn.Module) -> None:
     """Raises NonFiniteWeights naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
@@ -93,7 +101,7 @@ def model_digest(model: nn.Module) -> str:
 # -- folder ---------------------------------------------------------------------------------------
 
 
-def _from_folder(source: ModelSource, task: str) -> LoadedModel:
+def _from_folder(source: ModelSource, task: str, **options: Any) -> LoadedModel:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
@@ -106,7 +114,7 @@ def _from_folder(source: ModelSource, task: str) -> LoadedModel:
         loader = getattr(transformers, config.architectures[0])
     else:
         loader = getattr(transformers, _AUTO_CLASSES[resolved])
-    model = _load_strictly(loader, folder)
+    model = _load_strictly(loader, folder, **options)
     if hasattr(config_of_model := model.config, "use_cache"):
         config_of_model.use_cache = False
     return LoadedModel(model, resolved)
@@ -175,7 +183,7 @@ def _stays_own_class(config: Any, task: str) -> bool:
     return known and (task in ("auto", "generic") or task == task_of(config))
 
 
-def _load_strictly(loader: Any, folder: Path) -> nn.Module:
+def _load_strictly(loader: Any, folder: Path, **options: Any) -> nn.Module:
     """Load and refuse every difference between configuration and file, by name."""
     level = _quiet()
     try:
@@ -187,6 +195,7 @@ def _load_strictly(loader: Any, folder: Path) -> nn.Module:
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:
         raise BadModel(f"the model folder must load. Got {type(error).__name__}: {error!s:.300}.") from error

@@ -183,10 +183,17 @@ class Session:
         batch = self._batch(self.samples.parts[part][start : start + self.spec.batch_size])
         return self.task.loss(self.task.outputs(self.model, batch), batch), batch.size
 
-    def backward(self, objective: Tensor) -> None:
-        """Backward pass; nothing to do when no chosen layer has a part in the objective."""
+    def differentiable_sample_loss(self, part: str, index: int) -> Tensor:
+        """Loss of one sample of a part against the truth, inside `gradients`."""
+        batch = self._batch(self.samples.parts[part][index : index + 1])
+        return self.task.loss(self.task.outputs(self.model, batch), batch)
+
+    def backward(self, objective: Tensor, *, retain: bool = False) -> None:
+        """Backward pass; nothing to do when no chosen layer has a part in the objective. `retain` keeps the
+        graph for another one.
+        """
         if objective.requires_grad:
-            objective.backward()  # type: ignore[no-untyped-call]
+            objective.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
 
     def gradients(
         self, layers: tuple[str, ...], contract: Contract | None = None

@@ -5,7 +5,7 @@ within a bound, swapped in and out bit-exactly.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.apply import ApplyError, InputsOf, NonFinite, quantized_weight
-from quant.inputs import InputsError
+from quant.inputs import InputsError, LayerInputs
 from quant.layers import Inventory, Layer
 from quant.rounded_inputs import Rounding, multiplying_modules, rounded_inputs, rounding_of
 from quant.schemes import Scheme, SchemeError, parse_scheme
@@ -34,12 +34,12 @@ class LayerWeights:
         inputs: InputsOf | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._model, self._inventory, self._bound = model, inventory, cache_bytes
-        self._inputs = inputs
+        self._inventory, self._inputs, self._bound = inventory, inputs, cache_bytes
         self._roundings: dict[tuple[str, str], Rounding | None] = {}
         self._cache: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._held = 0
         self._owners = _owners(model)
+        self._model = model
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises BadUnit."""
@@ -58,6 +58,17 @@ class LayerWeights:
     def parameter(self, name: str) -> nn.Parameter:
         """The layer's weight in the model."""
         return self._owners[self.layer(name).name][0]
+
+    def modules(self, name: str) -> tuple[nn.Module, ...]:
+        """Every module that multiplies with the layer's weight, each once."""
+        found = {id(m): m for m in map(self._model.get_submodule, self.layer(name).names)}
+        return tuple(found.values())
+
+    def inputs(self, name: str) -> LayerInputs:
+        """Second moments of the layer's inputs. Raises BadUnit in a session without data for them."""
+        if self._inputs is None:
+            raise BadUnit(f"statistics of the inputs of {name!r} must be at hand. Got none.")
+        return self._inputs(self.layer(name).name)
 
     def quantized(self, name: str, scheme: str) -> Tensor:
         """The weight quantized and dequantized: same shape, type and device. Raises NonFiniteWeights."""
@@ -99,17 +110,23 @@ class LayerWeights:
     @contextmanager
     def swapped(self, assignment: Iterable[tuple[str, str]]) -> Iterator[None]:
         """Layers compute as their schemes say inside; on exit the very same tensors are back."""
-        kept: list[tuple[nn.Parameter, Tensor]] = []
         pairs = list(assignment)
-        chosen = [(name, self.quantized(name, scheme)) for name, scheme in pairs]
+        weights = {name: self.quantized(name, scheme) for name, scheme in pairs}
         found = [self.rounding(name, scheme) for name, scheme in pairs]
+        roundings = [rounding for rounding in found if rounding is not None]
+        with self.replaced(weights), rounded_inputs(self._model, roundings):
+            yield
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Layers hold the given weights inside; on exit the very same tensors are back."""
+        kept: list[tuple[nn.Parameter, Tensor]] = []
         try:
-            for name, weight in chosen:
+            for name, weight in weights.items():
                 for parameter in self._owners[self.layer(name).name]:
                     kept.append((parameter, parameter.data))
                     parameter.data = weight
-            with rounded_inputs(self._model, [rounding for rounding in found if rounding is not None]):
-                yield
+            yield
         finally:
             for parameter, data in reversed(kept):
                 parameter.data = data

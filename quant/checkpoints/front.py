@@ -50,11 +50,13 @@ def apply_plan(
     That consumer asks nothing about modules that the plan leaves alone, so no model is built.
     """
     source = Source.open(model_dir)
-    modules = [
-        Module(path, layer.op) for name, layer in plan.layers.items() for path in (name, *layer.aliases)
-    ]
-    deployment = Deployment(plan, ModelFacts(source.config, tuple(modules)))
-    return write("pytorch", source, deployment, out_dir, force=force, inputs=inputs)
+    return write("pytorch", source, plan_deployment(plan, source), out_dir, force=force, inputs=inputs)
+
+
+def plan_deployment(plan: Plan, source: Source) -> Deployment:
+    """A plan with the modules that it names, for consumers that ask about no others."""
+    named = [(path, layer.op) for name, layer in plan.layers.items() for path in (name, *layer.aliases)]
+    return Deployment(plan, ModelFacts(source.config, tuple(Module(*pair) for pair in named)))
 
 
 def checkpoint_of(consumer: str) -> Checkpoint:

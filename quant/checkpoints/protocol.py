@@ -6,7 +6,7 @@ holds the weights. A writer lints the first, lays out the files of both, and wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quant.export.protocol import Deployment, Violation
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quant.apply import InputsOf
     from quant.checkpoints.source import Source
 
@@ -108,6 +110,12 @@ class CheckpointModule(Protocol):
     ) -> None:
         """Write the files of `layout` into the empty folder `out`, or the one file `out`.
 
-        One tensor is in memory at a time. `inputs` give statistics for quantizers that need them. Whoever
-        calls makes the result appear whole or not at all.
+        One tensor is in memory at a time; `wrote` hears of each layer. `inputs` give statistics for
+        quantizers that need them. Whoever calls makes the result appear whole or not at all.
+        """
+
+    def read_back(self, place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
+        """(layer of the plan, its dequantized weight) for every stored one, read by the consumer's library.
+
+        In the shape of the layer. Equal to what was measured, before that is rounded to the model's type.
         """

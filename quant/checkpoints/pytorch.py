@@ -7,11 +7,13 @@ other tensors stay the same. Experts that are stored apart are joined, quantized
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.checkpoints.protocol import Layout, OutputFile, Wrote
+from quant.checkpoints.source import Source
 from quant.export.protocol import Deployment, Violation
 from quant.schemes import parse_scheme
 
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quant.apply import InputsOf
-    from quant.checkpoints.source import Source
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
-    """None: whatever can be quantized can be stored dequantized."""
-    return ()
+    """Any weight can be stored dequantized; quantized inputs cannot be told to `transformers`."""
+    rule = "inputs must be left alone: a model with dequantized weights does not quantize them"
+    return tuple(
+        Violation(name, rule, scheme.name)
+        for name, scheme in deployment.schemes.items()
+        if scheme.activation is not None
+    )
 
 
 def layout(source: Source, deployment: Deployment) -> Layout:
@@ -67,3 +73,15 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
                 stream.seek(item.entry.start)
                 stream.write(tensor_bytes(pieces[item.tensor]))
         wrote(layer)
+
+
+def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
+    """The stored weights as they are."""
+    from quant.checkpoints.tensors import each_joined, each_stored
+
+    source = Source.open(place)
+    stored = source.stored(deployment.plan)
+    for item, weight in each_stored(source, (item for item in stored if item.part_of is None)):
+        yield item.layer, weight
+    for parts, weight in each_joined(source, stored):
+        yield parts[0].layer, weight

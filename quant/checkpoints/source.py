@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -71,10 +71,10 @@ class Source:
         """
         places = self._places
         try:
-            rename = _renaming(plan, places)
+            rename = renaming(plan, places)
         except CheckpointError:
             places = {**self._joined_places, **places}
-            rename = _renaming(plan, places)
+            rename = renaming(plan, places)
         found: dict[tuple[str, str], StoredTensor] = {}
         for name, layer in plan.layers.items():
             for path in (name, *layer.aliases):
@@ -136,7 +136,7 @@ class Renaming:
         return self.add + path.removeprefix(self.drop)
 
 
-def _renaming(plan: Plan, places: Mapping[str, Any]) -> Renaming:
+def renaming(plan: Plan, places: Collection[str]) -> Renaming:
     """How the checkpoint spells module paths: as they are, or with one prefix more or less.
 
     A base model loaded from a task model's checkpoint ("bert.encoder..." for "encoder...") and the other

@@ -47,11 +47,14 @@ class CausalLm:
         losses = cross_entropy(outputs.rows, targets(batch), reduction="none")
         return (losses * weights.to(losses)).sum()
 
+    def losses(self, outputs: Outputs, batch: Batch) -> PerSample:
+        """Cross-entropy in nats per token of each sample."""
+        return outputs.means(cross_entropy(outputs.rows, targets(batch), reduction="none"))
+
     def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
         """Perplexity of each sample."""
-        losses = cross_entropy(outputs.rows, targets(batch), reduction="none")
         with np.errstate(over="ignore"):
-            return {"perplexity": np.exp(outputs.means(losses))}
+            return {"perplexity": np.exp(self.losses(outputs, batch))}
 
     def check(self, batch: Batch, width: int | None = None) -> None:
         """Token ids as (samples, tokens), each sample with a token to predict."""

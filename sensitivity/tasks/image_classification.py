@@ -35,9 +35,11 @@ class ImageClassification:
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Cross-entropy against the labels. Raises MetricNotOffered without labels."""
-        if batch.labels is None:
-            raise MetricNotOffered("a loss needs labels. Got none: add a tensor named labels to the data.")
-        return cross_entropy(outputs.rows, batch.labels)
+        return cross_entropy(outputs.rows, labels_of(batch))
+
+    def losses(self, outputs: Outputs, batch: Batch) -> PerSample:
+        """Cross-entropy of each sample. Raises MetricNotOffered without labels."""
+        return outputs.sums(cross_entropy(outputs.rows, labels_of(batch), reduction="none"))
 
     def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
         """Accuracy: 1 where the largest logit is at the label."""
@@ -60,3 +62,10 @@ class ImageClassification:
                 f"labels must be class numbers from 0 to {(width or 0) - 1}. "
                 f"Got {int(labels[row])} in row {row}."
             )
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """The class numbers (samples,). Raises MetricNotOffered without labels."""
+    if batch.labels is None:
+        raise MetricNotOffered("a loss needs labels. Got none: add a tensor named labels to the data.")
+    return batch.labels

@@ -44,6 +44,10 @@ class SequenceEmbedding:
         """Embeddings have no loss against a truth: always raises MetricNotOffered."""
         raise MetricNotOffered("a loss is not offered for sequence_embedding. Use fisher or output_kl.")
 
+    def losses(self, outputs: Outputs, batch: Batch) -> PerSample:
+        """Embeddings have no loss against a truth: always raises MetricNotOffered."""
+        raise MetricNotOffered("a loss is not offered for sequence_embedding. Use fisher or output_kl.")
+
     def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
         """None without a downstream benchmark: the divergence says it all."""
         return {}

@@ -88,6 +88,9 @@ class Task(Protocol):
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Mean loss against the truth. Raises MetricNotOffered where the task has none."""
 
+    def losses(self, outputs: Outputs, batch: Batch) -> PerSample:
+        """The loss of each sample (size,); `loss` is their mean. Raises MetricNotOffered as `loss` does."""
+
     def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
         """The task's own measures per sample, by name; empty where labels are missing."""
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 
+from sensitivity.catalog import with_interactions
 from service.api.context import LARGEST_PAGE, After, Context, Ctx, Limit
 from service.api.job_inputs import search_job
 from service.api.job_resources import Score
@@ -24,7 +25,6 @@ from service.records import JobRecord, ScoreRecord
 
 router = APIRouter(prefix="/v1/jobs", tags=["scores"])
 COLUMNS = ("layer", "scheme", "metric", "value", "stderr", "samples")
-GRAM = "gram_output"
 
 MetricName = Annotated[str | None, Query(max_length=100, description="Only this metric.")]
 Format = Annotated[Literal["json", "csv"], Query(alias="format", description="csv gives all rows at once.")]
@@ -56,9 +56,8 @@ def list_scores(
 
 
 def _metrics(job: JobRecord, metric: str | None) -> list[str]:
-    measured = list(
-        dict.fromkeys([*job.request["metrics"], *([GRAM] if job.request["interactions"] else [])])
-    )
+    named = job.request["metrics"]
+    measured = with_interactions(named) if job.request["interactions"] else named
     if metric is None:
         return measured
     if metric not in measured:

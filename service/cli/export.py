@@ -42,15 +42,12 @@ def export(
 
 def model_facts(folder: Path, plan: Plan) -> ModelFacts:
     """The modules and the configuration of a model folder. Raises ValueError where it does not fit."""
-    import torch
-
     from quant.inventory import take_inventory
-    from sensitivity.model_loading import load_model
-    from sensitivity.spec import ModelSource
+    from sensitivity.model_loading import load_skeleton
 
-    loaded = load_model(ModelSource("folder", str(folder), ""), "auto", torch.device("cpu"))
+    skeleton = load_skeleton(folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return ModelFacts.of(take_inventory(loaded.model, include=list(plan.layers)), config)
+    return ModelFacts.of(take_inventory(skeleton, include=list(plan.layers)), config)
 
 
 def _known_folder(plan: Plan, data_dir: Path | None) -> Path:

@@ -112,7 +112,7 @@ RelativeError = Annotated[
 MaxProbes = Annotated[int, typer.Option("--max-probes", min=2, help="Most Hutchinson probes per layer.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per forward pass.")]
 NoInteractions = Annotated[
-    bool, typer.Option("--no-interactions", help="Leave out gram_output and the quadratic candidates.")
+    bool, typer.Option("--no-interactions", help="Do not add gram_output for quadratic candidates.")
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Plan file; a folder when there are several budgets.")

@@ -88,6 +88,17 @@ class Lab:
             if cell in wanted and unit is not None and unit.artifact is not None
         }
 
+    def products(self, choices: Choices, samples: int) -> dict[tuple[str, str], NDArray[np.float64]]:
+        """(layer, scheme) -> its vector of the factor that `gram_fisher` models any plan with."""
+        plan, done = self._blocks("gram_fisher", choices, samples)
+        factor = SCORERS["gram_fisher"].load().factor(plan, done)
+        return {
+            (layer, scheme): factor[i, j]
+            for i, layer in enumerate(plan.layers)
+            for j, scheme in enumerate(plan.schemes)
+            if scheme in choices[layer]
+        }
+
     def measure(self, assignments: Sequence[Assignment], part: Part, stage: Stage) -> list[Measured]:
         """The divergence of whole plans from full precision, in the order of the plans."""
         return [measured for measured, _ in self.quality(assignments, part, stage)]
@@ -103,14 +114,22 @@ class Lab:
     def _score_in_blocks(self, metric: str, choices: Choices, samples: int) -> None:
         """Blocks until the metric's own stopping rule is content, then its rows, all at once."""
         scorer = SCORERS[metric].load()
+        plan, done = self._blocks(metric, choices, samples)
+        rows = [row for row in scorer.combine(plan, done) if row.scheme in choices[row.layer]]
+        self._store(rows, f"combined:{metric}")
+
+    def _blocks(
+        self, metric: str, choices: Choices, samples: int
+    ) -> tuple[BlockPlan, dict[str, Mapping[str, NDArray[Any]]]]:
+        """Every block that a metric wants, from the database or measured now."""
+        scorer = SCORERS[metric].load()
         schemes = tuple(dict.fromkeys(scheme for names in choices.values() for scheme in names))
         plan = BlockPlan(tuple(choices), schemes, samples, self.spec)
         done: dict[str, Mapping[str, NDArray[Any]]] = {}
         while blocks := scorer.blocks(plan, done):
             for key, record in self._results(blocks, Stage.SCORING).items():
                 done[key] = {} if record.artifact is None else self._context.store.get_arrays(record.artifact)
-        rows = [row for row in scorer.combine(plan, done) if row.scheme in choices[row.layer]]
-        self._store(rows, f"combined:{metric}")
+        return plan, done
 
     def _store(self, rows: Sequence[ScoreRow], unit_key: str) -> None:
         records = [ScoreRecord(self.score_set, unit_key=unit_key, **vars(row)) for row in rows]

@@ -96,7 +96,9 @@ def _quadratic_base(inputs: PlanningInputs, ask: Ask, compiled: Compiled) -> Com
     """The problem whose costs are in the unit of the interactions: those of output_kl, else their own
     diagonal.
     """
-    units: Sequence[str] = [name for name in ("output_kl", "gram_output") if name in inputs.table.metrics]
+    units: Sequence[str] = [
+        name for name in ("output_kl", "gram_output", "gram_fisher") if name in inputs.table.metrics
+    ]
     if not units:
         return None
     return compiled if compiled.metric == units[0] else _compiled_for(inputs, ask, units[0])

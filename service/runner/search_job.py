@@ -28,7 +28,7 @@ from search.compile import CompileError
 from search.pairwise import factor_of
 from search.refine import Measured, Refined
 from search.solve import solve
-from sensitivity.catalog import SCORERS
+from sensitivity.catalog import SCORERS, with_interactions
 from sensitivity.gram import gram_matrix
 from sensitivity.units import ScoreRow
 from service.costing import Costs, Timings, cost_request, costs_of, geometry_in, unmeasured
@@ -56,7 +56,6 @@ from service.runner.timing import timed
 from service.states import InputState, Stage
 from service.wire import JobRequest
 
-INTERACTIONS = "gram_output"
 CANDIDATES = 8
 """About so many plans are measured per budget before the local search."""
 
@@ -125,7 +124,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
         sources=costs.sources,
         calibration=Calibration.of(request.model_dump(mode="json")),
     )
-    factor = interactions(lab, inputs, choices) if INTERACTIONS in metrics else None
+    factor = interactions(lab, inputs, choices, int(inspection["samples"]["scoring"]))
     return Search(request, inputs, factor, inspection, timings)
 
 
@@ -181,8 +180,8 @@ def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[s
                 f"A metric must suit the task {inspection['task']} and the data: {', '.join(offered)}. "
                 f"Got {metric!r}, which needs {needs}. Pick another metric.",
             )
-    extra = [INTERACTIONS] if request.interactions and INTERACTIONS in offered else []
-    return list(dict.fromkeys((*request.metrics, *extra)))
+    wanted = with_interactions(request.metrics) if request.interactions else list(request.metrics)
+    return [name for name in wanted if name in offered]
 
 
 def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
@@ -203,16 +202,25 @@ def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
     return found
 
 
-def interactions(lab: Lab, inputs: PlanningInputs, choices: Choices) -> NDArray[np.float64]:
-    """The factor (layers, schemes, d) whose inner products are the interactions; zeros where nothing is
-    offered.
+def interactions(
+    lab: Lab, inputs: PlanningInputs, choices: Choices, samples: int
+) -> NDArray[np.float64] | None:
+    """The factor (layers, schemes, d) whose inner products are the interactions, zeros where nothing is
+    offered; None where no metric of the table gives any.
     """
     table = inputs.table
-    sketches = lab.sketches(choices)
     cells = [(layer, scheme) for layer in table.layer_names for scheme in table.schemes]
-    empty = np.zeros_like(next(iter(sketches.values())))
-    gram = gram_matrix(np.stack([sketches.get(cell, empty) for cell in cells]))
-    return factor_of(gram, len(table.layers), len(table.schemes))
+    if "gram_output" in table.metrics:
+        found: Mapping[tuple[str, str], NDArray[Any]] = lab.sketches(choices)
+    elif "gram_fisher" in table.metrics:
+        found = lab.products(choices, samples)
+    else:
+        return None
+    empty = np.zeros_like(next(iter(found.values())))
+    rows = np.stack([found.get(cell, empty) for cell in cells])
+    if rows.shape[1] <= len(cells):
+        return rows.astype(np.float64).reshape(len(table.layers), len(table.schemes), -1)
+    return factor_of(gram_matrix(rows), len(table.layers), len(table.schemes))
 
 
 def asks_of(request: JobRequest) -> list[Ask]:

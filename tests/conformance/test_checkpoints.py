@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
+from quant.apply import quantize_dequantize
 from quant.catalog import CHECKPOINTS
 from quant.checkpoints import front
 from quant.checkpoints.protocol import CheckpointError
@@ -19,6 +21,7 @@ from quant.inventory import take_inventory
 from quant.plan import Certificate, Digests, parse_plan
 from quant.planning import build_plan
 from quant.safetensors_header import read_header
+from quant.schemes import parse_scheme
 
 CANDIDATES = ("w4", "w4-g32-asym", "q8_0")
 
@@ -69,7 +72,7 @@ def test_entry_is_complete(name):
     assert entry.writes in ("folder", "file")
     assert entry.summary
     assert entry.source
-    assert all(callable(getattr(entry.load(), verb)) for verb in ("lint", "layout", "write"))
+    assert all(callable(getattr(entry.load(), verb)) for verb in ("lint", "layout", "write", "read_back"))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -85,6 +88,19 @@ def test_files_are_those_that_the_dry_run_told(name, accepted, tmp_path):
         assert out.stat().st_size == told.bytes
     assert sorted(set(heard)) == sorted(deployment.plan.layers)
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_weights_read_back_are_those_that_were_measured(name, accepted, folder, tmp_path):
+    source, deployment = accepted(name)
+    front.write(name, source, deployment, tmp_path / "out")
+    model, heard = LlamaForCausalLM.from_pretrained(folder), set()
+    for layer, weight in CHECKPOINTS[name].load().read_back(tmp_path / "out", deployment):
+        own, planned = model.get_submodule(layer).weight, deployment.plan.layers[layer]
+        scheme = parse_scheme(planned.scheme)
+        assert torch.equal(weight, quantize_dequantize(own, planned.op, layer, scheme)), layer
+        heard.add(layer)
+    assert heard == set(deployment.plan.layers)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in CHECKPOINTS.items() if entry.writes == "folder"])

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from quant.inventory import take_inventory
 from sensitivity.errors import BadModel, ModelAlreadyQuantized, NonFiniteWeights, SessionError
-from sensitivity.model_loading import LoadedModel, load_model
+from sensitivity.model_loading import LoadedModel, load_model, load_skeleton
 from sensitivity.spec import ModelSource
 
 
@@ -81,6 +82,22 @@ def test_more_layers_than_weights_is_an_error(copy: Any) -> None:
     edit_config(folder, num_hidden_layers=3)
     with pytest.raises(BadModel, match=r"must be in the folder's weights. Got model.layers.2.* and 4 more"):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "resnet"])
+def test_a_skeleton_has_the_layers_of_the_model_and_no_weights(tiny: Any, name: str) -> None:
+    folder = tiny(name).folder
+    skeleton = load_skeleton(folder)
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    found, expected = take_inventory(skeleton), take_inventory(load(folder).model)
+    assert (found.layers, found.excluded) == (expected.layers, expected.excluded)
+
+
+def test_a_skeleton_of_a_folder_without_all_weights_is_refused(copy: Any) -> None:
+    folder = copy("llama")
+    edit_weights(folder, lambda w: w.pop("lm_head.weight"))
+    with pytest.raises(BadModel, match=r"Got lm_head\.weight"):
+        load_skeleton(folder)
 
 
 def test_unexpected_tensors_are_named(copy: Any) -> None:

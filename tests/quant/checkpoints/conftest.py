@@ -1,0 +1,78 @@
+"""Small models whose sides every group size of 32 divides, saved as folders, and plans for them."""
+
+import random
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from quant.checkpoints.source import Source
+from quant.export.protocol import Deployment, ModelFacts
+from quant.inventory import take_inventory
+from quant.plan import Certificate, Digests
+from quant.planning import build_plan
+
+SIDES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+FUSED |= dict.fromkeys(("query", "key", "value"), "qkv")
+
+
+def _llama():
+    config = LlamaConfig(
+        vocab_size=64, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, **SIDES
+    )
+    return LlamaForCausalLM(config)
+
+
+def _bert():
+    return BertModel(BertConfig(vocab_size=64, max_position_embeddings=64, initializer_range=0.3, **SIDES))
+
+
+BUILDERS = {"llama": _llama, "bert": _bert}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """saved("llama" | "bert", dtype): a folder, built on first use."""
+    built = {}
+
+    def save(name, dtype=torch.float32, **options):
+        key = (name, dtype, *options.items())
+        if key not in built:
+            torch.manual_seed(1)
+            built[key] = tmp_path_factory.mktemp(name)
+            BUILDERS[name]().to(dtype).save_pretrained(built[key], **options)
+        return built[key]
+
+    return save
+
+
+@pytest.fixture
+def deployed():
+    """deployed(folder, model, menu, seed, kept): source and deployment of a random plan, fused siblings alike.
+
+    With None in the menu, sets of layers may keep their precision.
+    """
+
+    def build(folder, model, menu, seed=0):
+        chance, source, chosen = random.Random(seed), Source.open(folder), {}
+        every = take_inventory(model)
+        for layer in every.layers:
+            parent, _, last = layer.name.rpartition(".")
+            chosen.setdefault((parent, FUSED.get(last, last)), chance.choice(menu))
+        schemes = {}
+        for layer in every.layers:
+            parent, _, last = layer.name.rpartition(".")
+            schemes[layer.name] = chosen[parent, FUSED.get(last, last)]
+        kept = [name for name, scheme in schemes.items() if scheme is None]
+        inventory = take_inventory(model, exclude=kept)
+        plan = build_plan(
+            inventory,
+            {name: scheme for name, scheme in schemes.items() if scheme is not None},
+            digests=Digests(model=source.digest),
+            certificate=Certificate("feasible"),
+            source="test",
+        )
+        return source, Deployment(plan, ModelFacts.of(every, source.config)), inventory
+
+    return build
