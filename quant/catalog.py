@@ -99,6 +99,24 @@ def _low_rank_refusal(matrix: Matrix, rank: int) -> str | None:
 EVERY_FAMILY = ("integer", "float", "microscaling", "gguf", "plain")
 
 QUANTIZERS: dict[str, Quantizer] = {
+    "adaquant": Quantizer(
+        name="adaquant",
+        module="quant.quantizers.adaquant",
+        version=1,
+        families=("integer",),
+        summary="Learns weights and scales on the error at the layer's output, from gptq's and the nearest.",
+        source="Hubara et al. 2021, arXiv:2006.10518",
+        needs_inputs=True,
+    ),
+    "adaround": Quantizer(
+        name="adaround",
+        module="quant.quantizers.adaround",
+        version=1,
+        families=("integer",),
+        summary="Learns whether each weight is rounded up or down, on the error at the layer's output.",
+        source="Nagel et al. 2020, arXiv:2004.10568",
+        needs_inputs=True,
+    ),
     "gptq": Quantizer(
         name="gptq",
         module="quant.quantizers.gptq",

@@ -30,6 +30,10 @@ class LayerInputs:
         """How many groups of output channels have inputs of their own."""
         return int(self.second_moments.shape[0])
 
+    def of(self, groups: slice) -> LayerInputs:
+        """The statistics of some groups of output channels."""
+        return LayerInputs(self.second_moments[groups], self.samples)
+
     def require(self, matrix: tuple[int, int]) -> None:
         """Raise InputsError unless these are statistics for a matrix of (output channels, columns)."""
         rows, columns = matrix

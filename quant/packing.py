@@ -7,7 +7,7 @@ ungroup. Dequantized weights are computed from what is stored, so they equal wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -137,6 +137,19 @@ def decode(encoded: Encoded) -> Tensor:
             values.sub_(points[own].unsqueeze(-1))
         matrix[part] = ungroup(values.mul_(scales[own]), (len(values), columns))
     return matrix
+
+
+def some_rows(encoded: Encoded, part: slice) -> Encoded:
+    """The rows of `part`, as a matrix of their own that shares memory."""
+    own = slice(None) if encoded.fmt.granularity == "tensor" else part
+    points = encoded.zero_points
+    return replace(
+        encoded,
+        values=encoded.values[part],
+        scales=encoded.scales[own],
+        zero_points=None if points is None else points[own],
+        matrix=(len(encoded.values[part]), encoded.matrix[1]),
+    )
 
 
 def pack(encoded: Encoded) -> Packed:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quant.inputs import LayerInputs
-from quant.packing import Encoded, decode
+from quant.packing import Encoded, decode, some_rows
+from quant.quantizers.runs import runs
 
 MARGIN = 1e-5
 """A later candidate wins only where it is better by more than the sums' rounding error."""
@@ -37,7 +38,11 @@ def _errors(
     candidate: Encoded, weights: Tensor, unit: Tensor, inputs: LayerInputs, *, shared: bool
 ) -> Tensor:
     """(rows,), or (1,) where all rows go together; in units in which squares do not overflow."""
-    errors = inputs.output_errors(decode(candidate) / unit - weights / unit)
+    rows, columns = weights.shape
+    errors = weights.new_empty(rows)
+    for part, groups in runs(rows, columns, inputs.groups):
+        misses = decode(some_rows(candidate, part)).sub_(weights[part]).div_(unit if shared else unit[part])
+        errors[part] = inputs.of(groups).output_errors(misses)
     return errors.sum(dim=0, keepdim=True) if shared else errors
 
 

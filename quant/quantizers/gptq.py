@@ -15,6 +15,7 @@ from quant.integer import IntegerFormat
 from quant.packing import Encoded, encode
 from quant.quantizers import mse_clip, rtn
 from quant.quantizers.best_rows import best_rows
+from quant.quantizers.grid import Grid
 
 DAMPING = 0.01
 """Share of the mean second moment that is added to each, as in the paper."""
@@ -42,30 +43,6 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | No
     return best_rows(weight_matrix, [*plain, *found], known)
 
 
-class Grid:
-    """Per weight the scale and, less the zero point, the lowest and highest integer."""
-
-    def __init__(self, scales: Tensor, low: Tensor, high: Tensor, size: int) -> None:
-        self.scales, self.low, self.high, self.size = scales, low, high, size
-
-    @classmethod
-    def of(cls, encoded: Encoded) -> Grid:
-        """The grid of stored scales: (rows, groups) each."""
-        rows, groups, size = encoded.values.shape
-        scales = encoded.scales.float().expand(rows, groups)
-        points = torch.zeros_like(scales)
-        if encoded.zero_points is not None:
-            points = encoded.zero_points.float().expand(rows, groups)
-        return cls(scales, encoded.fmt.lowest - points, encoded.fmt.highest - points, size)
-
-    def rounded(self, values: Tensor, columns: Tensor) -> Tensor:
-        """The nearest points of the grid to `values` (rows, n) in the given columns (n,)."""
-        at = columns // self.size
-        scales = self.scales[:, at]
-        levels = (values / scales).round_()
-        return torch.maximum(torch.minimum(levels, self.high[:, at]), self.low[:, at]) * scales
-
-
 def _fed_back(matrix: Tensor, grids: list[Grid], inputs: LayerInputs) -> list[Tensor]:
     """The matrix on each grid with error feedback; the factor of the second moments serves all grids."""
     height = matrix.shape[0] // inputs.groups
@@ -75,8 +52,7 @@ def _fed_back(matrix: Tensor, grids: list[Grid], inputs: LayerInputs) -> list[Te
         order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         factor = inverse_factor(moments[order][:, order])
         for result, grid in zip(results, grids, strict=True):
-            own = Grid(grid.scales[part], grid.low[part], grid.high[part], grid.size)
-            result[part, order] = round_with_feedback(matrix[part, order], order, own, factor)
+            result[part, order] = round_with_feedback(matrix[part, order], order, grid.rows(part), factor)
     return results
 
 

@@ -42,8 +42,9 @@ def decoded(quantizer, matrix, fmt):
 
 
 def examples(quantizer, family):
-    """Every format for those that write all; every fourth, which covers all parts of the grammar, for others."""
-    return FORMATS[family].examples[:: 1 if set(quantizer.families) == set(FORMATS) else 4]
+    """Every format for those that write all; for others some, which cover all parts of the grammar."""
+    step = 7 if quantizer.needs_inputs else 4
+    return FORMATS[family].examples[:: 1 if set(quantizer.families) == set(FORMATS) else step]
 
 
 CASES = [

@@ -6,6 +6,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from quant.catalog import QUANTIZERS
 from quant.formats import codec_of
+from quant.inputs import LayerInputs
+from quant.quantizers import adaround
 from quant.schemes import parse_scheme
 
 SHAPE = (256, 3584)
@@ -44,3 +46,12 @@ def test_quantizing_and_packing_take_less_than_twice_the_size(name, quantizer):
     most, packed = peak(lambda: codec_of(fmt).pack(encoded))
     assert most < 2 * matrix.nbytes
     assert packed.nbytes == fmt.storage(SHAPE).bytes
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_learning_takes_less_than_twice_the_size_beside_the_moments(monkeypatch, groups):
+    monkeypatch.setattr(adaround, "STEPS", 6)
+    matrix = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    known = LayerInputs(torch.eye(1024).expand(groups, -1, -1).contiguous(), 1)
+    most, _ = peak(lambda: adaround.quantize(matrix, parse_scheme("w4").weight, known))
+    assert matrix.nbytes / 8 < most < 2 * matrix.nbytes

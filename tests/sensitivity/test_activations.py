@@ -188,8 +188,8 @@ def test_a_metric_sees_activations_or_refuses_the_scheme(metric: str, tiny: Tiny
         session = Session(tiny(model).spec())
         if entry.sees_activations:
             units = [ScoreUnit(layer, scheme, (metric,)) for scheme in ("w8", "w8-aint4")]
-            plain, rounded = (session.run(unit).scores[0].value for unit in units)
-            differing.append(plain != rounded)
+            plain, rounded = (session.run(unit).scores[0] for unit in units)
+            differing.append((plain.value, plain.stderr) != (rounded.value, rounded.stderr))
             continue
         unit: Any = ScoreUnit(layer, "w8-aint4", (metric,))
         if entry.unit == "block":

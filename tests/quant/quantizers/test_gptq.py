@@ -6,7 +6,8 @@ import torch
 from quant.inputs import LayerInputs
 from quant.packing import decode
 from quant.quantizers import gptq, mse_clip
-from quant.quantizers.gptq import DAMPING, Grid, inverse_factor, round_with_feedback
+from quant.quantizers.gptq import DAMPING, inverse_factor, round_with_feedback
+from quant.quantizers.grid import Grid
 from quant.schemes import parse_scheme
 
 
