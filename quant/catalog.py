@@ -269,4 +269,12 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="safetensors packed by compressed-tensors, for vLLM and transformers.",
         source="compressed-tensors 0.20, PackedQuantizationCompressor",
     ),
+    "gguf": Checkpoint(
+        name="gguf",
+        module="quant.checkpoints.gguf",
+        library="gguf",
+        writes="file",
+        summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
+        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
+    ),
 }

@@ -62,6 +62,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     return build
 
 
+@pytest.fixture(scope="session")
+def byte_level() -> Callable[..., int]:
+    """byte_level(folder, **options of the model): saves a byte-level BPE tokenizer; returns the vocabulary's size."""
+
+    def save(folder: Path, split: Any = None, **model: Any) -> int:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(models.BPE(**model))
+        own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+        tokenizer.pre_tokenizer = own if split is None else pre_tokenizers.Sequence([split, own])
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<end>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(sentences(200), trainer)
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")
+        wrapped.save_pretrained(folder)
+        return tokenizer.get_vocab_size()
+
+    return save
+
+
 def sentences(count: int, seed: int = 0) -> list[str]:
     """Seeded sentences of 5 to 16 known words."""
     chance = random.Random(seed)

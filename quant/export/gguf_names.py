@@ -63,18 +63,23 @@ def block_count(config: Mapping[str, Any]) -> int | None:
 
 
 def tensor_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
-    """Module path -> GGUF tensor name, without those that GGUF has no tensor for.
+    """Module path -> name of its weight in GGUF, without those that GGUF has no tensor for.
 
     >>> tensor_names({"model_type": "llama", "num_hidden_layers": 1}, ["model.layers.0.mlp.down_proj"])
     {'model.layers.0.mlp.down_proj': 'blk.0.ffn_down.weight'}
     """
+    return {module: f"{name}.weight" for module, name in module_names(config, modules).items()}
+
+
+def module_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+    """Module path -> what the names of its tensors start with in GGUF ("blk.0.ffn_down")."""
     library, wanted, blocks = gguf_library(), architecture(config), block_count(config)
     kinds = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
     if wanted not in kinds or blocks is None:
         return {}
     table = library.get_tensor_name_map(kinds[wanted], blocks)
     found = {module: _first(table, module) for module in modules}
-    return {module: f"{name}.weight" for module, name in found.items() if name is not None}
+    return {module: name for module, name in found.items() if name is not None}
 
 
 def _first(table: Any, module: str) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from quant.export.gguf_names import BLOCKS, architecture, block_count, gguf_library, tensor_names
 from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
-from quant.export.rules import Takes, only_formats, only_ops
+from quant.export.rules import only_ops
 from quant.gguf_blocks import GGUF_TYPES
 from quant.schemes import parse_scheme
 
@@ -22,7 +22,7 @@ FILE = "tensor_types.txt"
 OPS = ("linear", "embedding", "transformers_conv1d")
 FLOATS = {"bf16": "bf16", "fp16": "f16"}
 """Our name of a 16-bit type -> GGML's."""
-TAKES = tuple(Takes(kind, whole_groups=False) for kind in (*GGUF_TYPES, *FLOATS))
+TYPES = (*GGUF_TYPES, *FLOATS)
 KEPT = (
     "_norm.weight",
     "position_embd",
@@ -45,9 +45,8 @@ def lint(deployment: Deployment) -> tuple[Violation, ...]:
     model = tuple(model_faults(deployment))
     return (
         *model,
-        *only_ops(deployment, OPS),
-        *only_formats(deployment, *TAKES),
-        *whole_blocks(deployment),
+        *gguf_types(deployment),
+        *(() if model else named(deployment)),
         *(() if model else _quantized_tensors(deployment)),
     )
 
@@ -62,24 +61,39 @@ def model_faults(deployment: Deployment) -> Iterator[Violation]:
         yield Violation("config.json", f"one of {', '.join(BLOCKS)} must be an integer", "none of them")
 
 
-def whole_blocks(deployment: Deployment) -> Iterator[Violation]:
-    """Rows must be whole blocks; else llama.cpp would store another type than was planned."""
-    for name in deployment.quantized:
+def gguf_types(deployment: Deployment) -> Iterator[Violation]:
+    """Weights must be GGUF types whose blocks fill the rows; llama.cpp would store another one else."""
+    yield from only_ops(deployment, OPS)
+    for name, facts in deployment.quantized.items():
         layer, weight = deployment.layers[name], deployment.schemes[name].weight
-        if weight.family == "gguf" and weight.refuses(layer.matrix):
-            rule = f"the columns must be whole blocks of {deployment.quantized[name].group_size}"
+        if facts.kind not in TYPES or facts.activation is not None:
+            rule = f"weights must be {', '.join(TYPES)}, activations left alone"
+            yield Violation(name, rule, f"{layer.scheme}; as wide is {_as_wide(facts.bits)}")
+        elif weight.refuses(layer.matrix):
+            rule = f"the columns must be whole blocks of {facts.group_size}"
             yield Violation(name, rule, f"{layer.scheme}: {weight.refuses(layer.matrix)}")
 
 
-def _quantized_tensors(deployment: Deployment) -> Iterator[Violation]:
+def _as_wide(bits: int) -> str:
+    """The types of the least width that is not less."""
+    widths = {name: fmt.bits for name, fmt in GGUF_TYPES.items()}
+    least = min((width for width in widths.values() if width >= bits), default=8)
+    return " or ".join(name for name, width in widths.items() if width == least)
+
+
+def named(deployment: Deployment) -> Iterator[Violation]:
+    """Every quantized module must have a tensor in GGUF."""
     names = tensor_names(deployment.model.config, deployment.quantized)
-    kind = architecture(deployment.model.config)
     for module in deployment.quantized:
         if module not in names:
-            rule = f"it must have a tensor in GGUF's table of the architecture {kind}"
-            yield Violation(module, rule, "no name there")
-        elif any(part in names[module] for part in KEPT):
-            yield Violation(module, "llama-quantize leaves this tensor alone", names[module])
+            kind = architecture(deployment.model.config)
+            yield Violation(module, f"it must have a tensor in GGUF's table of {kind}", "no name there")
+
+
+def _quantized_tensors(deployment: Deployment) -> Iterator[Violation]:
+    for module, tensor in tensor_names(deployment.model.config, deployment.quantized).items():
+        if any(part in tensor for part in KEPT):
+            yield Violation(module, "llama-quantize leaves this tensor alone", tensor)
 
 
 def files(deployment: Deployment) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant.apply import quantize_dequantize
 from quant.catalog import CHECKPOINTS
@@ -27,9 +27,20 @@ CANDIDATES = ("w4", "w4-g32-asym", "q8_0")
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    place = tmp_path_factory.mktemp("source") / "model"
-    shutil.copytree(tiny("llama").folder, place)
+def folder(byte_level, tmp_path_factory):
+    place = tmp_path_factory.mktemp("source")
+    config = LlamaConfig(
+        vocab_size=byte_level(place),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(place)
     return place
 
 

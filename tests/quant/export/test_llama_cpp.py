@@ -111,8 +111,9 @@ def test_tokens_that_llama_quantize_stops_at_are_refused(token):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (single("model.layers.0.mlp.down_proj", (8, 256), "w4"), r"down_proj: weights must be q4_0.*Got w4"),
-        (single("fc", (8, 256), "q4_k"), r"fc: it must have a tensor in GGUF's table.*llama"),
+        (single("model.layers.0.mlp.down_proj", (8, 256), "w4"), r"down_proj: weights must be q4_0.*Got w4; as wide is q4_0 or q4_1 or q4_k\."),
+        (single("fc", (8, 256), "q4_k"), r"fc: it must have a tensor in GGUF's table of llama"),
+        (single("model.layers.0.mlp.down_proj", (8, 256), "w7-aint8"), r"Got w7-aint8; as wide is q8_0\."),
         (single("layer", (8, 256), "q4_k", {"model_type": "resnet"}), r"config\.json: model_type must be.*'resnet'"),
         (single("layer", (8, 256), "q4_k", {"model_type": "llama"}), r"config\.json: one of num_hidden_layers"),
         (

@@ -1,0 +1,242 @@
+"""GGUF files: the planned types, the very weights that were measured, exact sizes, and the tokenizer."""
+
+import json
+import random
+from dataclasses import replace
+
+import gguf
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from quant.apply import parameter_of, quantize_
+from quant.checkpoints import front, gguf_header
+from quant.checkpoints.protocol import CheckpointError
+from quant.checkpoints.source import Source
+from quant.export.gguf_names import tensor_names
+from quant.export.protocol import Deployment, ExportRefused, ModelFacts
+from quant.gguf_blocks import GGUF_TYPES
+from quant.inventory import take_inventory
+from quant.plan import Certificate, Digests, parse_plan
+from quant.planning import build_plan
+
+SMALL = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q8_0-rtn", "bf16", "fp16"]
+SIDES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-bf16": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.bfloat16}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 48}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 128}),
+}
+
+
+class Saved:
+    """A model folder with random weights, and everything that a checkpoint is written from."""
+
+    def __init__(self, folder, kind, size, **changes):
+        build, config, options = MODELS[kind]
+        torch.manual_seed(3)
+        model = build(config(vocab_size=size, **SIDES, **HEADS, **{**options, **changes}))
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "norm.weight")):
+                torch.nn.init.normal_(parameter, 1, 0.3)
+        model.to(options.get("dtype", torch.float32)).save_pretrained(folder)
+        self.folder, self.source = folder, Source.open(folder)
+        self.inventory = take_inventory(self.load(), include=["*embed_tokens", "*"])
+
+    def load(self):
+        return AutoModelForCausalLM.from_pretrained(self.folder)
+
+    def deployment(self, choose, kept=()):
+        part = tuple(layer for layer in self.inventory.layers if layer.name not in kept)
+        plan = build_plan(
+            replace(self.inventory, layers=part),
+            {layer.name: choose(layer) for layer in part},
+            digests=Digests(model=self.source.digest),
+            certificate=Certificate("feasible"),
+            source="test",
+        )
+        return Deployment(plan, ModelFacts.of(self.inventory, self.source.config))
+
+    def random(self, seed):
+        chance = random.Random(seed)
+        kept = {layer.name for layer in self.inventory.layers[1:] if chance.random() < 0.2}
+        wide = [*SMALL, *GGUF_TYPES]
+        return self.deployment(lambda layer: chance.choice(SMALL if layer.matrix[1] % 256 else wide), kept)
+
+    def write(self, deployment, out):
+        return front.write("gguf", self.source, deployment, out)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, byte_level):
+    built = {}
+
+    def build(kind, **changes):
+        key = (kind, *changes)
+        if key not in built:
+            folder = tmp_path_factory.mktemp(kind)
+            built[key] = Saved(folder, kind, byte_level(folder), **changes)
+        return built[key]
+
+    return build
+
+
+def stored_types(path):
+    return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors}
+
+
+def planned_types(deployment):
+    names = tensor_names(deployment.model.config, deployment.layers)
+    kinds = {module: scheme.weight.short for module, scheme in deployment.schemes.items()}
+    found = {names[module]: "f16" if kind == "fp16" else kind for module, kind in kinds.items()}
+    if deployment.model.config["tie_word_embeddings"]:
+        found.pop("output.weight", None)
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_file_holds_the_planned_types_and_the_measured_weights(kind, saved, tmp_path):
+    model, out = saved(kind), tmp_path / "model.gguf"
+    deployment = model.random(len(kind))
+    model.write(deployment, out)
+    own = "bf16" if kind == "llama-bf16" else "f32"
+    vectors = ("_norm.weight", ".bias")
+    left = {name: "f32" if name.endswith(vectors) else own for name in stored_types(out)}
+    assert stored_types(out) == left | planned_types(deployment)
+    simulated = quantize_(model.load(), deployment.plan, model.inventory)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=out.name, dtype=MODELS[kind][2].get("dtype", torch.float32)
+    )
+    for layer in model.inventory.layers:
+        assert torch.equal(parameter_of(loaded, layer), parameter_of(simulated, layer)), layer.name
+    ids = torch.arange(40).reshape(1, 40)
+    with torch.no_grad():
+        difference = loaded(ids).logits - simulated(ids).logits
+    assert difference.abs().max() < 1e-5
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6), kind=st.sampled_from(["llama", "llama-tied"]))
+def test_sizes_are_those_that_the_dry_run_told(seed, kind, saved, tmp_path_factory):
+    model, out = saved(kind), tmp_path_factory.mktemp("out") / "model.gguf"
+    deployment = model.random(seed)
+    told = front.layout("gguf", model.source, deployment)
+    assert model.write(deployment, out).layout == told
+    tensors = gguf.GGUFReader(out).tensors
+    assert told.bytes == out.stat().st_size
+    assert told.payload_bytes == sum(int(tensor.n_bytes) for tensor in tensors)
+    planned = planned_types(deployment)
+    assert told.planned_bytes == sum(int(tensor.n_bytes) for tensor in tensors if tensor.name in planned)
+
+
+def test_header_says_what_the_configuration_does(saved, tmp_path):
+    model, out = saved("mistral"), tmp_path / "model.gguf"
+    deployment = model.deployment(lambda _: "q8_0")
+    model.write(deployment, out)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(out).fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["llama.context_length"] == 48
+    assert fields["llama.attention.head_count_kv"] == 2
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert len(fields["tokenizer.ggml.tokens"]) == 300
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.add_bos_token"]) == (0, False)
+    assert parse_plan(fields[gguf_header.PLAN_KEY]) == deployment.plan
+    told = json.loads(fields[gguf_header.PROVENANCE_KEY])
+    assert (told["consumer"], told["plan"]) == ("gguf", deployment.plan.digest)
+    assert told["model"] == model.source.digest
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_scaled_rotations_are_told(kind, saved, tmp_path):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "llama3":
+        more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        rope |= more
+    model, out = Saved(tmp_path / "model", "llama", 300, rope_parameters=rope), tmp_path / "model.gguf"
+    model.write(model.deployment(lambda _: "q8_0"), out)
+    reader = gguf.GGUFReader(out)
+    if kind == "linear":
+        assert reader.fields["llama.rope.scaling.type"].contents() == "linear"
+        assert reader.fields["llama.rope.scaling.factor"].contents() == 4.0
+        return
+    factors = next(tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(
+        plain / torch.from_numpy(factors.copy()), model.load().model.rotary_emb.inv_freq, rtol=1e-6, atol=0
+    )
+
+
+def test_biases_lie_in_the_order_of_their_rows(tmp_path):
+    model, out = Saved(tmp_path / "model", "llama", 300, attention_bias=True), tmp_path / "model.gguf"
+    model.write(model.deployment(lambda _: "q8_0"), out)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    stored = model.load().model.layers[0].self_attn.k_proj.bias.detach().reshape(2, 2, 8)
+    written = torch.from_numpy(tensors["blk.0.attn_k.bias"].data.copy())
+    assert torch.equal(written, stored.transpose(1, 2).reshape(-1))
+    assert tensors["blk.0.attn_k.bias"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+def test_a_folder_without_a_tokenizer_is_written_without_one(tmp_path):
+    model, out = Saved(tmp_path / "model", "qwen2", 300), tmp_path / "model.gguf"
+    model.write(model.deployment(lambda _: "q8_0"), out)
+    assert gguf.GGUFReader(out).fields["tokenizer.ggml.model"].contents() == "no_vocab"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("w4", r"q_proj: weights must be q4_0, .*Got w4; as wide is q4_0 or q4_1 or q4_k\."),
+        ("w3-g32", r"Got w3-g32; as wide is q3_k\."),
+        ("nvfp4", r"Got nvfp4; as wide is q4_0"),
+    ],
+)
+def test_other_formats_are_refused_and_told_which_to_use(scheme, message, saved, tmp_path):
+    model = saved("llama")
+    deployment = model.deployment(lambda _: scheme, kept=("model.embed_tokens", "lm_head"))
+    with pytest.raises(ExportRefused, match=message):
+        model.write(deployment, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma2"}, r"config\.json: model_type must be one of llama, .*Got 'gemma2'"),
+        ({"architectures": ["LlamaModel"]}, r"architectures must name LlamaForCausalLM\. Got \['LlamaModel'\]"),
+        ({"hidden_act": "gelu"}, r"hidden_act must be 'silu'\. Got 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"the rope type must be one of default, .*Got 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, r"rope type .*Got 'dynamic'"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_said_are_refused(change, message, saved):
+    model = saved("llama")
+    known = model.deployment(lambda _: "q8_0")
+    changed = Deployment(known.plan, replace(known.model, config={**known.model.config, **change}))
+    with pytest.raises(ExportRefused, match=message):
+        front.layout("gguf", model.source, changed)
+
+
+def test_a_stored_tensor_without_a_place_is_refused(tmp_path):
+    model = Saved(tmp_path / "model", "llama", 300)
+    place = model.folder / "model.safetensors"
+    tensors = {**load_file(place), "model.layers.0.adapter.weight": torch.ones(2, 2)}
+    save_file(tensors, place, {"format": "pt"})
+    model.source = Source.open(model.folder)
+    with pytest.raises(CheckpointError, match=r"must have a place .*Got model\.layers\.0\.adapter\.weight"):
+        front.layout("gguf", model.source, model.deployment(lambda _: "q8_0"))
