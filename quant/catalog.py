@@ -277,4 +277,12 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
         source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
     ),
+    "onnxruntime": Checkpoint(
+        name="onnxruntime",
+        module="quant.checkpoints.onnxruntime",
+        library="onnx",
+        writes="folder",
+        summary="an ONNX model with MatMulNBits nodes, weights in a data file beside it, for ONNX Runtime.",
+        source="ONNX Runtime 1.31, com.microsoft.MatMulNBits; ONNX 1.23, external data",
+    ),
 }

@@ -17,7 +17,8 @@ class LayerInputs:
     """Second moments of a layer's inputs over the scoring part, at full precision.
 
     `second_moments` is (groups, columns, columns), float32: X'X / samples of the columns that each group of
-    output channels multiplies; one group except for grouped convolutions, whose channels are split evenly.
+    output channels multiplies; one group except for grouped convolutions and fused experts, whose channels
+    are split evenly.
     `samples` counts the rows of X: tokens, or positions of a convolution. An input that the calibration data
     never reached has zeros.
     """

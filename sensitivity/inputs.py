@@ -7,40 +7,49 @@ is collected again. The numbers do not depend on which layers share a pass.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quant.experts import expert_inputs, gives_inner_inputs, routed
 from quant.inputs import LayerInputs
-from quant.layers import Inventory, Layer
-from sensitivity.magnitudes import InputMagnitudes
+from quant.layers import EXPERT_OPS, Inventory, Layer
+from sensitivity.errors import BadUnit
 from sensitivity.tasks.task import Batch
-from sensitivity.watching import Batches, groups_of, input_rows, watch
 
 CACHE_BYTES = 2**30
 """Second moments beyond this are collected again when they are needed."""
+LARGEST_BYTES = 2**33
+"""Second moments of one layer beyond this are refused: those of many wide experts."""
 
-UNSEEN = ("embedding", "experts", "experts_transposed")
-"""Operations whose inputs are not collected: nothing is multiplied, or inside another module."""
+Batches = Callable[[], Iterable[Batch]]
+
+
+class UnseenInputs(BadUnit):
+    """Inputs of a layer that are inside another module, or too many to keep moments of."""
 
 
 class InputStatistics:
-    """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same.
-
-    `magnitudes` are those of the same inputs, for static activations.
-    """
+    """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same."""
 
     def __init__(
         self, model: nn.Module, inventory: Inventory, batches: Batches, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self._model, self._inventory, self._batches, self._bound = model, inventory, batches, cache_bytes
         self._kept: OrderedDict[str, LayerInputs] = OrderedDict()
-        self.magnitudes = InputMagnitudes(model, inventory, batches)
 
     def __call__(self, name: str) -> LayerInputs:
-        """The statistics of one layer; the model must hold its own weights. KeyError for no layer."""
+        """The statistics of one layer; the model must hold its own weights. KeyError for no layer.
+
+        Raises UnseenInputs for experts whose inputs cannot be seen or whose statistics are too large.
+        """
         layer = self._inventory.by_name[name]
+        self._require_observable(layer)
         if layer.name not in self._kept:
             wanted = self._neighbors(layer)
             self._make_room(sum(self._bytes(other) for other in wanted))
@@ -53,7 +62,7 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            if layer.name in self._kept or layer.op in UNSEEN:
+            if layer.name in self._kept or layer.op == "embedding" or self._hidden(layer):
                 continue
             more = self._bytes(layer)
             if size + more > self._bound // 2:
@@ -63,7 +72,28 @@ class InputStatistics:
         return chosen
 
     def _bytes(self, layer: Layer) -> int:
-        return 4 * groups_of(self._model.get_submodule(layer.name)) * layer.matrix[1] ** 2
+        return 4 * _groups(self._model, layer) * layer.matrix[1] ** 2
+
+    def _hidden(self, layer: Layer) -> bool:
+        """Whether the layer's inputs stay inside a module that does not tell how it computes them."""
+        return layer.name.endswith("down_proj") and any(
+            not gives_inner_inputs(module)
+            for module, _ in places_of(self._model, layer)
+            if layer.op in EXPERT_OPS
+        )
+
+    def _require_observable(self, layer: Layer) -> None:
+        if self._hidden(layer):
+            raise UnseenInputs(
+                f"layer {layer.name!r} must have inputs that can be seen for a quantizer that goes by them."
+                " Got experts that compute them inside. Use mse_clip for it, or exclude it."
+            )
+        if self._bytes(layer) > LARGEST_BYTES:
+            raise UnseenInputs(
+                f"statistics of the inputs of layer {layer.name!r} must fit in {LARGEST_BYTES} bytes. Got"
+                f" {self._bytes(layer)} for {layer.experts} experts with {layer.matrix[1]} inputs each."
+                " Use mse_clip for it, or exclude it."
+            )
 
     def _make_room(self, size: int) -> None:
         held = sum(inputs.second_moments.nbytes for inputs in self._kept.values())
@@ -78,13 +108,39 @@ def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch])
     return {name: found.inputs() for name, found in sums.items()}
 
 
+class Watcher(Protocol):
+    """Sees the inputs of one layer go by, at every (module, parameter) of `places`."""
+
+    layer: Layer
+    places: list[tuple[nn.Module, str]]
+
+    def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
+        """One input of one module; `real` (samples, tokens) is false for padding."""
+
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        """One call of fused experts: hidden states and the experts of each token."""
+
+
+def watch(model: nn.Module, watchers: Collection[Watcher], batches: Iterable[Batch]) -> None:
+    """Run the model over the batches at full precision.
+
+    The attention backend is fixed, so that the numbers are the same inside and outside of `gradients`.
+    """
+    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            with _listening(watchers, _real_tokens(batch)):
+                batch.call(model)
+
+
 class _Sum:
     """X'X of one layer, summed in float32 batch by batch, and the rows that went in."""
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
-        self.layer, module = layer, model.get_submodule(layer.name)
-        groups, columns = groups_of(module), layer.matrix[1]
-        device = next(module.parameters()).device
+        self.layer, self.places = layer, places_of(model, layer)
+        groups, columns = _groups(model, layer), layer.matrix[1]
+        device = next(self.places[0][0].parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
         self.samples = 0
 
@@ -93,5 +149,97 @@ class _Sum:
             self.total += rows.transpose(1, 2) @ rows
             self.samples += rows.shape[1]
 
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        hidden, indices = call
+        if real is not None and len(hidden) % real.numel() == 0:
+            kept = real.reshape(-1, 1).to(hidden.device).repeat(len(hidden) // real.numel(), 1)
+            indices = indices.masked_fill(~kept, -1)
+        for expert, rows in expert_inputs(module, parameter, hidden, indices):
+            exact = rows.float()
+            self.total[expert] += exact.t() @ exact
+            self.samples += len(rows)
+
     def inputs(self) -> LayerInputs:
         return LayerInputs(self.total / max(1, self.samples), self.samples)
+
+
+def places_of(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
+    """Every (module, parameter) that multiplies with the layer's weight, each once."""
+    paths = [
+        name.rpartition(".")[::2] if layer.op in EXPERT_OPS else (name, "weight") for name in layer.names
+    ]
+    found = [(model.get_submodule(path), parameter) for path, parameter in paths]
+    return list({(id(module), parameter): (module, parameter) for module, parameter in found}.values())
+
+
+@contextmanager
+def _listening(watchers: Iterable[Watcher], real: Tensor | None) -> Iterator[None]:
+    hooks: list[Any] = []
+    try:
+        for found in watchers:
+            hooks += [
+                module.register_forward_pre_hook(_hook(found, parameter, real), with_kwargs=True)
+                for module, parameter in found.places
+            ]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hook(found: Watcher, parameter: str, real: Tensor | None) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if found.layer.op not in EXPERT_OPS:
+            found.add(module, (*arguments, *named.values())[0].detach(), real)
+            return
+        call = routed(module, arguments, named)
+        if call is None:
+            raise UnseenInputs(
+                f"layer {found.layer.name!r} must be called with hidden states and the experts of each token."
+                " Got another call. Use mse_clip for it, or exclude it."
+            )
+        found.add_experts(module, parameter, call, real)
+
+    return hook
+
+
+def _real_tokens(batch: Batch) -> Tensor | None:
+    """True (samples, tokens) where a token is no padding; None where nothing says so."""
+    mask = batch.inputs.get("attention_mask")
+    return mask.bool() if mask is not None and mask.ndim == 2 else None
+
+
+def input_rows(module: nn.Module, values: Tensor, real: Tensor | None = None) -> Iterator[Tensor]:
+    """What a module multiplies its weight with, as float32 (groups, rows, columns), one piece at a time.
+
+    Padding tokens are left out where the leading sides are those of `real`.
+    """
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        for image in torch.split(values, 1):
+            yield _patches(module, image.float())
+        return
+    columns = values.shape[-1]
+    if real is not None and values.shape[:-1].numel() == real.numel() and values.ndim in (2, 3):
+        yield values.reshape(-1, columns)[real.reshape(-1).to(values.device)].float()[None]
+    else:
+        yield values.reshape(-1, columns).float()[None]
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
+    """(1, channels, ...) -> (groups, positions, columns), padded as the module pads."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = functional.pad(values, module._reversed_padding_repeated_twice, mode=mode)
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if isinstance(module, nn.Conv1d):
+        padded = padded.unsqueeze(2)
+        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+    unfolded = functional.unfold(padded, kernel, dilation=dilation, stride=stride)
+    return unfolded.reshape(module.groups, -1, unfolded.shape[-1]).transpose(1, 2)
+
+
+def _groups(model: nn.Module, layer: Layer) -> int:
+    """How many parts of the output channels have inputs of their own."""
+    module = places_of(model, layer)[0][0]
+    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else layer.experts

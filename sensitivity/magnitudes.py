@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from quant.activations import MULTIPLYING, TOKENWISE
 from quant.codecs.activations import Magnitudes
 from quant.layers import Inventory, Layer
+from sensitivity.inputs import Batches, InputStatistics, input_rows, places_of, watch
 from sensitivity.tasks.task import Batch
-from sensitivity.watching import Batches, input_rows, watch
 
 
 class InputMagnitudes:
@@ -33,11 +33,19 @@ class InputMagnitudes:
         return self._found[layer.name]
 
 
+class SessionInputs(InputStatistics):
+    """Second moments, when it is called, and `magnitudes` of the same inputs."""
+
+    def __init__(self, model: nn.Module, inventory: Inventory, batches: Batches) -> None:
+        super().__init__(model, inventory, batches)
+        self.magnitudes = InputMagnitudes(model, inventory, batches)
+
+
 def count_magnitudes(
     model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch]
 ) -> dict[str, Magnitudes]:
     """One pass over the batches; tied layers see the inputs of all their modules."""
-    counts = [_Count(layer) for layer in layers]
+    counts = [_Count(model, layer) for layer in layers]
     watch(model, counts, batches)
     return {count.layer.name: count.found for count in counts}
 
@@ -45,10 +53,17 @@ def count_magnitudes(
 class _Count:
     """The magnitudes of one layer so far."""
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer, self.found = layer, Magnitudes.none()
+    def __init__(self, model: nn.Module, layer: Layer) -> None:
+        self.layer, self.places, self.found = layer, places_of(model, layer), Magnitudes.none()
 
     def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
+        if not values.is_floating_point():  # a table that shares the tensor looks rows up
+            return
         pieces = input_rows(module, values, real) if self.layer.op in TOKENWISE else (values,)
         for piece in pieces:
             self.found = self.found.plus(piece)
+
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        raise AssertionError("experts refuse activation formats")

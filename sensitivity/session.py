@@ -32,8 +32,9 @@ from sensitivity.errors import (
 from sensitivity.evidence import quality_interval
 from sensitivity.forwards import Forwards
 from sensitivity.gradients import Contract, gradients
-from sensitivity.inputs import InputStatistics
+from sensitivity.inputs import Batches
 from sensitivity.kernels import KernelSession
+from sensitivity.magnitudes import SessionInputs
 from sensitivity.model_loading import load_model
 from sensitivity.spec import PARTS, Json, SessionSpec
 from sensitivity.tasks.task import Batch, Outputs, PerSample, Task
@@ -48,7 +49,6 @@ from sensitivity.units import (
     Unit,
     UnitResult,
 )
-from sensitivity.watching import Batches
 from sensitivity.weights import LayerWeights
 
 
@@ -70,7 +70,7 @@ class Session:
         self._width = 0
         self._check_samples()
         self.inventory: Inventory = self._take_inventory()
-        self.inputs = InputStatistics(self.model, self.inventory, self._statistics_batches())
+        self.inputs = SessionInputs(self.model, self.inventory, self._statistics_batches())
         self.weights = LayerWeights(self.model, self.inventory, self.inputs)
         self.forwards = Forwards(self.model, self.task, self.samples, self.weights, spec.batch_size)
         self.task.check(self._everything(), self._width)

@@ -19,6 +19,7 @@ FRONTS = (
     "checkpoints.gguf_header",
     "checkpoints.gguf_tokenizer",
     "checkpoints.joined",
+    "checkpoints.onnxruntime",
     "checkpoints.protocol",
     "checkpoints.pytorch",
     "checkpoints.shards",

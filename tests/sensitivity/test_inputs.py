@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from quant.inventory import take_inventory
 from quant.ops import to_matrix
-from sensitivity.inputs import InputStatistics, collect
+from sensitivity.inputs import InputStatistics, collect, input_rows
 from sensitivity.session import Session
 from sensitivity.tasks.task import Batch
 from sensitivity.units import BlockUnit, MeasureUnit, ScoreUnit
-from sensitivity.watching import input_rows
 
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 5, bias=False), (3, 4, 6)),
