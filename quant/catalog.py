@@ -172,7 +172,7 @@ class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 
     `library` is the consumer's package that `read_back` parses with; writing needs it only where the
-    summary says so.
+    summary says so. `separate`: it cannot be installed beside our torch.
     """
 
     name: str
@@ -180,6 +180,7 @@ class Exporter:
     library: str
     summary: str
     source: str
+    separate: bool = False
 
     def load(self) -> ExporterModule:
         """Import the module."""
@@ -200,6 +201,28 @@ EXPORTERS: dict[str, Exporter] = {
         library="compressed_tensors",
         summary="recipe.yaml with one QuantizationModifier and explicit config groups.",
         source="LLM Compressor, QuantizationModifier; compressed-tensors 0.20",
+    ),
+    "gptqmodel": Exporter(
+        name="gptqmodel",
+        module="quant.export.gptqmodel",
+        library="gptqmodel",
+        summary="quantize_config.json and config.json with a rule under `dynamic` for every module.",
+        source="GPT-QModel 7.7, QuantizeConfig.from_quant_config and dynamic_get",
+        separate=True,
+    ),
+    "auto-round": Exporter(
+        name="auto-round",
+        module="quant.export.auto_round",
+        library="auto_round",
+        summary="layer_config.json for the quantizer, config.json with extra_config for the loader.",
+        source="AutoRound 0.16, get_layer_config of its loader",
+    ),
+    "modelopt": Exporter(
+        name="modelopt",
+        module="quant.export.modelopt",
+        library="modelopt",
+        summary="hf_quant_config.json of mixed precision, as TensorRT-LLM, vLLM and SGLang read it.",
+        source="NVIDIA Model Optimizer 0.47, convert_hf_quant_config_format",
     ),
     "mlx": Exporter(
         name="mlx",
