@@ -117,6 +117,16 @@ QUANTIZERS: dict[str, Quantizer] = {
         source="Nagel et al. 2020, arXiv:2004.10568",
         needs_inputs=True,
     ),
+    "awq": Quantizer(
+        name="awq",
+        module="quant.quantizers.awq",
+        version=1,
+        families=("integer", "float", "microscaling", "gguf"),
+        summary="Columns with large inputs are multiplied before rounding and divided after it.",
+        source="Lin et al. 2023, arXiv:2306.00978, section 3.2",
+        needs_inputs=True,
+        adjusts=Adjustment(bits=lambda matrix, _: 16 * matrix[1]),
+    ),
     "gptq": Quantizer(
         name="gptq",
         module="quant.quantizers.gptq",
