@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+from quant.layers import EXPERT_OPS, Op
 from quant.runtime_rules import Fused, Integers, Named, Rule, Runtime
 
-ALL_OPS = ("linear", "conv1d", "conv2d", "embedding", "transformers_conv1d")
+ALL_OPS = get_args(Op)
+OWN_OPS = tuple(op for op in ALL_OPS if op not in EXPERT_OPS)
+"""Modules with a weight of their own."""
 LINEARS = ("linear", "transformers_conv1d")
 LLAMA_FUSED = (Fused(("q_proj", "k_proj", "v_proj")), Fused(("gate_proj", "up_proj")))
-EXPERTS = (
+BLOCK_EXPERTS = (
     Fused(("experts.*.gate_proj", "experts.*.up_proj", "experts.*.down_proj")),
     Fused(("experts.*.w1", "experts.*.w2", "experts.*.w3")),
+    Fused(("experts.gate_up_proj", "experts.up_proj", "experts.down_proj")),
 )
+"""One scheme for all experts of a block."""
+STACKED_EXPERTS = tuple(
+    Fused((f"experts.*.{name}",)) for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+)
+"""One tensor per projection, which the fused experts of transformers are already."""
+GGUF_OPS = ("linear", "embedding", "transformers_conv1d", *EXPERT_OPS)
 BOTH = (True, False)
 FP8 = ("fp8", "fp8-float16", "fp8-bfloat16", "fp8-tensor*")
 """e4m3 with one scale per output channel or tensor."""
@@ -37,7 +49,7 @@ VLLM = Runtime(
         Rule(Named(("nvfp4*",)), rows=32, columns=32, activations=("nvfp4s",)),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
-    fused=(*LLAMA_FUSED, Fused(("query", "key", "value")), *EXPERTS),
+    fused=(*LLAMA_FUSED, Fused(("query", "key", "value")), *BLOCK_EXPERTS),
     kv_cache=("float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
 )
 LLAMA_CPP = Runtime(
@@ -47,17 +59,17 @@ LLAMA_CPP = Runtime(
     rules=(
         Rule(
             Named(("q4_0*", "q4_1*", "q5_0*", "q5_1*", "q8_0*")),
-            ops=("linear", "embedding", "transformers_conv1d"),
+            ops=GGUF_OPS,
             columns=32,
         ),
         Rule(
             Named(("q2_k*", "q3_k*", "q4_k*", "q5_k*", "q6_k*")),
-            ops=("linear", "embedding", "transformers_conv1d"),
+            ops=GGUF_OPS,
             columns=256,
         ),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
-    fused=EXPERTS,
+    fused=STACKED_EXPERTS,
     embeddings=True,
     heads=True,
     kv_cache=("float16", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
@@ -92,7 +104,7 @@ MLX = Runtime(
         Rule(Named(("mxfp4*", "mxfp8*")), ops=("linear", "embedding"), columns=32),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
-    fused=EXPERTS,
+    fused=STACKED_EXPERTS,
     embeddings=True,
     heads=True,
     kv_cache=("float16", "bfloat16", "int8", "int4"),
@@ -116,7 +128,7 @@ OPENVINO = Runtime(
     summary="OpenVINO with NNCF weight compression",
     source="https://docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/weight-compression.html",
     rules=(
-        Rule(Integers((8,), symmetric=BOTH), ops=ALL_OPS),
+        Rule(Integers((8,), symmetric=BOTH), ops=OWN_OPS),
         Rule(Integers((4,), groups=(), symmetric=BOTH), ops=LINEARS, whole_groups=True),
         Rule(Named(("nf4*",)), ops=LINEARS),
         Rule(Named(("mxfp4*",)), ops=LINEARS, columns=32),
