@@ -46,6 +46,7 @@ from sensitivity.units import (
     TimingUnit,
     Unit,
     UnitResult,
+    WriteUnit,
 )
 from sensitivity.weights import LayerWeights
 
@@ -88,6 +89,8 @@ class Session:
                 return self._inspect()
             case TimingUnit():
                 return KernelSession(self.spec).run(unit)
+            case WriteUnit():
+                raise BadUnit("a session measures; checkpoints are written by a checkpoint writer.")
 
     # -- units ------------------------------------------------------------------------------------
 

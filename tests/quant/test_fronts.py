@@ -24,6 +24,7 @@ FRONTS = (
     "checkpoints.pytorch",
     "checkpoints.shards",
     "checkpoints.source",
+    "checkpoints.torchao",
     "checkpoints.vllm",
     "costs",
     "deployment",
