@@ -198,7 +198,11 @@ class Fused:
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime as data: what it can load and run. `kv_cache` are the types it keeps keys and values in."""
+    """A runtime as data: what it can load and run.
+
+    `kv_cache` are the types it keeps keys and values in, `menu` the schemes that a search for it tries unless
+    it names others.
+    """
 
     name: str
     summary: str
@@ -208,6 +212,7 @@ class Runtime:
     embeddings: bool = False
     heads: bool = False
     kv_cache: tuple[str, ...] = ("float16", "bfloat16")
+    menu: tuple[str, ...] = ()
 
     def refuses(self, target: Target, scheme: Scheme) -> str | None:
         """The rule that a scheme breaks on a layer, in words; None when the runtime runs it."""
@@ -238,4 +243,5 @@ class Runtime:
             "embeddings": self.embeddings,
             "heads": self.heads,
             "kv_cache": list(self.kv_cache),
+            "default_schemes": list(self.menu),
         }

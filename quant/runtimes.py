@@ -27,12 +27,21 @@ BOTH = (True, False)
 FP8 = ("fp8", "fp8-float16", "fp8-bfloat16", "fp8-tensor*")
 """e4m3 with one scale per output channel or tensor."""
 
+CHANNEL_MENU = ("w2-asym-gptq", "w3-asym-gptq", "w4-asym-gptq", "w5-asym-gptq", "w6-gptq", "w8-gptq")
+"""What measures best at equal bytes of what was tried: docs/decisions/default-menu.md."""
+
 VLLM = Runtime(
     name="vllm",
     summary="vLLM on NVIDIA GPUs: compressed-tensors (Marlin kernels), FP8, NVFP4",
     source="https://docs.vllm.ai/en/latest/features/quantization/",
     rules=(
-        Rule(Integers((4, 8), groups=(32, 64, 128)), rows=64, columns=128, whole_groups=True),
+        Rule(
+            Integers((4, 8), groups=(32, 64, 128)),
+            ops=("linear", "experts"),
+            rows=64,
+            columns=128,
+            whole_groups=True,
+        ),
         Rule(
             Integers((4,), groups=(32, 64, 128), symmetric=(False,)),
             rows=64,
@@ -51,6 +60,7 @@ VLLM = Runtime(
     ),
     fused=(*LLAMA_FUSED, Fused(("query", "key", "value")), *BLOCK_EXPERTS),
     kv_cache=("float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+    menu=("w4-gptq", "w4-g128-gptq", "w4-g128-asym-gptq", "w4-g32-asym-gptq", "w8-gptq", "bf16"),
 )
 LLAMA_CPP = Runtime(
     name="llama.cpp",
@@ -73,6 +83,7 @@ LLAMA_CPP = Runtime(
     embeddings=True,
     heads=True,
     kv_cache=("float16", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
+    menu=("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0", "q5_0", "bf16"),
 )
 TORCHAO = Runtime(
     name="torchao",
@@ -90,6 +101,7 @@ TORCHAO = Runtime(
     ),
     embeddings=True,
     heads=True,
+    menu=(*CHANNEL_MENU, "bf16"),
 )
 MLX = Runtime(
     name="mlx",
@@ -108,6 +120,15 @@ MLX = Runtime(
     embeddings=True,
     heads=True,
     kv_cache=("float16", "bfloat16", "int8", "int4"),
+    menu=(
+        "w2-g64-asym-gptq",
+        "w3-g64-asym-gptq",
+        "w4-g64-asym-gptq",
+        "w5-g64-asym-gptq",
+        "w6-g64-asym-gptq",
+        "w8-g64-asym-gptq",
+        "bf16",
+    ),
 )
 ONNXRUNTIME = Runtime(
     name="onnxruntime",
@@ -122,6 +143,7 @@ ONNXRUNTIME = Runtime(
     ),
     fused=(Fused(("q_proj", "k_proj", "v_proj")),),
     heads=True,
+    menu=("w4-g128-asym-gptq", "w4-g32-asym-gptq", "w4-g16-asym-gptq", "w8-g128-gptq", "bf16"),
 )
 OPENVINO = Runtime(
     name="openvino",
@@ -137,6 +159,7 @@ OPENVINO = Runtime(
     embeddings=True,
     heads=True,
     kv_cache=("float16", "bfloat16", "int8"),
+    menu=("w4-g128-asym-gptq", "w4-g64-asym-gptq", "w4-g32-asym-gptq", "w8-gptq", "bf16"),
 )
 GENERIC = Runtime(
     name="generic",
@@ -145,8 +168,18 @@ GENERIC = Runtime(
     rules=(Rule(Named(("*",)), ops=ALL_OPS, activations=("*",), additions=("*",)),),
     embeddings=True,
     heads=True,
+    menu=CHANNEL_MENU,
 )
 
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime for runtime in (VLLM, LLAMA_CPP, TORCHAO, MLX, ONNXRUNTIME, OPENVINO, GENERIC)
 }
+
+
+def default_menu(runtime: str | None = None) -> tuple[str, ...]:
+    """The schemes that are tried where a request names none, for a key of RUNTIMES.
+
+    >>> default_menu("mlx")[0], default_menu() == default_menu("generic")
+    ('w2-g64-asym-gptq', True)
+    """
+    return RUNTIMES[runtime or GENERIC.name].menu

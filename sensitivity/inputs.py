@@ -7,9 +7,9 @@ is collected again. The numbers do not depend on which layers share a pass.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quant.experts import expert_inputs, gives_inner_inputs, routed
 from quant.inputs import LayerInputs
 from quant.layers import EXPERT_OPS, Inventory, Layer
-from sensitivity.errors import BadUnit
 from sensitivity.tasks.task import Batch
 
 CACHE_BYTES = 2**30
 """Second moments beyond this are collected again when they are needed."""
 LARGEST_BYTES = 2**33
-"""Second moments of one layer beyond this are refused: those of many wide experts."""
+"""Second moments of one layer beyond this are not collected: those of many wide experts."""
 
 Batches = Callable[[], Iterable[Batch]]
-
-
-class UnseenInputs(BadUnit):
-    """Inputs of a layer that are inside another module, or too many to keep moments of."""
 
 
 class InputStatistics:
@@ -46,10 +41,13 @@ class InputStatistics:
     def __call__(self, name: str) -> LayerInputs:
         """The statistics of one layer; the model must hold its own weights. KeyError for no layer.
 
-        Raises UnseenInputs for experts whose inputs cannot be seen or whose statistics are too large.
+        Zeros for embeddings, which multiply nothing, for experts whose inputs cannot be seen and for those
+        whose statistics are too large: quantizers take such a layer for one that the data never reached.
         """
         layer = self._inventory.by_name[name]
-        self._require_observable(layer)
+        if not self._observable(layer):
+            columns = layer.matrix[1]
+            return LayerInputs(torch.zeros(1, columns, columns), samples=0)
         if layer.name not in self._kept:
             wanted = self._neighbors(layer)
             self._make_room(sum(self._bytes(other) for other in wanted))
@@ -62,7 +60,7 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            if layer.name in self._kept or layer.op == "embedding" or self._hidden(layer):
+            if layer.name in self._kept or not self._observable(layer):
                 continue
             more = self._bytes(layer)
             if size + more > self._bound // 2:
@@ -78,22 +76,12 @@ class InputStatistics:
         """Whether the layer's inputs stay inside a module that does not tell how it computes them."""
         return layer.name.endswith("down_proj") and any(
             not gives_inner_inputs(module)
-            for module, _ in _places(self._model, layer)
+            for module, _ in places_of(self._model, layer)
             if layer.op in EXPERT_OPS
         )
 
-    def _require_observable(self, layer: Layer) -> None:
-        if self._hidden(layer):
-            raise UnseenInputs(
-                f"layer {layer.name!r} must have inputs that can be seen for a quantizer that goes by them."
-                " Got experts that compute them inside. Use mse_clip for it, or exclude it."
-            )
-        if self._bytes(layer) > LARGEST_BYTES:
-            raise UnseenInputs(
-                f"statistics of the inputs of layer {layer.name!r} must fit in {LARGEST_BYTES} bytes. Got"
-                f" {self._bytes(layer)} for {layer.experts} experts with {layer.matrix[1]} inputs each."
-                " Use mse_clip for it, or exclude it."
-            )
+    def _observable(self, layer: Layer) -> bool:
+        return layer.op != "embedding" and not self._hidden(layer) and self._bytes(layer) <= LARGEST_BYTES
 
     def _make_room(self, size: int) -> None:
         held = sum(inputs.second_moments.nbytes for inputs in self._kept.values())
@@ -102,32 +90,58 @@ class InputStatistics:
 
 
 def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch]) -> dict[str, LayerInputs]:
-    """One pass over the batches; tied layers see the inputs of all their modules.
-
-    The attention backend is fixed, so that the numbers are the same inside and outside of `gradients`.
-    """
+    """One pass over the batches; tied layers see the inputs of all their modules."""
     sums = {layer.name: _Sum(model, layer) for layer in layers}
-    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch in batches:
-            with _listening(sums.values(), _real_tokens(batch)):
-                batch.call(model)
+    watch(model, sums.values(), batches)
     return {name: found.inputs() for name, found in sums.items()}
 
 
+class Watcher(Protocol):
+    """Sees the inputs of one layer go by, at every (module, parameter) of `places`."""
+
+    layer: Layer
+    places: list[tuple[nn.Module, str]]
+
+    def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
+        """One input of one module; `real` (samples, tokens) is false for padding."""
+
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        """One call of fused experts: hidden states and the experts of each token."""
+
+
+def watch(model: nn.Module, watchers: Collection[Watcher], batches: Iterable[Batch]) -> None:
+    """Run the model over the batches at full precision.
+
+    The attention backend is fixed, so that the numbers are the same inside and outside of `gradients`.
+    """
+    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            with _listening(watchers, _real_tokens(batch)):
+                batch.call(model)
+
+
 class _Sum:
-    """X'X of one layer, summed in float32 batch by batch, and the rows that went in."""
+    """X'X of one layer, summed in float32 batch by batch, the largest inputs, and the rows that went in."""
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
-        self.layer, self.places = layer, _places(model, layer)
+        self.layer, self.places = layer, places_of(model, layer)
         groups, columns = _groups(model, layer), layer.matrix[1]
         device = next(self.places[0][0].parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
+        self.largest = torch.zeros(columns, device=device)
         self.samples = 0
 
     def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
         for rows in input_rows(module, values, real):
             self.total += rows.transpose(1, 2) @ rows
+            self._enlarge(rows.flatten(0, 1))
             self.samples += rows.shape[1]
+
+    def _enlarge(self, rows: Tensor) -> None:
+        if len(rows):
+            self.largest = torch.maximum(self.largest, torch.linalg.vector_norm(rows, torch.inf, dim=0))
 
     def add_experts(
         self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
@@ -139,13 +153,14 @@ class _Sum:
         for expert, rows in expert_inputs(module, parameter, hidden, indices):
             exact = rows.float()
             self.total[expert] += exact.t() @ exact
+            self._enlarge(exact)
             self.samples += len(rows)
 
     def inputs(self) -> LayerInputs:
-        return LayerInputs(self.total / max(1, self.samples), self.samples)
+        return LayerInputs(self.total / max(1, self.samples), self.samples, self.largest)
 
 
-def _places(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
+def places_of(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
     """Every (module, parameter) that multiplies with the layer's weight, each once."""
     paths = [
         name.rpartition(".")[::2] if layer.op in EXPERT_OPS else (name, "weight") for name in layer.names
@@ -155,10 +170,10 @@ def _places(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def _listening(sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
+def _listening(watchers: Iterable[Watcher], real: Tensor | None) -> Iterator[None]:
     hooks: list[Any] = []
     try:
-        for found in sums:
+        for found in watchers:
             hooks += [
                 module.register_forward_pre_hook(_hook(found, parameter, real), with_kwargs=True)
                 for module, parameter in found.places
@@ -169,17 +184,14 @@ def _listening(sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
             hook.remove()
 
 
-def _hook(found: _Sum, parameter: str, real: Tensor | None) -> Callable[..., None]:
+def _hook(found: Watcher, parameter: str, real: Tensor | None) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if found.layer.op not in EXPERT_OPS:
             found.add(module, (*arguments, *named.values())[0].detach(), real)
             return
         call = routed(module, arguments, named)
         if call is None:
-            raise UnseenInputs(
-                f"layer {found.layer.name!r} must be called with hidden states and the experts of each token."
-                " Got another call. Use mse_clip for it, or exclude it."
-            )
+            return
         found.add_experts(module, parameter, call, real)
 
     return hook
@@ -221,5 +233,5 @@ def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
 
 def _groups(model: nn.Module, layer: Layer) -> int:
     """How many parts of the output channels have inputs of their own."""
-    module = _places(model, layer)[0][0]
+    module = places_of(model, layer)[0][0]
     return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else layer.experts
