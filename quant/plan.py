@@ -10,6 +10,7 @@ from importlib.resources import files
 from math import prod
 from typing import Any
 
+from quant.catalog import CORRECTIONS
 from quant.costs import bits_per_weight
 from quant.digest import canonical_json, digest
 from quant.layers import read_matrix
@@ -19,7 +20,7 @@ from quant.storage import Matrix
 
 SCHEMA = "bitplan.plan/1"
 STATUSES = ("optimal", "feasible")
-OPTIONAL = ("runtime", "latency", "calibration")
+OPTIONAL = ("runtime", "latency", "calibration", "corrections")
 """Fields that a document leaves out where there is nothing to say."""
 
 
@@ -102,8 +103,9 @@ class Plan:
     `quantizers` are the versions of the quantizers in use, `predicted` the value of `metric` that the score
     model expects, `source` how the plan was found, `budget` the limits it was solved under, as written.
     `runtime` names the rules that the plan keeps, `latency` says where its latencies came from ("table",
-    "measured", "roofline:h100"), `calibration` how the data were read if a quantizer needs any; a document
-    leaves out what it has not.
+    "measured", "roofline:h100"), `calibration` how the data were read if anything needs any, `corrections`
+    the versions of those that change other tensors than the layers' weights; a document leaves out what it
+    has not.
     """
 
     layers: Mapping[str, PlanLayer]
@@ -118,6 +120,7 @@ class Plan:
     runtime: str | None = None
     latency: str | None = None
     calibration: Calibration | None = None
+    corrections: Mapping[str, int] | None = None
 
     @property
     def assignment(self) -> dict[str, str]:
@@ -203,6 +206,7 @@ def plan_from_json(value: Any) -> Plan:
         runtime=fields["runtime"].text() if "runtime" in fields else None,
         latency=fields["latency"].text() if "latency" in fields else None,
         calibration=_read_calibration(fields["calibration"]) if "calibration" in fields else None,
+        corrections=_read_corrections(fields["corrections"]) if "corrections" in fields else None,
     )
     _check_totals(plan)
     return plan
@@ -280,6 +284,13 @@ def _read_calibration(node: Node) -> Calibration:
         batch_size=fields["batch_size"].integer(1),
         device=fields["device"].text(),
     )
+
+
+def _read_corrections(node: Node) -> dict[str, int]:
+    found = {name: version.integer(1) for name, version in node.members()}
+    if not found or set(found) - set(CORRECTIONS):
+        raise node.error(f"versions of some of {', '.join(CORRECTIONS)}")
+    return found
 
 
 def _check_totals(plan: Plan) -> None:

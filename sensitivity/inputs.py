@@ -63,7 +63,7 @@ class InputStatistics:
         return chosen
 
     def _bytes(self, layer: Layer) -> int:
-        return 4 * _groups(self._model.get_submodule(layer.name)) * layer.matrix[1] ** 2
+        return 4 * input_groups(self._model.get_submodule(layer.name)) * layer.matrix[1] ** 2
 
     def _make_room(self, size: int) -> None:
         held = sum(inputs.second_moments.nbytes for inputs in self._kept.values())
@@ -79,7 +79,7 @@ def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch])
     sums = {layer.name: _Sum(model, layer) for layer in layers}
     with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
-            with _listening(model, sums.values(), _real_tokens(batch)):
+            with _listening(model, sums.values(), real_tokens(batch)):
                 batch.call(model)
     return {name: found.inputs() for name, found in sums.items()}
 
@@ -89,7 +89,7 @@ class _Sum:
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
         self.layer, module = layer, model.get_submodule(layer.name)
-        groups, columns = _groups(module), layer.matrix[1]
+        groups, columns = input_groups(module), layer.matrix[1]
         device = next(module.parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
         self.samples = 0
@@ -123,7 +123,7 @@ def _hook(found: _Sum, real: Tensor | None) -> Callable[[nn.Module, tuple[Any, .
     return hook
 
 
-def _real_tokens(batch: Batch) -> Tensor | None:
+def real_tokens(batch: Batch) -> Tensor | None:
     """True (samples, tokens) where a token is no padding; None where nothing says so."""
     mask = batch.inputs.get("attention_mask")
     return mask.bool() if mask is not None and mask.ndim == 2 else None
@@ -157,5 +157,6 @@ def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
     return unfolded.reshape(module.groups, -1, unfolded.shape[-1]).transpose(1, 2)
 
 
-def _groups(module: nn.Module) -> int:
+def input_groups(module: nn.Module) -> int:
+    """How many groups of output channels a module has that multiply inputs of their own."""
     return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1

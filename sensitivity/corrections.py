@@ -1,0 +1,120 @@
+"""What a plan changes beside its weights, found on the data that statistics of inputs come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quant.corrections import (
+    Statistics,
+    batch_norms,
+    bias_of,
+    corrected_bias,
+    corrected_statistics,
+    input_statistics,
+    replaced_tensors,
+)
+from quant.layers import Inventory
+from sensitivity.errors import BadCalibration
+from sensitivity.inputs import Batches, input_groups, input_rows, real_tokens
+from sensitivity.weights import LayerWeights
+
+Assignment = Iterable[tuple[str, str]]
+
+
+class Corrections:
+    """The tensors of whole plans; what only depends on the full-precision model is found once."""
+
+    def __init__(
+        self, model: nn.Module, inventory: Inventory, weights: LayerWeights, batches: Batches
+    ) -> None:
+        self._model, self._inventory, self._weights, self._batches = model, inventory, weights, batches
+
+    def tensors(self, assignment: Assignment, kinds: Iterable[str]) -> dict[str, Tensor]:
+        """Name of parameter or buffer -> its corrected values, for a plan with these corrections.
+
+        Biases first; batch norms then see the inputs that quantized weights and corrected biases give. The
+        model is as before afterwards. Raises BadCalibration for batches that give no statistics.
+        """
+        chosen, found = tuple(assignment), dict[str, Tensor]()
+        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            if chosen and "bias" in kinds:
+                found |= self._biases(chosen)
+            if chosen and "batch_norm" in kinds and batch_norms(self._model):
+                full = self._full_statistics
+                with self._weights.swapped(chosen), replaced_tensors(self._model, found):
+                    changed = self._statistics()
+                found |= corrected_statistics(self._model, full, changed)
+        return found
+
+    def _biases(self, assignment: Assignment) -> dict[str, Tensor]:
+        found = {}
+        for name, scheme in assignment:
+            layer = self._weights.layer(name)
+            for path in layer.names:
+                bias = bias_of(self._model, path, layer.op)
+                if bias is not None:
+                    weight, quantized = self._weights.parameter(name), self._weights.quantized(name, scheme)
+                    found[f"{path}.bias"] = corrected_bias(
+                        bias, weight, quantized, layer.op, self._mean_inputs[path]
+                    )
+        return found
+
+    @cached_property
+    def _mean_inputs(self) -> dict[str, Tensor]:
+        """Module path -> (groups, columns) mean of what it multiplies, at full precision."""
+        paths = [
+            path
+            for layer in self._inventory.layers
+            for path in layer.names
+            if bias_of(self._model, path, layer.op) is not None
+        ]
+        sums = {path: _Sum(self._model.get_submodule(path)) for path in paths}
+        for batch in self._batches():
+            real = real_tokens(batch)
+            with ExitStack() as stack:
+                for found in sums.values():
+                    stack.callback(found.module.register_forward_pre_hook(found.hook(real)).remove)
+                batch.call(self._model)
+        return {path: found.mean() for path, found in sums.items()}
+
+    @cached_property
+    def _full_statistics(self) -> Statistics:
+        return self._statistics()
+
+    def _statistics(self) -> Statistics:
+        def run() -> None:
+            for batch in self._batches():
+                batch.call(self._model)
+
+        try:
+            return input_statistics(self._model, run)
+        except ValueError as error:
+            raise BadCalibration(
+                f"the scoring part must give statistics of batch norms. Got {error!s:.200}."
+                " Choose another batch size or number of samples, or leave out the correction batch_norm."
+            ) from error
+
+
+class _Sum:
+    """Sum of one module's inputs, batch by batch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.total, self.rows = module, torch.zeros(input_groups(module), 1), 0
+
+    def hook(self, real: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            for rows in input_rows(module, arguments[0].detach(), real):
+                self.total = self.total.to(rows.device) + rows.sum(dim=1)
+                self.rows += rows.shape[1]
+
+        return add
+
+    def mean(self) -> Tensor:
+        return self.total / max(1, self.rows)
