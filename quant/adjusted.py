@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from quant.formats import codec_of
+from quant.inputs import LayerInputs
 from quant.packing import Encoded
 
-HIGHEST = torch.finfo(torch.float16).max
+SMALLEST, HIGHEST = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
 
 
 class Addition(Protocol):
@@ -48,6 +49,41 @@ class LowRank:
     def restore(self, decoded: Tensor) -> Tensor:
         """Add the product of the factors."""
         return decoded.addmm_(self.left.float(), self.right.float())
+
+
+@dataclass(frozen=True)
+class ColumnScales:
+    """weights = decoded / scales, with `scales` (columns,).
+
+    A runtime may fold 1 / scales into what comes before the layer (a norm, another layer) and multiply with
+    the decoded values as they are.
+    """
+
+    scales: Tensor
+
+    @classmethod
+    def of(cls, wanted: Tensor) -> ColumnScales:
+        """From positive float32 scales, as near as float16 holds them with full precision."""
+        return cls(wanted.clamp(SMALLEST, HIGHEST).half())
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The scales."""
+        return (self.scales,)
+
+    def multiplied(self, weights: Tensor) -> Tensor:
+        """weights * scales, float32: what the format stores instead."""
+        largest = torch.finfo(torch.float32).max
+        return (weights.float() * self.scales.float()).clamp_(-largest, largest)
+
+    def restore(self, decoded: Tensor) -> Tensor:
+        """Divide by the scales."""
+        return decoded.div_(self.scales.float())
+
+    def divided_inputs(self, inputs: LayerInputs) -> LayerInputs:
+        """Statistics of inputs / scales, which the multiplied weights are for."""
+        scales = self.scales.float()
+        return replace(inputs, second_moments=inputs.second_moments / torch.outer(scales, scales))
 
 
 def dequantized(quantized: Encoded | Adjusted) -> Tensor:

@@ -117,6 +117,16 @@ QUANTIZERS: dict[str, Quantizer] = {
         source="Nagel et al. 2020, arXiv:2004.10568",
         needs_inputs=True,
     ),
+    "awq": Quantizer(
+        name="awq",
+        module="quant.quantizers.awq",
+        version=1,
+        families=("integer", "float", "microscaling", "gguf"),
+        summary="Columns with large inputs are multiplied before rounding and divided after it.",
+        source="Lin et al. 2023, arXiv:2306.00978, section 3.2",
+        needs_inputs=True,
+        adjusts=Adjustment(bits=lambda matrix, _: 16 * matrix[1]),
+    ),
     "gptq": Quantizer(
         name="gptq",
         module="quant.quantizers.gptq",
@@ -201,7 +211,7 @@ class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 
     `library` is the consumer's package that `read_back` parses with; writing needs it only where the
-    summary says so.
+    summary says so. `separate`: it cannot be installed beside our torch.
     """
 
     name: str
@@ -209,6 +219,7 @@ class Exporter:
     library: str
     summary: str
     source: str
+    separate: bool = False
 
     def load(self) -> ExporterModule:
         """Import the module."""
@@ -229,6 +240,28 @@ EXPORTERS: dict[str, Exporter] = {
         library="compressed_tensors",
         summary="recipe.yaml with one QuantizationModifier and explicit config groups.",
         source="LLM Compressor, QuantizationModifier; compressed-tensors 0.20",
+    ),
+    "gptqmodel": Exporter(
+        name="gptqmodel",
+        module="quant.export.gptqmodel",
+        library="gptqmodel",
+        summary="quantize_config.json and config.json with a rule under `dynamic` for every module.",
+        source="GPT-QModel 7.7, QuantizeConfig.from_quant_config and dynamic_get",
+        separate=True,
+    ),
+    "auto-round": Exporter(
+        name="auto-round",
+        module="quant.export.auto_round",
+        library="auto_round",
+        summary="layer_config.json for the quantizer, config.json with extra_config for the loader.",
+        source="AutoRound 0.16, get_layer_config of its loader",
+    ),
+    "modelopt": Exporter(
+        name="modelopt",
+        module="quant.export.modelopt",
+        library="modelopt",
+        summary="hf_quant_config.json of mixed precision, as TensorRT-LLM, vLLM and SGLang read it.",
+        source="NVIDIA Model Optimizer 0.47, convert_hf_quant_config_format",
     ),
     "mlx": Exporter(
         name="mlx",
@@ -305,5 +338,13 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         writes="file",
         summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
         source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
+    ),
+    "onnxruntime": Checkpoint(
+        name="onnxruntime",
+        module="quant.checkpoints.onnxruntime",
+        library="onnx",
+        writes="folder",
+        summary="an ONNX model with MatMulNBits nodes, weights in a data file beside it, for ONNX Runtime.",
+        source="ONNX Runtime 1.31, com.microsoft.MatMulNBits; ONNX 1.23, external data",
     ),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -119,3 +120,38 @@ def routed(
     if len(indices) != 1 or indices[0].ndim != 2 or len(indices[0]) != len(hidden):
         return None
     return hidden, indices[0]
+
+
+def gives_inner_inputs(module: nn.Module) -> bool:
+    """Whether what `down_proj` multiplies can be computed: the module tells how it gates."""
+    return hasattr(module, "_apply_gate") or type(module).__name__ in SORTED_CLASSES
+
+
+def expert_inputs(
+    module: nn.Module, parameter: str, hidden: Tensor, indices: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """What each expert's part of a fused parameter multiplies in a call (see `routed`): (expert, rows).
+
+    The inputs of the first projection are the routed tokens themselves; those of `down_proj` never leave the
+    module, so they are computed again as the module does.
+    """
+    for expert in range(experts_of(module)):
+        rows = hidden[(indices == expert).any(dim=1)]
+        if len(rows):
+            yield expert, _inner(module, rows, expert) if parameter == "down_proj" else rows
+
+
+def _inner(module: Any, rows: Tensor, expert: int) -> Tensor:
+    names, first, _ = _pair(module)
+    if first is None:
+        raise TypeError(f"{type(module).__name__} holds no fused experts.")
+    weight, bias = first[expert], getattr(module, f"{names[0]}_bias", None)
+    if fused_projections(module)[names[0]] == "experts_transposed":
+        weight = weight.t()
+    product = nn.functional.linear(rows, weight, None if bias is None else bias[expert])
+    if names == PLAIN:
+        return module.act_fn(product)  # type: ignore[no-any-return]
+    if type(module).__name__ in SORTED_CLASSES:
+        gate, up = product.chunk(2, dim=-1)
+        return up * module.act_fn(gate)  # type: ignore[no-any-return]
+    return module._apply_gate(product)  # type: ignore[no-any-return]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.quantizers.runs import runs
+
 
 class InputsError(ValueError):
     """Statistics that are missing, or are not those of the layer."""
@@ -17,7 +19,8 @@ class LayerInputs:
     """Second moments of a layer's inputs over the scoring part, at full precision.
 
     `second_moments` is (groups, columns, columns), float32: X'X / samples of the columns that each group of
-    output channels multiplies; one group except for grouped convolutions, whose channels are split evenly.
+    output channels multiplies; one group except for grouped convolutions and fused experts, whose channels
+    are split evenly.
     `samples` counts the rows of X: tokens, or positions of a convolution. An input that the calibration data
     never reached has zeros.
     """
@@ -50,8 +53,13 @@ class LayerInputs:
         >>> inputs.output_errors(torch.tensor([[1.0, 2.0]])).tolist()
         [20.0]
         """
-        split = errors.float().reshape(self.groups, -1, errors.shape[1])
-        return torch.einsum("grc,gcd,grd->gr", split, self.second_moments, split).clamp(min=0).reshape(-1)
+        rows, columns = errors.shape
+        found = torch.empty(rows, device=errors.device)
+        for part, groups in runs(rows, columns, self.groups):
+            moments = self.second_moments[groups]
+            own = errors[part].float().reshape(len(moments), -1, columns)
+            found[part] = torch.einsum("grc,gcd,grd->gr", own, moments, own).clamp(min=0).reshape(-1)
+        return found
 
 
 def required(inputs: LayerInputs | None, matrix: tuple[int, int], quantizer: str) -> LayerInputs:

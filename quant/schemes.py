@@ -162,7 +162,7 @@ def grammar() -> str:
     """The grammar of all families, one per line; `<activation>` is a name of ACTIVATIONS.
 
     >>> grammar().splitlines()[2]
-    '(mxfp4|mxfp8|nvfp4)[-mse_clip|-rtn][-lorc<rank>][-a<activation>]'
+    '(mxfp4|mxfp8|nvfp4)[-mse_clip|-rtn][-awq|-lorc<rank>][-a<activation>]'
     """
     return "\n".join(
         family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values()

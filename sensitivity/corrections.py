@@ -22,7 +22,7 @@ from quant.corrections import (
 )
 from quant.layers import Inventory
 from sensitivity.errors import BadCalibration
-from sensitivity.inputs import Batches, input_groups, input_rows, real_tokens
+from sensitivity.inputs import Batches, input_rows, real_tokens
 from sensitivity.weights import LayerWeights
 
 Assignment = Iterable[tuple[str, str]]
@@ -59,7 +59,7 @@ class Corrections:
             layer = self._weights.layer(name)
             for path in layer.names:
                 bias = bias_of(self._model, path, layer.op)
-                if bias is not None:
+                if bias is not None and path in self._mean_inputs:
                     weight, quantized = self._weights.parameter(name), self._weights.quantized(name, scheme)
                     found[f"{path}.bias"] = corrected_bias(
                         bias, weight, quantized, layer.op, self._mean_inputs[path]
@@ -68,7 +68,7 @@ class Corrections:
 
     @cached_property
     def _mean_inputs(self) -> dict[str, Tensor]:
-        """Module path -> (groups, columns) mean of what it multiplies, at full precision."""
+        """Module path -> (groups, columns) mean of what it multiplies; only where the data come."""
         paths = [
             path
             for layer in self._inventory.layers
@@ -82,7 +82,7 @@ class Corrections:
                 for found in sums.values():
                     stack.callback(found.module.register_forward_pre_hook(found.hook(real)).remove)
                 batch.call(self._model)
-        return {path: found.mean() for path, found in sums.items()}
+        return {path: found.total / found.rows for path, found in sums.items() if found.rows}
 
     @cached_property
     def _full_statistics(self) -> Statistics:
@@ -106,7 +106,7 @@ class _Sum:
     """Sum of one module's inputs, batch by batch."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.total, self.rows = module, torch.zeros(input_groups(module), 1), 0
+        self.module, self.total, self.rows = module, torch.zeros(1, 1), 0
 
     def hook(self, real: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -115,6 +115,3 @@ class _Sum:
                 self.rows += rows.shape[1]
 
         return add
-
-    def mean(self) -> Tensor:
-        return self.total / max(1, self.rows)

@@ -16,17 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quant.experts import expert_inputs, gives_inner_inputs, routed
 from quant.inputs import LayerInputs
-from quant.layers import Inventory, Layer
+from quant.layers import EXPERT_OPS, Inventory, Layer
+from sensitivity.errors import BadUnit
 from sensitivity.tasks.task import Batch
 
 CACHE_BYTES = 2**30
 """Second moments beyond this are collected again when they are needed."""
-
-UNSEEN = ("embedding", "experts", "experts_transposed")
-"""Operations whose inputs are not collected: nothing is multiplied, or inside another module."""
+LARGEST_BYTES = 2**33
+"""Second moments of one layer beyond this are refused: those of many wide experts."""
 
 Batches = Callable[[], Iterable[Batch]]
+
+
+class UnseenInputs(BadUnit):
+    """Inputs of a layer that are inside another module, or too many to keep moments of."""
 
 
 class InputStatistics:
@@ -39,8 +44,12 @@ class InputStatistics:
         self._kept: OrderedDict[str, LayerInputs] = OrderedDict()
 
     def __call__(self, name: str) -> LayerInputs:
-        """The statistics of one layer; the model must hold its own weights. KeyError for no layer."""
+        """The statistics of one layer; the model must hold its own weights. KeyError for no layer.
+
+        Raises UnseenInputs for experts whose inputs cannot be seen or whose statistics are too large.
+        """
         layer = self._inventory.by_name[name]
+        self._require_observable(layer)
         if layer.name not in self._kept:
             wanted = self._neighbors(layer)
             self._make_room(sum(self._bytes(other) for other in wanted))
@@ -53,7 +62,7 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            if layer.name in self._kept or layer.op in UNSEEN:
+            if layer.name in self._kept or layer.op == "embedding" or self._hidden(layer):
                 continue
             more = self._bytes(layer)
             if size + more > self._bound // 2:
@@ -63,7 +72,28 @@ class InputStatistics:
         return chosen
 
     def _bytes(self, layer: Layer) -> int:
-        return 4 * input_groups(self._model.get_submodule(layer.name)) * layer.matrix[1] ** 2
+        return 4 * _groups(self._model, layer) * layer.matrix[1] ** 2
+
+    def _hidden(self, layer: Layer) -> bool:
+        """Whether the layer's inputs stay inside a module that does not tell how it computes them."""
+        return layer.name.endswith("down_proj") and any(
+            not gives_inner_inputs(module)
+            for module, _ in _places(self._model, layer)
+            if layer.op in EXPERT_OPS
+        )
+
+    def _require_observable(self, layer: Layer) -> None:
+        if self._hidden(layer):
+            raise UnseenInputs(
+                f"layer {layer.name!r} must have inputs that can be seen for a quantizer that goes by them."
+                " Got experts that compute them inside. Use mse_clip for it, or exclude it."
+            )
+        if self._bytes(layer) > LARGEST_BYTES:
+            raise UnseenInputs(
+                f"statistics of the inputs of layer {layer.name!r} must fit in {LARGEST_BYTES} bytes. Got"
+                f" {self._bytes(layer)} for {layer.experts} experts with {layer.matrix[1]} inputs each."
+                " Use mse_clip for it, or exclude it."
+            )
 
     def _make_room(self, size: int) -> None:
         held = sum(inputs.second_moments.nbytes for inputs in self._kept.values())
@@ -79,7 +109,7 @@ def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch])
     sums = {layer.name: _Sum(model, layer) for layer in layers}
     with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch in batches:
-            with _listening(model, sums.values(), real_tokens(batch)):
+            with _listening(sums.values(), real_tokens(batch)):
                 batch.call(model)
     return {name: found.inputs() for name, found in sums.items()}
 
@@ -88,9 +118,9 @@ class _Sum:
     """X'X of one layer, summed in float32 batch by batch, and the rows that went in."""
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
-        self.layer, module = layer, model.get_submodule(layer.name)
-        groups, columns = input_groups(module), layer.matrix[1]
-        device = next(module.parameters()).device
+        self.layer, self.places = layer, _places(model, layer)
+        groups, columns = _groups(model, layer), layer.matrix[1]
+        device = next(self.places[0][0].parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
         self.samples = 0
 
@@ -99,26 +129,58 @@ class _Sum:
             self.total += rows.transpose(1, 2) @ rows
             self.samples += rows.shape[1]
 
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        hidden, indices = call
+        if real is not None and len(hidden) % real.numel() == 0:
+            kept = real.reshape(-1, 1).to(hidden.device).repeat(len(hidden) // real.numel(), 1)
+            indices = indices.masked_fill(~kept, -1)
+        for expert, rows in expert_inputs(module, parameter, hidden, indices):
+            exact = rows.float()
+            self.total[expert] += exact.t() @ exact
+            self.samples += len(rows)
+
     def inputs(self) -> LayerInputs:
         return LayerInputs(self.total / max(1, self.samples), self.samples)
 
 
+def _places(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
+    """Every (module, parameter) that multiplies with the layer's weight, each once."""
+    paths = [
+        name.rpartition(".")[::2] if layer.op in EXPERT_OPS else (name, "weight") for name in layer.names
+    ]
+    found = [(model.get_submodule(path), parameter) for path, parameter in paths]
+    return list({(id(module), parameter): (module, parameter) for module, parameter in found}.values())
+
+
 @contextmanager
-def _listening(model: nn.Module, sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
+def _listening(sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
     hooks: list[Any] = []
     try:
         for found in sums:
-            modules = {id(m): m for m in (model.get_submodule(name) for name in found.layer.names)}
-            hooks += [m.register_forward_pre_hook(_hook(found, real)) for m in modules.values()]
+            hooks += [
+                module.register_forward_pre_hook(_hook(found, parameter, real), with_kwargs=True)
+                for module, parameter in found.places
+            ]
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _hook(found: _Sum, real: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found.add(module, arguments[0].detach(), real)
+def _hook(found: _Sum, parameter: str, real: Tensor | None) -> Callable[..., None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if found.layer.op not in EXPERT_OPS:
+            found.add(module, (*arguments, *named.values())[0].detach(), real)
+            return
+        call = routed(module, arguments, named)
+        if call is None:
+            raise UnseenInputs(
+                f"layer {found.layer.name!r} must be called with hidden states and the experts of each token."
+                " Got another call. Use mse_clip for it, or exclude it."
+            )
+        found.add_experts(module, parameter, call, real)
 
     return hook
 
@@ -157,6 +219,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
     return unfolded.reshape(module.groups, -1, unfolded.shape[-1]).transpose(1, 2)
 
 
-def input_groups(module: nn.Module) -> int:
-    """How many groups of output channels a module has that multiply inputs of their own."""
-    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+def _groups(model: nn.Module, layer: Layer) -> int:
+    """How many parts of the output channels have inputs of their own."""
+    module = _places(model, layer)[0][0]
+    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else layer.experts

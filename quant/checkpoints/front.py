@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +111,8 @@ def layout(consumer: str, source: Source, deployment: Deployment, *, force: bool
     mismatches = provenance(consumer, source, deployment).mismatches
     if mismatches and not force:
         raise CheckpointError(f"{' '.join(mismatches)} Pass the plan's own model, or force it.")
-    found = module.layout(source, deployment)
+    with _library_of(entry):
+        found = module.layout(source, deployment)
     if entry.writes == "file":
         return found
     beside = _beside(consumer, source, deployment)
@@ -170,16 +172,23 @@ def _write(
     inputs: InputsOf | None,
     wrote: Wrote,
 ) -> None:
-    try:
+    with _library_of(entry):
         entry.load().write(source, deployment, partial, inputs, wrote)
+    if entry.writes == "folder":
+        for name, content in _beside(entry.name, source, deployment).items():
+            (partial / name).write_bytes(content)
+
+
+@contextmanager
+def _library_of(entry: Checkpoint) -> Iterator[None]:
+    """Say which library is missing."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"Writing for {entry.name} must have its library. Got no module {error.name!r}."
             " Install bitplan[exports]."
         ) from error
-    if entry.writes == "folder":
-        for name, content in _beside(entry.name, source, deployment).items():
-            (partial / name).write_bytes(content)
 
 
 def _beside(consumer: str, source: Source, deployment: Deployment) -> dict[str, bytes]:

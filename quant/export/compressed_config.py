@@ -34,8 +34,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "mxfp8": _inputs(8, "float", "group", True, group_size=32, scale_dtype="torch.uint8"),
     "nvfp4s": _inputs(4, "float", "tensor_group", "local", group_size=16, scale_dtype="torch.float8_e4m3fn"),
 }
-STORED_SCALES = ("int8s", "fp8s", "nvfp4s")
-"""Activation formats with a stored scale; the block scales of nvfp4s are taken at run time all the same."""
+"""Activation format -> arguments. nvfp4s stores its float32 scale; its block scales are taken at run time."""
 
 
 def config_groups(deployment: Deployment) -> dict[str, dict[str, Any]]:
@@ -100,16 +99,14 @@ def packed_bytes(deployment: Deployment) -> int:
 
 def _tensor_bytes(deployment: Deployment, name: str, layer: PlanLayer) -> int:
     """Packed integers are 32-bit words per output channel, packed zero points and a shape beside them."""
-    scheme, facts = deployment.schemes[name], deployment.quantized[name]
-    fmt = scheme.weight
-    inputs = 4 if facts.activation is not None and facts.activation in STORED_SCALES else 0
-    if tensor_format(facts) != "pack-quantized":
-        return fmt.storage(layer.matrix).bytes + inputs
+    if tensor_format(deployment.quantized[name]) != "pack-quantized":
+        return layer.bytes
+    fmt = deployment.schemes[name].weight
     assert isinstance(fmt, IntegerFormat), "only integers are packed so"
     rows, columns = layer.matrix
     words = rows * -(-columns * fmt.bits // 32)
     points = 0 if fmt.symmetric else -(-rows * fmt.bits // 32) * fmt.scales_shape(layer.matrix)[1]
-    return 4 * (words + points) + fmt.storage(layer.matrix).scale_bits // 8 + SHAPE_BYTES + inputs
+    return 4 * (words + points) + fmt.storage(layer.matrix).scale_bits // 8 + SHAPE_BYTES
 
 
 def read_config(config: Mapping[str, Any], model: ModelFacts) -> dict[str, WeightFacts | None]:

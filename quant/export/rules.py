@@ -30,19 +30,19 @@ class Takes:
     activations: Collection[str | None] = (None,)
     whole_groups: bool = True
 
-    def fault(self, facts: WeightFacts, columns: int) -> str | None:
-        """The rule that facts of this kind break, or None."""
+    def fault(self, facts: WeightFacts, columns: int) -> tuple[int, str] | None:
+        """The first rule that facts of this kind break and how many they keep before it, or None."""
         sign, widths = ("symmetric", self.symmetric) if facts.symmetric else ("asymmetric", self.asymmetric)
         if facts.kind == "int" and facts.bits not in widths:
-            return f"{sign} weights must have a width of {', '.join(map(str, widths)) or 'none'} bits"
+            return 0, f"{sign} weights must have a width of {', '.join(map(str, widths)) or 'none'} bits"
         grain = facts.granularity if facts.group_size is None else facts.group_size
         if self.scales is not None and not {grain, facts.granularity} & set(self.scales):
             shown = (
                 f"one per {item}" if isinstance(item, str) else f"groups of {item}" for item in self.scales
             )
-            return f"scales must be {', '.join(shown)}"
+            return 1, f"scales must be {', '.join(shown)}"
         if self.whole_groups and facts.group_size is not None and columns % facts.group_size:
-            return f"the group size must divide the {columns} columns"
+            return 2, f"the group size must divide the {columns} columns"
         return None
 
 
@@ -80,8 +80,8 @@ def _format_fault(facts: WeightFacts, columns: int, takes: Collection[Takes]) ->
     if not fitting:
         names = dict.fromkeys(item or "left alone" for row in kind for item in row.activations)
         return f"activations of {facts.kind} weights must be {', '.join(names)}"
-    faults = [row.fault(facts, columns) for row in fitting]
-    return None if None in faults else faults[0]
+    faults = [fault for row in fitting if (fault := row.fault(facts, columns)) is not None]
+    return None if len(faults) < len(fitting) else max(faults, key=lambda fault: fault[0])[1]
 
 
 def fused_agree(deployment: Deployment) -> Iterator[Violation]:

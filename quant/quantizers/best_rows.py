@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from quant.adjusted import dequantized
 from quant.inputs import LayerInputs
-from quant.packing import Encoded, decode, some_rows
+from quant.packing import Encoded, some_rows
 from quant.quantizers.runs import runs
 
 MARGIN = 1e-5
 """A later candidate wins only where it is better by more than the sums' rounding error."""
 
 
-def best_rows(matrix: Tensor, candidates: Sequence[Encoded], inputs: LayerInputs) -> Encoded:
+def best_rows(
+    matrix: Tensor,
+    candidates: Sequence[Encoded],
+    inputs: LayerInputs,
+    restore: Callable[[Tensor], Tensor] = lambda decoded: decoded,
+) -> Encoded:
     """For each output channel the candidate with the least squared output error, the first one on a tie.
 
-    Per tensor all channels share a scale, so one candidate is taken whole. All have one format.
+    Where channels share a scale, and in formats beyond integers, one candidate is taken whole. All have one
+    format; `restore` makes weights of some rows' decoded values, in their memory.
     """
-    weights = matrix.float()
-    unit = weights.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    shared = candidates[0].fmt.granularity == "tensor"
-    if shared:
-        unit = unit.amax().reshape(1, 1)
-    best, least = candidates[0], _errors(candidates[0], weights, unit, inputs, shared=shared)
+    fmt = candidates[0].fmt
+    shared = fmt.family != "integer" or fmt.granularity == "tensor"
+    dims = (0, 1) if shared else (1,)
+    unit = torch.linalg.vector_norm(matrix, torch.inf, dim=dims, keepdim=True).float()
+    unit.clamp_(min=torch.finfo(torch.float32).tiny)
+
+    def errors(candidate: Encoded) -> Tensor:
+        """(rows,), or (1,) where all rows go together; in units in which squares do not overflow."""
+        whole = None if fmt.family == "integer" else dequantized(candidate)
+        rows, columns = matrix.shape
+        found = torch.empty(rows, device=matrix.device)
+        for part, groups in runs(rows, columns, inputs.groups):
+            decoded = dequantized(some_rows(candidate, part)) if whole is None else whole[part]
+            misses = restore(decoded).sub_(matrix[part]).div_(unit if shared else unit[part])
+            found[part] = inputs.of(groups).output_errors(misses)
+        return found.sum(dim=0, keepdim=True) if shared else found
+
+    best, least = candidates[0], errors(candidates[0])
     for other in candidates[1:]:
-        errors = _errors(other, weights, unit, inputs, shared=shared)
-        wins = errors < least * (1 - MARGIN)
-        best, least = _merged(best, other, wins), torch.where(wins, errors, least)
+        found = errors(other)
+        wins = found < least * (1 - MARGIN)
+        least = torch.where(wins, found, least)
+        if not shared:
+            best = _merged(best, other, wins)
+        elif bool(wins):
+            best = other
     return best
-
-
-def _errors(
-    candidate: Encoded, weights: Tensor, unit: Tensor, inputs: LayerInputs, *, shared: bool
-) -> Tensor:
-    """(rows,), or (1,) where all rows go together; in units in which squares do not overflow."""
-    rows, columns = weights.shape
-    errors = weights.new_empty(rows)
-    for part, groups in runs(rows, columns, inputs.groups):
-        misses = decode(some_rows(candidate, part)).sub_(weights[part]).div_(unit if shared else unit[part])
-        errors[part] = inputs.of(groups).output_errors(misses)
-    return errors.sum(dim=0, keepdim=True) if shared else errors
 
 
 def _merged(first: Encoded, second: Encoded, wins: Tensor) -> Encoded:

@@ -3,8 +3,8 @@
 Sum over the layer's outputs of (dL/dy * (y_q - y))^2, averaged over samples, L the sample's loss: what NVIDIA
 ModelOpt's auto_quantize adds up in its gradient mode. One backward pass per sample, then one product with dW
 per layer and scheme. Layers that are called several times, or share a tensor, add up. The calls of fused
-experts are inside one module: their rows of the weight's gradient, times those of dW, stand for them, which
-adds a row's tokens up before squaring.
+experts are inside one module, and a router gives more than its products: their rows of the weight's gradient,
+times those of dW, stand for them, which adds a row's tokens up before squaring.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class GradientOutput(SampleBlocks):
 
 
 def _row_products(session: Session, unit: BlockUnit, values: PerChoice) -> Contract:
-    """Fills in the layers that are no modules: sum over rows of (g_row . dW_row)^2."""
+    """Fills in the layers whose outputs are not seen: sum over rows of (g_row . dW_row)^2."""
     from quant.ops import to_matrix
 
     def contract(position: int, gradient: Tensor) -> None:
         layer = session.weights.layer(unit.layers[position])
-        if not _is_module(layer):
+        if not _seen(session, layer):
             for column, scheme in enumerate(unit.schemes):
                 error = session.weights.error(layer.name, scheme).reshape(gradient.shape)
                 products = to_matrix(error * gradient.to(error.dtype), layer.op).double().sum(dim=1)
@@ -60,8 +60,12 @@ def _row_products(session: Session, unit: BlockUnit, values: PerChoice) -> Contr
     return contract
 
 
-def _is_module(layer: Layer) -> bool:
-    return not layer.op.startswith("experts")
+def _seen(session: Session, layer: Layer) -> bool:
+    """Whether the layer's products are the outputs of a module."""
+    from quant.experts import is_router
+    from quant.layers import EXPERT_OPS
+
+    return layer.op not in EXPERT_OPS and not any(map(is_router, session.weights.modules(layer.name)))
 
 
 @dataclass
@@ -106,7 +110,7 @@ def _watched(session: Session, layers: tuple[str, ...]) -> Iterator[list[Call]]:
 
     try:
         for position, name in enumerate(layers):
-            if _is_module(session.weights.layer(name)):
+            if _seen(session, session.weights.layer(name)):
                 modules = session.weights.modules(name)
                 hooks += [module.register_forward_hook(hook_of(position)) for module in modules]
         yield calls

@@ -18,15 +18,19 @@ class LayerOutputError:
     def score(self, choice: Choice) -> Measured:
         """One pass over the scoring part for many layers, none per scheme.
 
-        Embeddings multiply nothing, and the inputs of fused experts are inside their module: there the inputs
-        are taken as equally likely, of length 1. The moments hold no single samples: no standard error.
+        Embeddings multiply nothing, and inputs of fused experts may be inside a module that does not tell how
+        it makes them: there the inputs are taken as equally likely, of length 1. The moments hold no single
+        samples: no standard error.
         """
         from quant.ops import to_matrix
         from sensitivity.choice import Measured
-        from sensitivity.inputs import UNSEEN
+        from sensitivity.inputs import UnseenInputs
 
         error = to_matrix(choice.weight_error.reshape(choice.weight.shape), choice.layer.op)
-        if choice.layer.op in UNSEEN:
+        try:
+            inputs = None if choice.layer.op == "embedding" else choice.weights.inputs(choice.layer.name)
+        except UnseenInputs:
+            inputs = None
+        if inputs is None:
             return Measured(float(error.double().square().sum()) / len(error), None, 0)
-        inputs = choice.weights.inputs(choice.layer.name)
         return Measured(float(inputs.output_errors(error).double().sum()), None, 0)

@@ -23,7 +23,7 @@ from quant.planning import build_plan
 from quant.safetensors_header import read_header
 from quant.schemes import parse_scheme
 
-CANDIDATES = ("w4", "w4-g32-asym", "q8_0")
+CANDIDATES = ("w4", "w4-g16", "w4-g32-asym", "q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,8 @@ def test_payload_and_provenance_of_folders(name, accepted, tmp_path):
     layout = front.write(name, source, deployment, tmp_path / "out").layout
     for file in layout.files:
         place = tmp_path / "out" / file.name
+        if place.name == "model.onnx.data":
+            continue  # the graph says what lies in it: tests/quant/checkpoints/test_onnxruntime.py
         stored = read_header(place).tensors.values() if place.suffix == ".safetensors" else ()
         assert file.payload_bytes == sum(entry.nbytes for entry in stored), file.name
     assert 0 < layout.planned_bytes <= layout.payload_bytes

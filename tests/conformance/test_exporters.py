@@ -51,7 +51,7 @@ def test_entry_is_complete(name):
     assert all(callable(getattr(module, verb)) for verb in ("lint", "files", "stored_bytes", "read_back"))
 
 
-@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize("name", [name for name, entry in EXPORTERS.items() if not entry.separate])
 def test_round_trip_names_every_module(name):
     found = accepted(name)
     assert EXPORTERS[name].load().read_back(export(name, found), found.model) == found.expected
@@ -70,7 +70,7 @@ def test_equal_plans_give_equal_bytes_with_provenance(name):
 
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_refusals_name_layer_and_rule(name):
-    message = r"Plan must be one that .* can run\. model\.layers\.0\.mlp\.down_proj: .*Got w4-tensor\."
+    message = r"Plan must be one that .* can run\. model\.layers\.0\.mlp\.down_proj: .*Got w4-tensor"
     with pytest.raises(ExportRefused, match=message) as caught:
         export(name, deployment("w4-tensor"))
     assert {item.layer for item in caught.value.violations} == set(NAMES)

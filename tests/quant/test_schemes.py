@@ -169,7 +169,7 @@ def test_adjusting_quantizers_are_spelled_with_their_number(text, message):
     [
         ({"quantizer": "lorc", "parameter": 4}, "A base quantizer must be given"),
         ({"quantizer": "rtn", "base": "gptq"}, "A base quantizer must be given"),
-        ({"quantizer": "lorc", "parameter": 4, "base": "lorc"}, "Scheme must name one of lorc at most"),
+        ({"quantizer": "lorc", "parameter": 4, "base": "lorc"}, "Scheme must name one of awq, lorc at most"),
         ({"quantizer": "lorc", "parameter": 4, "base": "none"}, "Quantizer must be one of"),
     ],
 )

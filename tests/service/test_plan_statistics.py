@@ -31,8 +31,8 @@ PARAMETERS: dict[str, Any] = {
 }
 
 GPTQ = ("w2-gptq", "w3-asym-gptq", "w4-g8-gptq", "w8")
-ADJUSTED = ("w2-gptq-lorc1", "w8")
-BUDGETS = {GPTQ: "4.5 bpw", ADJUSTED: "7 bpw"}
+ADJUSTED = ("w2-gptq-lorc1", "w4-awq")
+BUDGETS = {GPTQ: "4.5 bpw", ADJUSTED: "5.5 bpw"}
 
 
 @pytest.fixture(

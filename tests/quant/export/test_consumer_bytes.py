@@ -2,7 +2,7 @@
 
 import pytest
 
-from quant.export import mlx, vllm
+from quant.export import auto_round, mlx, vllm
 from quant.export.compressed_config import config_groups
 
 
@@ -59,3 +59,13 @@ def test_bytes_in_mlx_are_those_of_its_arrays(scheme, mode, bits, group, invento
     found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
     packed = mx.quantize(mx.ones((128, 128), dtype=mx.float16), group_size=group, bits=bits, mode=mode)
     assert mlx.stored_bytes(found) == sum(array.nbytes for array in packed)
+
+
+@pytest.mark.parametrize("scheme", ["w2-g16", "w3", "w4-g128-asym", "w6-g32", "w8"])
+def test_bytes_in_auto_round_are_those_of_its_modules(scheme, inventories, deploy):
+    from auto_round_extension.torch.qlinear_torch import QuantLinear
+
+    found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
+    (facts,) = found.quantized.values()
+    module = QuantLinear(facts.bits, facts.group_size or -1, 128, 128, bias=False)
+    assert auto_round.stored_bytes(found) == sum(buffer.nbytes for buffer in module.buffers())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quant.export import llm_compressor, mlx, onnxruntime, torchao, vllm
+from quant.export import auto_round, llm_compressor, mlx, modelopt, onnxruntime, torchao, vllm
 from quant.export.front import export, lint
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts, Module
 from quant.layers import Excluded, Inventory, Layer
@@ -32,8 +32,20 @@ AO_MENU = [
     "fp8-tensor",
 ]
 ORT_MENU = ["w4-g16", "w4-g32-asym", "w4-g64-asym", "w8-g64", "w8-g128-asym", "w4-g128", "w8-g32"]
+ROUND_MENU = ["w2", "w3-g32", "w4-g128", "w4-g16-asym", "w5-g64", "w6-asym", "w7-g32", "w8", "w8-g128"]
+OPT_MENU = [
+    "w8",
+    "w4-g128",
+    "w4-g64",
+    "fp8-tensor-afp8s",
+    "fp8-afp8",
+    "nvfp4",
+    "nvfp4-anvfp4s",
+    "mxfp8-amxfp8",
+]
 quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CASES = [("vllm", vllm, VLLM_MENU), ("llm-compressor", llm_compressor, VLLM_MENU), ("mlx", mlx, MLX_MENU)]
+CASES += [("auto-round", auto_round, ROUND_MENU), ("modelopt", modelopt, OPT_MENU)]
 CASES += [("torchao", torchao, AO_MENU), ("onnxruntime", onnxruntime, ORT_MENU)]
 
 
@@ -114,6 +126,16 @@ def test_a_fused_sibling_that_keeps_its_precision_is_refused(inventories, deploy
         ("mlx", "w4-asym", "scales must be groups of 32"),
         ("torchao", "w4-tensor", "scales must be one per channel, one per group"),
         ("torchao", "w4-g48", "the group size must divide the 128 columns"),
+        ("gptqmodel", "w4-tensor", "scales must be one per channel, groups of 16"),
+        ("gptqmodel", "w4-g24", "scales must be one per channel, groups of 16"),
+        ("gptqmodel", "w4", "only modules of the model's repeated blocks and lm_head can be quantized"),
+        ("auto-round", "w4-aint8", "activations of int weights must be left alone"),
+        ("auto-round", "mxfp4", "weights must be int"),
+        ("auto-round", "w8-asym", "asymmetric weights must have a width of 2, 3, 4, 5, 6, 7 bits"),
+        ("modelopt", "w4", "scales must be groups of 64, groups of 128"),
+        ("modelopt", "w8-aint8", "activations of int weights must be left alone"),
+        ("modelopt", "fp8", "activations of fp8_e4m3 weights must be fp8s, fp8"),
+        ("modelopt", "fp8-tensor-afp8", "scales must be one per channel"),
         ("torchao", "nf4", "weights must be int, fp8_e4m3"),
         ("onnxruntime", "w3-g32", "symmetric weights must have a width of 4, 8 bits"),
         ("onnxruntime", "w4-g8", "scales must be groups of 16"),

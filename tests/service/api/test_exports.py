@@ -29,7 +29,7 @@ def test_the_archive_holds_the_plan_for_every_module(api, plan):
     groups = config["quantization_config"]["config_groups"].values()
     found = {name: group["weights"]["num_bits"] for group in groups for name in group["targets"]}
     assert found == {name: layer["weight_bits"] for name, layer in plan["document"]["layers"].items()}
-    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    assert config["quantization_config"]["ignore"] == ["lm_head", "tied_head"]
     assert config["model_type"] == "llama"
     assert provenance["plan"] == plan["digest"]
 
