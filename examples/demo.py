@@ -29,7 +29,6 @@ from service.cli.output import console as tall_console
 from service.client import Client, JobHandle
 
 BUDGETS = ("2.5 bpw", "3.5 bpw", "uniform w4")
-SCHEMES = ("w2", "w3", "w4", "w5", "w6", "w8")
 START_SECONDS = 60
 
 
@@ -131,7 +130,6 @@ def _run(client: Client, demo: Demo, out: Path, console: Console) -> None:
     job = client.submit(
         model=demo.folder,
         calibration=demo.calibration,
-        schemes=SCHEMES,
         budgets=BUDGETS,
         samples=demo.samples,
         sequence_length=demo.sequence_length,
@@ -155,6 +153,7 @@ def _download(job: JobHandle, demo: Demo, out: Path) -> None:
         job.plan(budget).save(file)
         shutil.rmtree(out / stem, ignore_errors=True)
         command = [sys.executable, "-m", "service.cli.main", "apply", demo.folder, file, "-o", out / stem]
+        command += ["--calibration", demo.calibration]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)  # noqa: S603 - our own command
 
 

@@ -347,4 +347,12 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="an ONNX model with MatMulNBits nodes, weights in a data file beside it, for ONNX Runtime.",
         source="ONNX Runtime 1.31, com.microsoft.MatMulNBits; ONNX 1.23, external data",
     ),
+    "torchao": Checkpoint(
+        name="torchao",
+        module="quant.checkpoints.torchao",
+        library="torchao",
+        writes="folder",
+        summary="safetensors with the parts of torchao's tensors, for transformers.",
+        source="torchao 0.18, safetensors_support; transformers 5.23, TorchAoHfQuantizer",
+    ),
 }

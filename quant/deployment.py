@@ -85,9 +85,13 @@ def _active(
 
 
 def _idle_bytes(inventory: Inventory, deployment: Deployment, geometry: Geometry) -> int:
-    """Bytes of embeddings at full precision that a step does not read; a tied one is read as the head."""
-    if geometry.tied_embeddings:
-        return 0
+    """Bytes at full precision that a step does not read: rows of embeddings (a tied one is read as the head)
+    and experts that no token is routed to.
+    """
     width = DTYPE_BITS[inventory.layers[0].dtype] // 8
-    tables = [item.parameters for item in inventory.excluded if item.op == "embedding"]
-    return width * sum(max(0, size - deployment.batch * geometry.hidden) for size in tables)
+    experts = sum(item.parameters for item in inventory.excluded if EXPERT_PART in item.name.split("."))
+    idle = int(experts * (1 - geometry.expert_share(deployment.batch)))
+    if not geometry.tied_embeddings:
+        tables = [item.parameters for item in inventory.excluded if item.op == "embedding"]
+        idle += sum(max(0, size - deployment.batch * geometry.hidden) for size in tables)
+    return width * idle

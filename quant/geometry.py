@@ -77,8 +77,10 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry | None:
     return Geometry(
         cached=cached,
         windows=_windows(text, layers) if generates else (),
-        experts=_whole(text, "num_local_experts", "num_experts", "n_routed_experts"),
-        active=_whole(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk"),
+        experts=_whole(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+        active=_whole(
+            text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"
+        ),
         hidden=_whole(text, "hidden_size", "n_embd", "d_model"),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
     )

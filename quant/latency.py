@@ -7,12 +7,13 @@ timed on a device (`measured_latency`), and a device profile (`roofline_latency`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from quant.costs import CostError, Latency
 from quant.devices import Device
+from quant.geometry import Geometry
 from quant.integer import IntegerFormat
 from quant.layers import DTYPE_BITS, Layer
 from quant.schemes import Scheme
@@ -71,19 +72,54 @@ class Timing:
         return asdict(self)
 
 
-def case_of(layer: Layer, scheme: Scheme | None, batch: int, parameters: int = 0) -> Case:
+def case_of(
+    layer: Layer, scheme: Scheme | None, batch: int, parameters: int = 0, geometry: Geometry | None = None
+) -> Case:
     """The kernel that runs a layer in a scheme (None: at full precision) for `batch` samples or tokens.
 
     `parameters` are those of the whole model: how much else passes through the caches between two calls.
+    Of fused experts it is the kernel of one expert with its share of the tokens (`calls` of them run).
 
     Weights of up to 4 bits run in the 4-bit weight-only kernel where its group sizes divide the columns and
     the format's groups, weights of 5 to 8 bits per channel in the 8-bit one, 8-bit activations in the
     dynamic 8-bit one; all others run dequantized. Raises CostError for a convolution without a MAC count.
     """
+    if layer.experts > 1:
+        tokens = batch * _active(layer, geometry) / calls(layer, batch, geometry)
+        return case_of(_one_expert(layer), scheme, max(1, round(tokens)), parameters)
     rows, columns = layer.matrix
     kernel, group = _kernel(layer, scheme)
     return Case(
         kernel, rows, columns, _positions(layer, batch), layer.dtype, group, _copies(layer, parameters)
+    )
+
+
+def calls(layer: Layer, batch: int, geometry: Geometry | None) -> Fraction:
+    """How often a layer's kernel runs in one pass of `batch` tokens: once, or for each expert that is used.
+
+    Raises CostError for experts without a geometry that says how many of them each token uses.
+    """
+    if layer.experts == 1:
+        return Fraction(1)
+    _active(layer, geometry)
+    return layer.experts * cast(Geometry, geometry).expert_share(batch)
+
+
+def _active(layer: Layer, geometry: Geometry | None) -> int:
+    if geometry is None or not geometry.active or geometry.experts != layer.experts:
+        raise CostError(
+            f"Latency and energy of experts must be of a model whose configuration says how many a token uses"
+            f" (num_experts_per_tok). Got none for the {layer.experts} of {layer.name}. Send a table."
+        )
+    return min(geometry.active, geometry.experts)
+
+
+def _one_expert(layer: Layer) -> Layer:
+    """An expert as a linear layer of its own."""
+    rows, columns = layer.matrix
+    matrix = (rows // layer.experts, columns)
+    return replace(
+        layer, op="linear", weight_shape=matrix, matrix=matrix, parameters=layer.parameters // layer.experts
     )
 
 
@@ -129,11 +165,15 @@ def _positions(layer: Layer, batch: int) -> int:
     return max(1, batch * layer.macs // layer.parameters)
 
 
-def cases(layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int) -> tuple[Case, ...]:
+def cases(
+    layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int, geometry: Geometry | None = None
+) -> tuple[Case, ...]:
     """Every kernel that has to be timed, each once."""
     parameters = sum(layer.parameters for layer in layers)
     found = (
-        case_of(layer, scheme, batch, parameters) for layer in layers for scheme in _offered(layer, schemes)
+        case_of(layer, scheme, batch, parameters, geometry)
+        for layer in layers
+        for scheme in _offered(layer, schemes)
     )
     return tuple(dict.fromkeys(found))
 
@@ -143,37 +183,51 @@ def _offered(layer: Layer, schemes: Iterable[Scheme]) -> list[Scheme]:
 
 
 def measured_latency(
-    layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int, timings: Mapping[str, Timing]
+    layers: Sequence[Layer],
+    schemes: Sequence[Scheme],
+    batch: int,
+    timings: Mapping[str, Timing],
+    geometry: Geometry | None = None,
 ) -> Latency:
     """The table from timings by `Case.key`. Raises CostError naming the first case without one."""
     parameters = sum(layer.parameters for layer in layers)
 
     def nanoseconds(layer: Layer, scheme: Scheme) -> Fraction:
-        case = case_of(layer, scheme, batch, parameters)
+        case = case_of(layer, scheme, batch, parameters, geometry)
         if case.key not in timings:
             raise CostError(f"Every kernel must be timed. Got no timing of {case.key}. Measure it.")
-        return rounded(timings[case.key].median_ns)
+        return rounded(Fraction(timings[case.key].median_ns) * calls(layer, batch, geometry))
 
     return _table(layers, schemes, nanoseconds)
 
 
 def roofline_latency(
-    layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int, device: Device
+    layers: Sequence[Layer],
+    schemes: Sequence[Scheme],
+    batch: int,
+    device: Device,
+    geometry: Geometry | None = None,
 ) -> Latency:
     """The table from a device profile; `device.relative_error` is its error bar."""
 
     def nanoseconds(layer: Layer, scheme: Scheme) -> Fraction:
-        kind, operations, traffic = work(layer, scheme, batch)
+        kind, operations, traffic = work(layer, scheme, batch, geometry)
         return rounded(device.nanoseconds(kind, operations, traffic))
 
     return _table(layers, schemes, nanoseconds)
 
 
-def device_energy(layers: Sequence[Layer], schemes: Sequence[Scheme], batch: int, device: Device) -> Latency:
+def device_energy(
+    layers: Sequence[Layer],
+    schemes: Sequence[Scheme],
+    batch: int,
+    device: Device,
+    geometry: Geometry | None = None,
+) -> Latency:
     """Picojoules from a device profile, in the shape of a latency table."""
 
     def picojoules(layer: Layer, scheme: Scheme) -> Fraction:
-        kind, operations, traffic = work(layer, scheme, batch)
+        kind, operations, traffic = work(layer, scheme, batch, geometry)
         return Fraction(round(device.picojoules(kind, operations, traffic)))
 
     return _table(layers, schemes, picojoules)
@@ -188,11 +242,20 @@ def rounded(nanoseconds: float | Fraction) -> Fraction:
     return Fraction(round(Fraction(nanoseconds) * 1000), 1000)
 
 
-def work(layer: Layer, scheme: Scheme, batch: int) -> tuple[str, int, Fraction]:
+def work(
+    layer: Layer, scheme: Scheme, batch: int, geometry: Geometry | None = None
+) -> tuple[str, int, Fraction]:
     """Type of arithmetic, operations, and bytes moved: packed weights, inputs and outputs.
 
-    An embedding reads one row per token and computes nothing.
+    An embedding reads one row per token and computes nothing. Of fused experts, the weights of those that
+    `batch` tokens are expected to use, and every token as often as it uses one.
     """
+    if layer.experts > 1:
+        used, rows = calls(layer, batch, geometry), batch * _active(layer, geometry)
+        kind, operations, moved = work(_one_expert(layer), scheme, rows)
+        one = scheme.storage(_one_expert(layer).matrix).bytes
+        share = Fraction(used, layer.experts)
+        return kind, operations, moved - one + share * scheme.storage(layer.matrix).bytes
     rows, columns = layer.matrix
     stored, positions = scheme.storage(layer.matrix).bytes, _positions(layer, batch)
     width = DTYPE_BITS[layer.dtype] // 8

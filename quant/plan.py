@@ -138,6 +138,11 @@ class Plan:
         """The layers whose quantizers must be given calibration data."""
         return tuple(name for name, layer in self.layers.items() if parse_scheme(layer.scheme).needs_inputs)
 
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether applying the plan takes its calibration data, for quantizers or for corrections."""
+        return bool(self.corrections or self.needs_calibration)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON."""

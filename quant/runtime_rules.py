@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quant.integer import IntegerFormat, ScaleType
-from quant.layers import Layer
+from quant.layers import EXPERT_OPS, Layer
 from quant.patterns import matches
 from quant.plan import PlanLayer
 from quant.schemes import Scheme
@@ -19,7 +19,7 @@ HEADS = ("lm_head", "embed_out", "classifier", "score")
 
 @dataclass(frozen=True)
 class Target:
-    """What a rule sees of a layer."""
+    """What a rule sees of a layer; the matrix of fused experts is that of one expert, as kernels see it."""
 
     name: str
     op: str
@@ -31,12 +31,15 @@ class Target:
 def target_of(layer: Layer) -> Target:
     """The target of an inventory's layer; a tensor shared by embedding and head is both."""
     head = layer.role == "head" or _named_head(layer.aliases)
-    return Target(layer.name, layer.op, layer.matrix, layer.op == "embedding", head)
+    matrix = (layer.matrix[0] // layer.experts, layer.matrix[1])
+    return Target(layer.name, layer.op, matrix, layer.op == "embedding", head)
 
 
 def planned_target(name: str, layer: PlanLayer) -> Target:
     """The target of a plan's layer; heads are told by name."""
-    return Target(name, layer.op, layer.matrix, layer.op == "embedding", _named_head((name, *layer.aliases)))
+    experts = layer.shape[0] if layer.op in EXPERT_OPS else 1
+    matrix = (layer.matrix[0] // experts, layer.matrix[1])
+    return Target(name, layer.op, matrix, layer.op == "embedding", _named_head((name, *layer.aliases)))
 
 
 def _named_head(names: Iterable[str]) -> bool:
@@ -195,7 +198,11 @@ class Fused:
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime as data: what it can load and run. `kv_cache` are the types it keeps keys and values in."""
+    """A runtime as data: what it can load and run.
+
+    `kv_cache` are the types it keeps keys and values in, `menu` the schemes that a search for it tries unless
+    it names others.
+    """
 
     name: str
     summary: str
@@ -205,6 +212,7 @@ class Runtime:
     embeddings: bool = False
     heads: bool = False
     kv_cache: tuple[str, ...] = ("float16", "bfloat16")
+    menu: tuple[str, ...] = ()
 
     def refuses(self, target: Target, scheme: Scheme) -> str | None:
         """The rule that a scheme breaks on a layer, in words; None when the runtime runs it."""
@@ -235,4 +243,5 @@ class Runtime:
             "embeddings": self.embeddings,
             "heads": self.heads,
             "kv_cache": list(self.kv_cache),
+            "default_schemes": list(self.menu),
         }

@@ -131,9 +131,6 @@ class Scheme:
 
     def refuses(self, layer: Decided) -> str | None:
         """Why this scheme is not offered for a layer, or None."""
-        if self.needs_inputs and layer.op == "embedding":
-            informed = next(name for name in self.quantizers if QUANTIZERS[name].needs_inputs)
-            return f"an embedding has no inputs to multiply, which {informed} goes by; use mse_clip"
         adjusts = QUANTIZERS[self.quantizer].adjusts
         reasons = (
             None if self.activation is None else self.activation.refuses(layer.op, layer.matrix[1]),

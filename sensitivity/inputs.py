@@ -19,19 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quant.experts import expert_inputs, gives_inner_inputs, routed
 from quant.inputs import LayerInputs
 from quant.layers import EXPERT_OPS, Inventory, Layer
-from sensitivity.errors import BadUnit
 from sensitivity.tasks.task import Batch
 
 CACHE_BYTES = 2**30
 """Second moments beyond this are collected again when they are needed."""
 LARGEST_BYTES = 2**33
-"""Second moments of one layer beyond this are refused: those of many wide experts."""
+"""Second moments of one layer beyond this are not collected: those of many wide experts."""
 
 Batches = Callable[[], Iterable[Batch]]
-
-
-class UnseenInputs(BadUnit):
-    """Inputs of a layer that are inside another module, or too many to keep moments of."""
 
 
 class InputStatistics:
@@ -46,10 +41,13 @@ class InputStatistics:
     def __call__(self, name: str) -> LayerInputs:
         """The statistics of one layer; the model must hold its own weights. KeyError for no layer.
 
-        Raises UnseenInputs for experts whose inputs cannot be seen or whose statistics are too large.
+        Zeros for embeddings, which multiply nothing, for experts whose inputs cannot be seen and for those
+        whose statistics are too large: quantizers take such a layer for one that the data never reached.
         """
         layer = self._inventory.by_name[name]
-        self._require_observable(layer)
+        if not self._observable(layer):
+            columns = layer.matrix[1]
+            return LayerInputs(torch.zeros(1, columns, columns), samples=0)
         if layer.name not in self._kept:
             wanted = self._neighbors(layer)
             self._make_room(sum(self._bytes(other) for other in wanted))
@@ -62,7 +60,7 @@ class InputStatistics:
         layers = self._inventory.layers
         chosen, size = [first], self._bytes(first)
         for layer in layers[layers.index(first) + 1 :]:
-            if layer.name in self._kept or layer.op == "embedding" or self._hidden(layer):
+            if layer.name in self._kept or not self._observable(layer):
                 continue
             more = self._bytes(layer)
             if size + more > self._bound // 2:
@@ -82,18 +80,8 @@ class InputStatistics:
             if layer.op in EXPERT_OPS
         )
 
-    def _require_observable(self, layer: Layer) -> None:
-        if self._hidden(layer):
-            raise UnseenInputs(
-                f"layer {layer.name!r} must have inputs that can be seen for a quantizer that goes by them."
-                " Got experts that compute them inside. Use mse_clip for it, or exclude it."
-            )
-        if self._bytes(layer) > LARGEST_BYTES:
-            raise UnseenInputs(
-                f"statistics of the inputs of layer {layer.name!r} must fit in {LARGEST_BYTES} bytes. Got"
-                f" {self._bytes(layer)} for {layer.experts} experts with {layer.matrix[1]} inputs each."
-                " Use mse_clip for it, or exclude it."
-            )
+    def _observable(self, layer: Layer) -> bool:
+        return layer.op != "embedding" and not self._hidden(layer) and self._bytes(layer) <= LARGEST_BYTES
 
     def _make_room(self, size: int) -> None:
         held = sum(inputs.second_moments.nbytes for inputs in self._kept.values())
@@ -176,10 +164,7 @@ def _hook(found: _Sum, parameter: str, real: Tensor | None) -> Callable[..., Non
             return
         call = routed(module, arguments, named)
         if call is None:
-            raise UnseenInputs(
-                f"layer {found.layer.name!r} must be called with hidden states and the experts of each token."
-                " Got another call. Use mse_clip for it, or exclude it."
-            )
+            return
         found.add_experts(module, parameter, call, real)
 
     return hook

@@ -47,6 +47,7 @@ from sensitivity.units import (
     TimingUnit,
     Unit,
     UnitResult,
+    WriteUnit,
 )
 from sensitivity.weights import LayerWeights
 
@@ -91,6 +92,8 @@ class Session:
                 return self._inspect()
             case TimingUnit():
                 return KernelSession(self.spec).run(unit)
+            case WriteUnit():
+                raise BadUnit("a session measures; checkpoints are written by a checkpoint writer.")
 
     # -- units ------------------------------------------------------------------------------------
 

@@ -146,7 +146,29 @@ class TimingUnit:
         return {"unit": "timing", "cases": [dict(case) for case in self.cases], "known": known}
 
 
-Unit = ScoreUnit | BlockUnit | MeasureUnit | InspectUnit | TimingUnit
+@dataclass(frozen=True)
+class WriteUnit:
+    """Write a plan's checkpoint for a consumer; `folder` holds the plan and receives the result.
+
+    >>> WriteUnit("vllm", "/tmp/x").key
+    'write:vllm'
+    """
+
+    consumer: str
+    folder: str
+    force: bool = False
+
+    @property
+    def key(self) -> str:
+        """Stable and unique among the units of a job that writes a checkpoint."""
+        return _short_key("write", self.consumer)
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain JSON for `unit_from_json`."""
+        return {"unit": "write", "consumer": self.consumer, "folder": self.folder, "force": self.force}
+
+
+Unit = ScoreUnit | BlockUnit | MeasureUnit | InspectUnit | TimingUnit | WriteUnit
 
 
 def unit_from_json(value: Mapping[str, Json]) -> Unit:
@@ -164,8 +186,10 @@ def unit_from_json(value: Mapping[str, Json]) -> Unit:
         case "timing":
             known = {name: tuple(keys) for name, keys in value["known"].items()}
             return TimingUnit(tuple(value["cases"]), known)
+        case "write":
+            return WriteUnit(value["consumer"], value["folder"], value["force"])
         case other:
-            raise ValueError(f"unit must be score, block, measure, inspect or timing. Got {other!r}.")
+            raise ValueError(f"unit must be score, block, measure, inspect, timing or write. Got {other!r}.")
 
 
 @dataclass(frozen=True)

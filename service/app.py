@@ -15,6 +15,7 @@ from service import logs
 from service.api import (
     calibrations,
     catalogs,
+    checkpoints,
     exports,
     frontier,
     health,
@@ -53,6 +54,7 @@ ROUTERS = (
     frontier.router,
     plans.router,
     exports.router,
+    checkpoints.router,
     catalogs.router,
     health.router,
 )

@@ -72,7 +72,7 @@ class Client:
         calibration: str | Path,
         budgets: Sequence[str],
         *,
-        schemes: Sequence[str] | str = ("w2", "w3", "w4", "w5", "w6", "w8"),
+        schemes: Sequence[str] | str | None = None,
         metrics: Sequence[str] = ("output_kl",),
         interactions: bool = True,
         corrections: Sequence[str] = (),
@@ -112,7 +112,7 @@ class Client:
             "model": self._input(model, "model_", self.upload_model, on_bytes),
             "calibration": self._input(calibration, "cal_", self.upload_calibration, on_bytes),
             "budgets": list(budgets),
-            "schemes": schemes.split(",") if isinstance(schemes, str) else list(schemes),
+            **({} if schemes is None else {"schemes": _listed(schemes)}),
             "metrics": list(metrics),
             "interactions": interactions,
             "corrections": list(corrections),
@@ -185,3 +185,7 @@ class Client:
         if isinstance(given, str) and given.startswith(prefix) and not Path(given).exists():
             return given
         return str(send(given, on_bytes)["id"])
+
+
+def _listed(schemes: Sequence[str] | str) -> list[str]:
+    return schemes.split(",") if isinstance(schemes, str) else list(schemes)

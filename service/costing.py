@@ -103,8 +103,8 @@ def costs_of(
     timings: Timings | None,
 ) -> Costs:
     """Every table that a request asks for. Raises CostError, DeviceError, LatencyMissing (no timings)."""
-    latency, latency_source = _latency(request, inventory, schemes, timings)
-    energy, energy_source = _energy(request, inventory, schemes)
+    latency, latency_source = _latency(request, inventory, schemes, timings, geometry)
+    energy, energy_source = _energy(request, inventory, schemes, geometry)
     grids: Mapping[str, Grid] = {}
     if request.deployment is not None:
         grids = deployment_resources(inventory, schemes, request.deployment, geometry)
@@ -118,7 +118,7 @@ def unmeasured(
     """The same with zeros for latencies that are still to be measured: for checks of what limits name."""
     if not request.is_measured:
         return costs_of(request, inventory, schemes, geometry, None)
-    wanted = cases(inventory.layers, schemes, request.batch)
+    wanted = cases(inventory.layers, schemes, request.batch, geometry)
     zeros = Timings("", {case.key: Timing(0, 0, 0) for case in wanted})
     return costs_of(request, inventory, schemes, geometry, zeros)
 
@@ -142,7 +142,11 @@ def named_device(name: str, own: Device | None) -> Device:
 
 
 def _latency(
-    request: CostRequest, inventory: Inventory, schemes: Sequence[Scheme], timings: Timings | None
+    request: CostRequest,
+    inventory: Inventory,
+    schemes: Sequence[Scheme],
+    timings: Timings | None,
+    geometry: Geometry | None,
 ) -> tuple[Latency | None, dict[str, Any]]:
     wanted = request.latency
     if wanted is None:
@@ -150,19 +154,23 @@ def _latency(
     if not isinstance(wanted, str):
         return latency_from_mapping(wanted), {"source": "table"}
     if wanted == MEASURED:
-        return _measured(request, inventory, schemes, timings)
+        return _measured(request, inventory, schemes, timings, geometry)
     if not wanted.startswith(ROOFLINE):
         raise CostError(
             f'A latency must be a table, "measured" or "roofline:DEVICE". Got {wanted!r:.60}.'
             " Use roofline:h100."
         )
     device = named_device(wanted.removeprefix(ROOFLINE), request.device)
-    table = roofline_latency(inventory.layers, schemes, request.batch, device)
+    table = roofline_latency(inventory.layers, schemes, request.batch, device, geometry)
     return table, {"source": wanted, "relative_error": device.relative_error}
 
 
 def _measured(
-    request: CostRequest, inventory: Inventory, schemes: Sequence[Scheme], timings: Timings | None
+    request: CostRequest,
+    inventory: Inventory,
+    schemes: Sequence[Scheme],
+    timings: Timings | None,
+    geometry: Geometry | None,
 ) -> tuple[Latency, dict[str, Any]]:
     if timings is None:
         raise LatencyMissing(
@@ -170,7 +178,7 @@ def _measured(
             "Wait for the job, submit one, or use a roofline."
         )
     try:
-        table = measured_latency(inventory.layers, schemes, request.batch, timings.timings)
+        table = measured_latency(inventory.layers, schemes, request.batch, timings.timings, geometry)
     except CostError as error:
         raise LatencyMissing(f"{error} (The job measured other kernels or another batch.)") from error
     spreads = [timing.spread_ns / timing.median_ns for timing in timings.timings.values() if timing.median_ns]
@@ -179,7 +187,7 @@ def _measured(
 
 
 def _energy(
-    request: CostRequest, inventory: Inventory, schemes: Sequence[Scheme]
+    request: CostRequest, inventory: Inventory, schemes: Sequence[Scheme], geometry: Geometry | None
 ) -> tuple[Latency | None, dict[str, Any]]:
     wanted = request.energy
     if wanted is None:
@@ -189,4 +197,5 @@ def _energy(
     if not wanted.startswith(DEVICE):
         raise CostError(f'An energy must be a table or "device:NAME". Got {wanted!r:.60}. Use device:h100.')
     device = named_device(wanted.removeprefix(DEVICE), request.device)
-    return device_energy(inventory.layers, schemes, request.batch, device), {"source": wanted}
+    table = device_energy(inventory.layers, schemes, request.batch, device, geometry)
+    return table, {"source": wanted}

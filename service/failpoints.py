@@ -34,6 +34,7 @@ FAILPOINTS: Mapping[str, str] = {
     "runner.choosing": "the measurement of a plan on the choosing part is committed",
     "runner.reporting": "the measurement of a plan on the reporting part is committed",
     "runner.writing_plan": "a plan is decided, its row is not committed",
+    "runner.checkpoint_stored": "a checkpoint is in the store, its job does not say so yet",
     "runner.before_finish": "every result of a job is stored, its final state is not",
     "worker.before_unit": "a worker has received a unit",
     "worker.after_unit": "a worker has a result that it has not sent",

@@ -34,6 +34,7 @@ class JobKind(StrEnum):
     SEARCH = "search"
     VERIFY_MODEL = "verify_model"
     MEASURE_PLAN = "measure_plan"
+    WRITE_CHECKPOINT = "write_checkpoint"
 
 
 class UploadState(StrEnum):

@@ -8,16 +8,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from quant.catalog import CORRECTIONS
+from quant.catalog import CHECKPOINTS, CORRECTIONS
 from quant.devices import DeviceError, read_device
 from quant.geometry import CACHE_BITS
-from quant.runtimes import RUNTIMES
+from quant.runtimes import RUNTIMES, default_menu
 from quant.schemes import parse_scheme
 from search.budget import BudgetError, parse_budget
 from search.choosers import CHOOSERS
 from sensitivity.catalog import SCORERS, TASKS
 
-DEFAULT_SCHEMES = ("w2", "w3", "w4", "w5", "w6", "w8")
 LARGEST_SEED = 2**53 - 1
 MOST_BUDGETS, MOST_SCHEMES, MOST_PATTERNS, MOST_FILES = 64, 64, 1000, 10_000
 
@@ -194,11 +193,15 @@ class JobRequest(WireModel):
     model: Name = Field(description="Id of a model.", examples=["model_0199a0..."])
     calibration: Name = Field(description="Id of a calibration set.", examples=["cal_0199a0..."])
     budgets: Budgets
+    runtime: Runtime | None = Field(
+        default=None, description="What will run the plans: its rules become ties and forbidden choices."
+    )
     schemes: Annotated[
         list[Scheme], Field(min_length=1, max_length=MOST_SCHEMES), AfterValidator(_distinct)
     ] = Field(
-        default=list(DEFAULT_SCHEMES),
-        description="The menu. Short names mean per output channel, symmetric, float16 scales, MSE-clipped.",
+        default_factory=lambda: list(default_menu()),
+        description="The menu; the runtime's default one when left out (GET /v1/runtimes). Short names mean "
+        "per output channel, symmetric, float16 scales, MSE-clipped.",
     )
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=32), AfterValidator(_distinct)] = Field(
         default=["output_kl"], description="What to measure; the first decides."
@@ -239,9 +242,6 @@ class JobRequest(WireModel):
     )
     time_limit_seconds: TimeLimit = 60.0
     gap: Gap = 1e-9
-    runtime: Runtime | None = Field(
-        default=None, description="What will run the plans: its rules become ties and forbidden choices."
-    )
     latency: LatencySource | None = None
     latency_ns: CostTable | None = Field(
         default=None, description="A latency table, as `latency` takes it too; give one of the two."
@@ -253,6 +253,16 @@ class JobRequest(WireModel):
         default={}, max_length=64, description="Your own words; returned as they are."
     )
     name: Annotated[str, Field(max_length=200)] | None = Field(default=None, description="For people.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _menu(cls, members: Any) -> Any:
+        """A request without schemes gets its runtime's menu."""
+        if not isinstance(members, dict) or "schemes" in members:
+            return members
+        runtime = members.get("runtime")
+        known = runtime if isinstance(runtime, str) and runtime in RUNTIMES else None
+        return {**members, "schemes": list(default_menu(known))}
 
     @model_validator(mode="after")
     def _one_latency(self) -> JobRequest:
@@ -267,6 +277,19 @@ class JobRequest(WireModel):
         """The patterns of `include`, and every pin that names a layer outright: a pinned head takes part."""
         named = [pattern for pattern in self.pins if not WILDCARDS & set(pattern)]
         return tuple(dict.fromkeys((*self.include, *named)))
+
+
+class CheckpointRequest(WireModel):
+    """What a plan's weights are written for."""
+
+    consumer: Annotated[
+        str, AfterValidator(_one_of("consumer", CHECKPOINTS)), Field(description="Who loads them.")
+    ]
+    force: bool = Field(
+        default=False,
+        description="Write them although the plan was made with other versions of quantizers; told in the"
+        " provenance.",
+    )
 
 
 class PlansRequest(WireModel):

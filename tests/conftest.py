@@ -64,14 +64,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
 
 @pytest.fixture(scope="session")
 def byte_level() -> Callable[..., int]:
-    """byte_level(folder, **options of the model): saves a byte-level BPE tokenizer; returns the vocabulary's size."""
+    """byte_level(folder, split, **options): saves a byte-level BPE tokenizer; returns its vocabulary's size."""
 
-    def save(folder: Path, split: Any = None, **model: Any) -> int:
+    def save(folder: Path, split: Any = None, *, use_regex: bool = False, **model: Any) -> int:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = Tokenizer(models.BPE(**model))
-        own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+        own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex or split is None)
         tokenizer.pre_tokenizer = own if split is None else pre_tokenizers.Sequence([split, own])
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from quant.checkpoints import torchao, vllm
 from quant.checkpoints.protocol import PLAN_FILE, CheckpointError
 from quant.checkpoints.source import Source
-from quant.checkpoints.vllm import unpacked
 from quant.plan import Plan, parse_plan
 
 
@@ -56,6 +56,8 @@ def _state(source: Source, plan: Plan) -> dict[str, Tensor]:
             state |= load_file(source.folder / file)
         return state
     own = getattr(torch, str(source.config.get("dtype", source.config.get("torch_dtype", "float32"))))
+    method = source.config["quantization_config"].get("quant_method")
+    unpacked = torchao.unpacked if method == "torchao" else vllm.unpacked
     return {
         name: tensor if layer is None else tensor.to(own) for name, layer, tensor in unpacked(source, plan)
     }

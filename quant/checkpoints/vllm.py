@@ -16,6 +16,7 @@ from quant.checkpoints.shards import Repacked, Slot, Slots, repack
 from quant.checkpoints.source import Source, StoredTensor, renaming
 from quant.export import front, vllm
 from quant.export.protocol import Deployment, Violation
+from quant.export.rules import only_ops
 from quant.integer import IntegerFormat, ScaleType
 from quant.plan import Plan
 
@@ -37,7 +38,12 @@ EXACT = {
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Violations of vLLM's rules, and of what this checkpoint can hold."""
-    return (*front.lint("vllm", deployment), *_integers(deployment), *_exact_scales(deployment))
+    return (
+        *only_ops(deployment, ("linear",)),
+        *front.lint("vllm", deployment),
+        *_integers(deployment),
+        *_exact_scales(deployment),
+    )
 
 
 def _integers(deployment: Deployment) -> Iterator[Violation]:

@@ -62,13 +62,28 @@ def block_count(config: Mapping[str, Any]) -> int | None:
     return next((config[key] for key in BLOCKS if isinstance(config.get(key), int)), None)
 
 
-def tensor_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
-    """Module path -> name of its weight in GGUF, without those that GGUF has no tensor for.
+def tensor_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Module path -> names of its weight in GGUF, without modules that GGUF has no tensor for.
+
+    Joined gate and up projections of experts are two tensors there, or one: all names are given.
 
     >>> tensor_names({"model_type": "llama", "num_hidden_layers": 1}, ["model.layers.0.mlp.down_proj"])
-    {'model.layers.0.mlp.down_proj': 'blk.0.ffn_down.weight'}
+    {'model.layers.0.mlp.down_proj': ('blk.0.ffn_down.weight',)}
     """
-    return {module: f"{name}.weight" for module, name in module_names(config, modules).items()}
+    paths = {module: _paths(module) for module in modules}
+    names = module_names(config, [path for several in paths.values() for path in several])
+    found = {
+        module: tuple(dict.fromkeys(f"{names[path]}.weight" for path in several if path in names))
+        for module, several in paths.items()
+    }
+    return {module: several for module, several in found.items() if several}
+
+
+def _paths(module: str) -> tuple[str, ...]:
+    parent, _, last = module.rpartition(".")
+    if parent.endswith("experts") and last == "gate_up_proj":
+        return (f"{parent}.gate_proj", f"{parent}.up_proj", module)
+    return (module,)
 
 
 def module_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:

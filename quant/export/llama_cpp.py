@@ -16,10 +16,11 @@ from quant.export.gguf_names import BLOCKS, architecture, block_count, gguf_libr
 from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
 from quant.export.rules import only_ops
 from quant.gguf_blocks import GGUF_TYPES
+from quant.layers import EXPERT_OPS
 from quant.schemes import parse_scheme
 
 FILE = "tensor_types.txt"
-OPS = ("linear", "embedding", "transformers_conv1d")
+OPS = ("linear", "embedding", "transformers_conv1d", *EXPERT_OPS)
 FLOATS = {"bf16": "bf16", "fp16": "f16"}
 """Our name of a 16-bit type -> GGML's."""
 TYPES = (*GGUF_TYPES, *FLOATS)
@@ -67,8 +68,9 @@ def gguf_types(deployment: Deployment) -> Iterator[Violation]:
     for name, facts in deployment.quantized.items():
         layer, weight = deployment.layers[name], deployment.schemes[name].weight
         if facts.kind not in TYPES or facts.activation is not None:
-            rule = f"weights must be {', '.join(TYPES)}, activations left alone"
-            yield Violation(name, rule, f"{layer.scheme}; as wide is {_as_wide(facts.bits)}")
+            wide = _as_wide(facts.bits)
+            rule = f"weights must be {', '.join(TYPES)} (as wide: {wide}), activations left alone"
+            yield Violation(name, rule, layer.scheme)
         elif weight.refuses(layer.matrix):
             rule = f"the columns must be whole blocks of {facts.group_size}"
             yield Violation(name, rule, f"{layer.scheme}: {weight.refuses(layer.matrix)}")
@@ -91,21 +93,24 @@ def named(deployment: Deployment) -> Iterator[Violation]:
 
 
 def _quantized_tensors(deployment: Deployment) -> Iterator[Violation]:
-    for module, tensor in tensor_names(deployment.model.config, deployment.quantized).items():
-        if any(part in tensor for part in KEPT):
-            yield Violation(module, "llama-quantize leaves this tensor alone", tensor)
+    for module, tensors in tensor_names(deployment.model.config, deployment.quantized).items():
+        if any(part in tensor for part in KEPT for tensor in tensors):
+            yield Violation(module, "llama-quantize leaves this tensor alone", ", ".join(tensors))
 
 
 def files(deployment: Deployment) -> dict[str, bytes]:
     """One line per tensor of a quantizable module; those that keep their precision name their float type.
 
-    A tied embedding is named as the output too: whichever of the two a GGUF file holds gets the type.
+    A tied embedding is named as the output too, and joined experts under each of their names: whichever of
+    them a GGUF file holds gets the type.
     """
     names = tensor_names(deployment.model.config, [module.name for module in deployment.model.modules])
     own = FLOATS.get(deployment.model.own_type or "", "f32")
     expected = deployment.expected
-    lines = [f"{_pattern(name)}={_type(expected[module]) or own}\n" for module, name in names.items()]
-    return {FILE: "".join(lines).encode()}
+    types = {
+        tensor: _type(expected[module]) or own for module, tensors in names.items() for tensor in tensors
+    }
+    return {FILE: "".join(f"{_pattern(tensor)}={kind}\n" for tensor, kind in types.items()).encode()}
 
 
 def _pattern(tensor: str) -> str:
@@ -125,12 +130,18 @@ def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | Non
     """The type of every tensor as llama-quantize finds it: the first pattern that is found in its name."""
     patterns = read_patterns(exported[FILE].decode())
     names = tensor_names(model.config, [module.name for module in model.modules])
-    found = {
-        name: next((kind for pattern, kind in patterns if pattern.search(name)), None)
-        for name in names.values()
-    }
-    types = {module.name: found.get(names.get(module.name, "")) for module in model.modules}
+    types = {module.name: _found(names.get(module.name, ()), patterns) for module in model.modules}
     return {module: _facts(kind, model) for module, kind in types.items()}
+
+
+def _found(tensors: tuple[str, ...], patterns: list[tuple[re.Pattern[str], str]]) -> str | None:
+    """The type of a module's tensors. Raises ValueError where they differ."""
+    kinds = {next((kind for pattern, kind in patterns if pattern.search(name)), None) for name in tensors}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Tensors of one module must have one type. Got {tensors} with several. Export again."
+        )
+    return next(iter(kinds), None)
 
 
 def read_patterns(text: str) -> list[tuple[re.Pattern[str], str]]:

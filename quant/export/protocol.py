@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, get_args
 
+from quant.export.experts import linears
 from quant.formats import BlockFormat, FloatFormat, GgufFormat, IntegerFormat
 from quant.layers import Inventory, Op
 from quant.plan import Plan, PlanLayer
@@ -111,6 +112,11 @@ class ModelFacts:
 
     config: Mapping[str, Any]
     modules: tuple[Module, ...]
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[str, ...]]:
+        """Module path -> what consumers know it by: one module, or one per expert and projection."""
+        return {module.name: linears(module.name, module.op, self.config) for module in self.modules}
 
     @property
     def own_type(self) -> str | None:

@@ -1,9 +1,9 @@
 """torchao through transformers: `config.json` with a `quantization_config` that names every module.
 
 The configuration is built with torchao's own `config_to_dict`. Integers per output channel or group become
-`IntxWeightOnlyConfig` (symmetric 8-bit ones per channel `Int8WeightOnlyConfig`), FP8 weights
-`Float8WeightOnlyConfig`; modules that keep their precision are named with `None`. torchao stores one byte
-per weight at every width.
+`IntxWeightOnlyConfig`, symmetric 8-bit ones per channel `Int8WeightOnlyConfig` (with inputs rounded token by
+token `Int8DynamicActivationInt8WeightConfig`), FP8 weights `Float8WeightOnlyConfig`; modules that keep their
+precision are named with `None`. torchao stores one byte per weight at every width.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ FILE = "config.json"
 OPS = ("linear", "embedding")
 TAKES = (
     Takes("int", symmetric=range(2, 9), asymmetric=range(2, 9), scales=("channel", "group")),
+    Takes("int", symmetric=(8,), scales=("channel",), activations=("int8",)),
     Takes("fp8_e4m3", scales=("channel", "tensor")),
 )
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
-    """Every violation of the rules of torchao's weight-only configurations."""
+    """Every violation of the rules of these configurations."""
     floats = (
         Violation(name, "FP8 is for linear modules", f"an {deployment.layers[name].op} module")
         for name, facts in deployment.quantized.items()
@@ -78,6 +79,8 @@ def _config(deployment: Deployment, name: str) -> Any:
     if facts.kind == "fp8_e4m3":
         grain = ao.PerRow() if facts.granularity == "channel" else ao.PerTensor()
         return ao.Float8WeightOnlyConfig(granularity=grain, set_inductor_config=False)
+    if facts.activation is not None:
+        return ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     if stores_float32_scales(facts, op):
         return ao.Int8WeightOnlyConfig(set_inductor_config=False)
     fmt = deployment.schemes[name].weight
@@ -154,4 +157,6 @@ def _facts(module: Any) -> WeightFacts | None:
         return WeightFacts("fp8_e4m3", 8, True, "tensor" if weight.block_size[0] > 1 else "channel", None)
     bits = 8 if kind == "Int8Tensor" else int(str(weight.target_dtype).removeprefix("torch.int"))
     symmetric = not bool(weight.zero_point.any())
-    return WeightFacts("int", bits, symmetric, "channel" if whole else "group", None if whole else size)
+    activation = "int8" if getattr(weight, "act_quant_kwargs", None) is not None else None
+    grain = "channel" if whole else "group"
+    return WeightFacts("int", bits, symmetric, grain, None if whole else size, activation)

@@ -22,15 +22,12 @@ class LayerOutputError:
         it makes them: there the inputs are taken as equally likely, of length 1. The moments hold no single
         samples: no standard error.
         """
+        from quant.layers import EXPERT_OPS
         from quant.ops import to_matrix
         from sensitivity.choice import Measured
-        from sensitivity.inputs import UnseenInputs
 
         error = to_matrix(choice.weight_error.reshape(choice.weight.shape), choice.layer.op)
-        try:
-            inputs = None if choice.layer.op == "embedding" else choice.weights.inputs(choice.layer.name)
-        except UnseenInputs:
-            inputs = None
-        if inputs is None:
+        inputs = choice.weights.inputs(choice.layer.name)
+        if not inputs.samples and choice.layer.op in ("embedding", *EXPERT_OPS):
             return Measured(float(error.double().square().sum()) / len(error), None, 0)
         return Measured(float(inputs.output_errors(error).double().sum()), None, 0)

@@ -10,7 +10,7 @@ from quant.activations import ACTIVATIONS
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.devices import DEVICES
 from quant.formats import FORMATS
-from quant.runtimes import RUNTIMES
+from quant.runtimes import RUNTIMES, default_menu
 from quant.schemes import grammar, parse_scheme
 from search.budget import BYTE_UNITS, EXAMPLES, TIME_UNITS
 from search.catalog import SOLVERS
@@ -18,7 +18,7 @@ from search.choosers import CHOOSERS
 from sensitivity.catalog import SCORERS, TASKS
 from service.api.context import LARGEST_PAGE, Ctx
 from service.ingest.kinds import CALIBRATION_FILES, MODEL_FILES
-from service.wire import DEFAULT_SCHEMES, MOST_BUDGETS, MOST_FILES, MOST_SCHEMES
+from service.wire import MOST_BUDGETS, MOST_FILES, MOST_SCHEMES
 
 router = APIRouter(prefix="/v1", tags=["catalogs"])
 
@@ -47,7 +47,7 @@ def formats() -> dict[str, Any]:
             for fmt in ACTIVATIONS.values()
         ],
         "default_quantizer": DEFAULT_QUANTIZER,
-        "default_schemes": [parse_scheme(name).as_json() for name in DEFAULT_SCHEMES],
+        "default_schemes": [parse_scheme(name).as_json() for name in default_menu()],
     }
 
 

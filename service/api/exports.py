@@ -58,7 +58,7 @@ def get_export(
             f"A consumer must be one of {', '.join(EXPORTERS)}. Got {consumer[:60]!r}. Pick one of them.",
         )
     try:
-        content = archive(export(consumer, _deployment(context, plan_id)))
+        content = archive(export(consumer, deployment_of(context, plan_id)))
     except ExportRefused as error:
         violations = [asdict(item) for item in error.violations]
         raise Unprocessable("export-refused", str(error), extra={"violations": violations}) from None
@@ -84,7 +84,8 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _deployment(context: Context, plan_id: str) -> Deployment:
+def deployment_of(context: Context, plan_id: str) -> Deployment:
+    """The plan with the modules of its model, from what the job or the verification stored."""
     with context.database.read() as session:
         record = find_plan(context, session, plan_id)
         if record.document is None:

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from service.api.resources import Json, Resource, as_json, links_of, without_inventory
 from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord
+from service.states import JobKind
 
 
 class Progress(Resource):
@@ -22,7 +23,7 @@ class Job(Resource):
     """A job as it stands."""
 
     id: str
-    kind: str = Field(description="search, verify_model, measure_plan")
+    kind: str = Field(description="search, verify_model, measure_plan, write_checkpoint")
     name: str | None = Field(description="As the request has it.")
     labels: dict[str, str]
     state: str = Field(description="queued, running, cancelling, succeeded, failed, cancelled, expired")
@@ -61,8 +62,17 @@ class Job(Resource):
             finished_at=record.finished_at,
             links=links_of(
                 f"/v1/jobs/{record.id}", "events", "scores", "plans", "frontier", "cancel", "resume"
-            ),
+            )
+            | _download(record),
         )
+
+
+def _download(record: JobRecord) -> dict[str, str]:
+    """Where the file of a job that writes a checkpoint is, once it is written."""
+    if record.kind != JobKind.WRITE_CHECKPOINT:
+        return {}
+    asked = record.request
+    return {"checkpoint": f"/v1/plans/{asked['plan']}/checkpoint?consumer={asked['consumer']}"}
 
 
 class Event(Resource):
@@ -139,7 +149,7 @@ class Plan(Resource):
             "document": as_json(record.document),
             "evidence": as_json(record.evidence),
             "created_at": record.created_at,
-            "links": links_of(f"/v1/plans/{record.id}", "document", "measure")
+            "links": links_of(f"/v1/plans/{record.id}", "document", "measure", "checkpoint")
             | {"job": f"/v1/jobs/{record.job_id}"},
         }
         return cls.model_validate({**record.result, **own})

@@ -138,13 +138,16 @@ def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
 
 @router.delete("/{job_id}", status_code=204)
 def delete(job_id: JobId, context: Ctx) -> None:
-    """Delete a finished job with its plans and events; scores stay for other jobs."""
+    """Delete a finished job with its plans, events and checkpoint file; scores stay for other jobs."""
     with context.database.write() as session:
-        find_job(context, session, job_id)
+        job = find_job(context, session, job_id)
         try:
             jobs.delete(session, job_id)
         except jobs.JobNotFinished as error:
             raise Conflict("job-not-finished", str(error)) from None
+        forgotten = _file_of_none(context, session, job)
+    if forgotten is not None:
+        context.store.remove(forgotten)
 
 
 @router.get("/{job_id}/events")
@@ -163,6 +166,15 @@ def accepted(job: JobRecord) -> Answer:
     """202 with where to ask and when."""
     headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **_retry_headers(job)}
     return Answer(202, Job.of(job), headers)
+
+
+def _file_of_none(context: Context, session: Session, job: JobRecord) -> str | None:
+    """The digest of a deleted job's checkpoint file, if no other job has the same."""
+    if job.kind != JobKind.WRITE_CHECKPOINT or job.summary is None:
+        return None
+    digest = str(job.summary["sha256"])
+    others = jobs.list_kind(session, job.kind, context.tenant)
+    return None if any((other.summary or {}).get("sha256") == digest for other in others) else digest
 
 
 def etag_of(job: JobRecord) -> str:

@@ -17,7 +17,10 @@ from service.cli.plan_files import read_plan
 
 if TYPE_CHECKING:
     from quant.checkpoints.protocol import Layout
+    from quant.checkpoints.source import Source
+    from quant.export.protocol import Deployment
     from quant.plan import Plan
+    from service.remote.handles import JobHandle, PlanHandle
 
 NOTHING = "no checkpoint was written"
 ModelDir = Annotated[
@@ -51,8 +54,17 @@ def apply(
 
 
 def checkpoint(
-    model: ModelDir,
-    plan: PlanFile,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_DIR|ID",
+            help="The Hugging Face folder the plan was made for; or a plan or job of a server.",
+        ),
+    ],
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN.json", help="A plan file, with MODEL_DIR.")
+    ] = None,
+    *,
     to: Annotated[str, typer.Option("--to", help=f"Who loads it: {', '.join(CHECKPOINTS)}.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="New folder, or new file, for the checkpoint.")
@@ -62,35 +74,78 @@ def checkpoint(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say which files there would be, and their exact sizes.")
     ] = False,
+    server: options.Server = options.DEFAULT_SERVER,
     as_json: options.Json = False,
 ) -> None:
     """Write the quantized weights as a runtime loads them, or say which layer breaks which of its rules."""
     with exits(as_json=as_json, interrupted=NOTHING):
-        wanted = read_plan(plan)
+        from quant.checkpoints.front import checkpoint_of, layout
 
-        from quant.checkpoints import front
-        from quant.checkpoints.source import Source
-        from quant.export.protocol import Deployment
-        from service.cli.export import model_facts
-
-        front.checkpoint_of(to)
+        checkpoint_of(to)
         if output is None and not dry_run:
             raise ValueError("--output must name the checkpoint. Got none. Pass -o OUT, or --dry-run.")
-        if not dry_run:
-            front.require_inputs(wanted, given=calibration is not None)
-            front.require_corrected(wanted, given=calibration is not None)
-        source = Source.open(model)
-        deployment = Deployment(wanted, model_facts(model, wanted))
-        if output is None or dry_run:
-            _show(front.layout(to, source, deployment, force=force), as_json=as_json)
-            return
-        found = _from_calibration(wanted, model, calibration, force=force)
-        written = front.write(to, source, deployment, output, force=force, **found)
-        if as_json:
-            told = {"output": str(output), **asdict(written.provenance), **written.layout.as_json()}
-            print_json(told)
+        if plan is None:
+            _remote(model, to, output, server, force=force, as_json=as_json)
+        elif output is None or dry_run:
+            source, deployment = _deployment(Path(model), read_plan(plan))
+            _show(layout(to, source, deployment, force=force), as_json=as_json)
         else:
-            console().print(f"wrote {output}, {written.layout.bytes:,} bytes", markup=False)
+            _write(Path(model), read_plan(plan), to, output, calibration, force=force, as_json=as_json)
+
+
+def _deployment(model: Path, plan: Plan) -> tuple[Source, Deployment]:
+    from quant.checkpoints.source import Source
+    from quant.export.protocol import Deployment
+    from service.model_facts import model_facts
+
+    return Source.open(model), Deployment(plan, model_facts(model, plan))
+
+
+def _write(
+    model: Path, plan: Plan, to: str, output: Path, calibration: Path | None, *, force: bool, as_json: bool
+) -> None:
+    from quant.checkpoints.front import require_corrected, require_inputs, write
+
+    require_inputs(plan, given=calibration is not None)
+    require_corrected(plan, given=calibration is not None)
+    source, deployment = _deployment(model, plan)
+    found = _from_calibration(plan, model, calibration, force=force)
+    written = write(to, source, deployment, output, force=force, **found)
+    _told(output, {**asdict(written.provenance), **written.layout.as_json()}, as_json=as_json)
+
+
+def _remote(plan: str, to: str, output: Path | None, server: str, *, force: bool, as_json: bool) -> None:
+    """Have a server write the checkpoint of one of its plans, and fetch it."""
+    from service.cli.remote import client_of, follow
+
+    if not plan.startswith(("plan_", "job_")) or Path(plan).exists():
+        raise ValueError(
+            f"A model's folder must come with a plan. Got {plan!r} alone. Pass MODEL_DIR PLAN.json, or the id"
+            " of a server's plan or job (plan_..., job_...)."
+        )
+    if output is None:
+        raise ValueError("--dry-run must have the model here. Got a server's plan. Pass MODEL_DIR PLAN.json.")
+    with client_of(server, patient=True) as client:
+        handle = _only_plan(client.job(plan)) if plan.startswith("job_") else client.plan(plan)
+        job = handle.write_checkpoint(to, force=force)
+        follow(job, as_json=as_json)
+        handle.save_checkpoint(to, output)
+        _told(output, {"job": job.id, **job.resource["summary"]}, as_json=as_json)
+
+
+def _only_plan(job: JobHandle) -> PlanHandle:
+    found = [plan for plan in job.plans() if plan.document is not None]
+    if len(found) != 1:
+        named = ", ".join(f"{plan.id} ({plan.resource['budget']})" for plan in found) or "none"
+        raise ValueError(f"A job must have one plan to be named by it. Got {named}. Pass the id of a plan.")
+    return found[0]
+
+
+def _told(output: Path, facts: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"output": str(output), **facts})
+    else:
+        console().print(f"wrote {output}, {facts['bytes']:,} bytes", markup=False)
 
 
 def _show(layout: Layout, *, as_json: bool) -> None:
@@ -110,7 +165,7 @@ def _show(layout: Layout, *, as_json: bool) -> None:
 
 def _from_calibration(plan: Plan, model: Path, calibration: Path | None, *, force: bool) -> dict[str, Any]:
     """Arguments of `front.write`: what the plan needs from its data; none where it needs nothing."""
-    if calibration is None or not (plan.needs_calibration or plan.corrections):
+    if calibration is None or not plan.reads_calibration:
         return {}
     from service.local_inputs import folder_source
     from service.plan_statistics import from_calibration, statistics_spec

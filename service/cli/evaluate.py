@@ -58,7 +58,7 @@ def evaluate(
             "batch_size": batch_size,
         }
         spec = _spec(wanted, found, read, chosen)
-        if wanted.needs_calibration or wanted.corrections:
+        if wanted.reads_calibration:
             spec = _with_statistics(spec, wanted, calibration, force=force)
         full, planned = measure(settings, spec, [{}, wanted.assignment], wanted.corrections or ())
         _show(wanted, {"full_precision": full, "plan": planned}, as_json=as_json)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from quant.catalog import EXPORTERS
 from quant.export.front import export as export_files
-from quant.export.protocol import Deployment, ModelFacts
+from quant.export.protocol import Deployment
 from quant.plan import Plan, parse_plan
 from service.cli import options
 from service.cli.exits import exits
 from service.cli.output import console, print_json
+from service.model_facts import model_facts
 
 
 def export(
@@ -38,16 +38,6 @@ def export(
             print_json({"output": str(output), "files": sorted(files)})
         else:
             console().print(f"wrote {', '.join(sorted(files))} to {output}")
-
-
-def model_facts(folder: Path, plan: Plan) -> ModelFacts:
-    """The modules and the configuration of a model folder. Raises ValueError where it does not fit."""
-    from quant.inventory import take_inventory
-    from sensitivity.model_loading import load_skeleton
-
-    skeleton = load_skeleton(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return ModelFacts.of(take_inventory(skeleton, include=list(plan.layers)), config)
 
 
 def _known_folder(plan: Plan, data_dir: Path | None) -> Path:

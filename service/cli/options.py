@@ -10,7 +10,6 @@ import typer
 from quant.geometry import CACHE_BITS
 from quant.runtimes import RUNTIMES
 
-DEFAULT_SCHEMES = "w2,w3,w4,w5,w6,w8"
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 ModelDir = Annotated[
@@ -33,7 +32,9 @@ PlanCalibration = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Take other weights than the plan was made for, of the same shapes.")
 ]
-Schemes = Annotated[str, typer.Option("--schemes", help="The menu, comma separated.")]
+Schemes = Annotated[
+    str | None, typer.Option("--schemes", help="The menu, comma separated; the runtime's own if left out.")
+]
 Budgets = Annotated[
     list[str] | None,
     typer.Option(

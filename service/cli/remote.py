@@ -57,25 +57,25 @@ def submit(
         if dry_run:
             _preview(Path(model), Path(calibration), parameters, as_json=as_json)
             return
-        with _client(server, patient=True) as client:
+        with client_of(server, patient=True) as client:
             job = client.submit(model=model, calibration=calibration, **parameters)
             if not (watch or output):
                 _print_job(job, as_json=as_json)
                 return
-            _follow(job, as_json=as_json)
+            follow(job, as_json=as_json)
             _finish(job.plans(), output, several=len(parameters["budgets"]) > 1, as_json=as_json)
 
 
 def models(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """List the models that the server has."""
-    with exits(as_json=as_json), _client(server) as client:
+    with exits(as_json=as_json), client_of(server) as client:
         rows = [model if as_json else {**(model["summary"] or {}), **model} for model in client.models()]
         _show_rows(("id", "state", "model_type", "parameters", "created_at"), rows, as_json=as_json)
 
 
 def jobs(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """List the jobs of the server, the newest first."""
-    with exits(as_json=as_json), _client(server) as client:
+    with exits(as_json=as_json), client_of(server) as client:
         rows = [{**job.resource, **({} if as_json else _asked(job.resource))} for job in client.jobs()]
         _show_rows(("id", "state", "stage", "model", "budgets", "name", "created_at"), rows, as_json=as_json)
 
@@ -84,15 +84,15 @@ def status(
     job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
 ) -> None:
     """Show where one job stands, and why it failed if it did."""
-    with exits(as_json=as_json), _client(server) as client:
+    with exits(as_json=as_json), client_of(server) as client:
         _print_job(client.job(job), as_json=as_json)
 
 
 def watch(job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
     """Follow a job to its end and show its plans. Ctrl-C leaves the job running."""
-    with exits(as_json=as_json, interrupted=GOES_ON), _client(server, patient=True) as client:
+    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=True) as client:
         handle = client.job(job)
-        _follow(handle, as_json=as_json)
+        follow(handle, as_json=as_json)
         _finish(handle.plans(), as_json=as_json)
 
 
@@ -100,7 +100,7 @@ def cancel(
     job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
 ) -> None:
     """Stop a job; its scores are kept."""
-    with exits(as_json=as_json), _client(server) as client:
+    with exits(as_json=as_json), client_of(server) as client:
         _print_job(client.job(job).cancel(), as_json=as_json)
 
 
@@ -108,7 +108,7 @@ def resume(
     job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
 ) -> None:
     """Go on from the scores of a job that failed or was cancelled, as a new job."""
-    with exits(as_json=as_json), _client(server) as client:
+    with exits(as_json=as_json), client_of(server) as client:
         _print_job(client.job(job).resume(), as_json=as_json)
 
 
@@ -119,7 +119,7 @@ def scores(
     as_json: options.Json = False,
 ) -> None:
     """Show what each layer loses in each scheme, with standard errors."""
-    with exits(as_json=as_json), _client(server) as client:
+    with exits(as_json=as_json), client_of(server) as client:
         rows = [vars(score) for score in client.job(job).scores(metric)]
         _show_rows(("layer", "scheme", "metric", "value", "stderr", "samples"), rows, as_json=as_json)
 
@@ -143,7 +143,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Plan from stored scores, in milliseconds: other budgets, limits, pins or ties than the job had."""
-    with exits(as_json=as_json, interrupted=GOES_ON), _client(server, patient=measure) as client:
+    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=measure) as client:
         wanted = required(budgets)
         check_output(output, wanted)
         solved = client.job(job).solve(
@@ -161,7 +161,7 @@ def plan(
         _finish(solved, output, several=len(wanted) > 1, as_json=as_json)
 
 
-def _client(server: str, *, patient: bool = False) -> Client:
+def client_of(server: str, *, patient: bool = False) -> Client:
     """A client that, unless it is patient, gives up on a server that is not there within a second."""
     from service.client import Client
 
@@ -187,7 +187,8 @@ def _measured(plan: PlanHandle) -> PlanHandle:
     return plan.refresh()
 
 
-def _follow(job: JobHandle, *, as_json: bool) -> None:
+def follow(job: JobHandle, *, as_json: bool) -> None:
+    """Wait for a job's end, with a bar. Raises JobFailed."""
     with JobProgress(quiet=as_json) as bar:
         job.wait(on_progress=bar)
 

@@ -50,7 +50,7 @@ class SearchOptions(CostOptions):
     """What to search for, as it was typed."""
 
     budgets: options.Budgets = None
-    schemes: options.Schemes = options.DEFAULT_SCHEMES
+    schemes: options.Schemes = None
     limits: options.Limits = None
     metrics: options.Metrics = None
     task: options.Task = "auto"
@@ -77,7 +77,7 @@ class SearchOptions(CostOptions):
         """The keyword parameters of `Client.submit` (without model and calibration). Raises ValueError."""
         return {
             "budgets": required(self.budgets),
-            "schemes": [scheme.strip() for scheme in self.schemes.split(",") if scheme.strip()],
+            **({} if self.schemes is None else {"schemes": options.names([self.schemes])[0]}),
             "limits": self.limits or [],
             "metrics": self.metrics or [DEFAULT_METRIC],
             "task": self.task,

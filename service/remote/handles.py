@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant.catalog import CHECKPOINTS
 from search.budget import BudgetError, parse_budget
+from service.remote.download import download, unpack
 from service.remote.transport import ClientError, JobFailed, Transport
 from service.states import TERMINAL
 
@@ -77,6 +79,31 @@ class PlanHandle:
     def measure(self) -> JobHandle:
         """Ask for evidence; wait for the job, then `refresh`."""
         return JobHandle(self._transport, self._transport.post(f"/v1/plans/{self.id}/measure"))
+
+    def write_checkpoint(self, consumer: str, *, force: bool = False) -> JobHandle:
+        """Have the plan's weights written for a consumer; wait for the job, then `save_checkpoint`."""
+        body = {"consumer": consumer, "force": force}
+        return JobHandle(self._transport, self._transport.post(f"/v1/plans/{self.id}/checkpoint", body))
+
+    def save_checkpoint(self, consumer: str, path: str | Path) -> Path:
+        """Download the written checkpoint to a new or empty folder, or a new file, as the consumer has it.
+
+        It appears whole or not at all; a broken connection is continued. Raises ClientError when `path` is in
+        use, ProblemError when nothing was written or it is not ready.
+        """
+        target, folder = Path(path), CHECKPOINTS[consumer].writes == "folder"
+        if target.exists() and not (folder and target.is_dir() and not any(target.iterdir())):
+            raise ClientError(
+                f"A checkpoint must go to a new or empty place. Got {str(target)!r}. Name another one."
+            )
+        archive = target.with_name(f".{target.name}.tar") if folder else target
+        download(self._transport, f"/v1/plans/{self.id}/checkpoint", {"consumer": consumer}, archive)
+        if folder:
+            try:
+                unpack(archive, target)
+            finally:
+                archive.unlink()
+        return target
 
     def refresh(self) -> PlanHandle:
         """The same plan as it is now."""

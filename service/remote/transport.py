@@ -105,7 +105,7 @@ class Transport:
                 response = self.http.request(method, path, params=query, json=body, headers=headers)
             except httpx2.TransportError as error:
                 if last:
-                    raise self._unreachable(error) from error
+                    raise self.unreachable(error) from error
                 self.pause(backoff(attempt))
                 continue
             if is_busy(response) and not last:
@@ -114,7 +114,8 @@ class Transport:
             return raise_problem(response)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _unreachable(self, error: Exception) -> ConnectionFailed:
+    def unreachable(self, error: Exception) -> ConnectionFailed:
+        """What a connection that broke for the last time is told as."""
         return ConnectionFailed(
             f"The Bitplan server must be reachable at {self.http.base_url}. Got {type(error).__name__}: "
             f"{error}. Start it with `bitplan serve`, or give the address of a running one."
@@ -126,6 +127,7 @@ def is_busy(response: httpx2.Response) -> bool:
     answered.
     """
     if response.status_code == 409:
+        response.read()
         return "idempotency-key-in-use" in response.text
     return response.status_code in BUSY
 

@@ -11,6 +11,7 @@ HANDLERS: Mapping[JobKind, str] = {
     JobKind.SEARCH: "service.runner.search_job:run_search",
     JobKind.VERIFY_MODEL: "service.runner.verify_job:run_verification",
     JobKind.MEASURE_PLAN: "service.runner.measure_job:run_measurement",
+    JobKind.WRITE_CHECKPOINT: "service.runner.checkpoint_job:run_checkpoint",
 }
 
 

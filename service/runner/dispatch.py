@@ -81,8 +81,10 @@ def run_alone(
     unit: Unit,
     session_factory: str | None = None,
     workers: int | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Run one unit in a fresh executor and give its outcome, which is stored nowhere.
+    """Run one unit in a fresh executor and give its outcome, which is stored nowhere. `meanwhile` is called
+    every half second.
 
     A worker that dies is tried again, three times in all, counted in the database; what comes then, and any
     other failure, is the outcome's `failure`. Raises what `context.check` raises.
@@ -90,7 +92,7 @@ def run_alone(
     executor = context.executor(spec, session_factory, workers)
     try:
         while True:
-            outcome = _one_outcome(context, executor, unit)
+            outcome = _one_outcome(context, executor, unit, meanwhile)
             if outcome.failure is None or outcome.failure.kind != "worker_crash":
                 return outcome
             if count_death(context, unit, outcome.failure) >= DEATHS:
@@ -99,10 +101,13 @@ def run_alone(
         executor.close(0)
 
 
-def _one_outcome(context: JobContext, executor: Executor, unit: Unit) -> Outcome:
+def _one_outcome(
+    context: JobContext, executor: Executor, unit: Unit, meanwhile: Callable[[], None]
+) -> Outcome:
     executor.submit(unit.key, unit)
     while True:
         context.check()
+        meanwhile()
         for outcome in executor.wait(WAIT_SECONDS):
             return outcome
 

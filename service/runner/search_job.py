@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from quant.costs import CostError
 from quant.devices import DeviceError
 from quant.digest import digest
+from quant.geometry import Geometry
 from quant.latency import cases
 from quant.layers import Inventory
 from quant.lint import RuntimeRefuses
@@ -114,7 +115,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     check_asks(inventory, request, inspection)
     choices = offered_choices(inventory, request)
     lab.score(choices, metrics, int(inspection["samples"]["scoring"]))
-    timings = _timings(context, lab, inventory, request)
+    timings = _timings(context, lab, inventory, request, geometry_in(inspection))
     costs = _costs(inventory, request, inspection, timings)
     inputs = PlanningInputs(
         inventory=inventory,
@@ -129,13 +130,15 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     return Search(request, inputs, factor, inspection, timings)
 
 
-def _timings(context: JobContext, lab: Lab, inventory: Inventory, request: JobRequest) -> Timings | None:
+def _timings(
+    context: JobContext, lab: Lab, inventory: Inventory, request: JobRequest, geometry: Geometry | None
+) -> Timings | None:
     """Kernels timed now, or before on the same device; None unless the request asks for them."""
     wanted = cost_request(request.model_dump(mode="json"))
     if not wanted.is_measured:
         return None
     schemes = [parse_scheme(name) for name in table_schemes(request.schemes, request.pins)]
-    return timed(context, lab.spec, cases(inventory.layers, schemes, wanted.batch))
+    return timed(context, lab.spec, cases(inventory.layers, schemes, wanted.batch, geometry))
 
 
 def _costs(

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,6 +84,27 @@ class BlobStore:
         """Store a copy of a file and give its digest."""
         with source.open("rb") as file:
             return self.put(iter(lambda: file.read(CHUNK_BYTES), b""))
+
+    def adopt(self, path: Path, pause: Callable[[], None] = lambda: None) -> str:
+        """Move a file of ours into the store and give its digest; no second copy is made.
+
+        `pause` is called while the file is read, and may raise. Raises StoreError for what is no plain file.
+        """
+        if path.is_symlink() or not path.is_file():
+            raise StoreError(f"A blob must be made of a plain file. Got {str(path)!r}.")
+        hasher = hashlib.sha256()
+        with path.open("r+b") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                hasher.update(chunk)
+                pause()
+            sync_file(file)
+        digest = hasher.hexdigest()
+        publish(path, self.path(digest))
+        return digest
+
+    def remove(self, digest: str) -> None:
+        """Forget a blob, if it is there."""
+        self.path(digest).unlink(missing_ok=True)
 
     def put_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> str:
         """Store named arrays; equal arrays give the same digest."""

@@ -45,6 +45,22 @@ def test_a_step_reads_its_share_of_experts_and_one_row_per_token(inventory):
     assert sums(many["active_bytes"], 0) == 2 * linear + inventory.other_bytes + 1000 * cache
 
 
+def test_experts_at_full_precision_are_read_by_their_share():
+    fused = Excluded("b.0.experts.gate_up_proj", "experts", 4 * 512, "excluded")
+    found = Inventory((layer("b.0.q_proj"),), (fused,), 512 + 4 * 512, 4 * 512 * 2)
+    planned = Layer(
+        "b.0.experts.gate_up_proj", "experts", (4, 32, 16), (128, 16), 2048, None, "other", (), "float16"
+    )
+    geometry = Geometry(0, (), experts=4, active=1)
+    assert (
+        deployment_resources(found, MENU, Deployment(1, 1), geometry)["active_bytes"][0][0] == 320 + 512 * 2
+    )
+    inside = Inventory((planned,), (), 2048, 0)
+    assert (
+        deployment_resources(inside, MENU, Deployment(1, 1), geometry)["active_bytes"][0][0] == 4 * 320 // 4
+    )
+
+
 def test_a_quantized_embedding_is_read_by_rows():
     table = layer("embed", "embedding", "embedding")
     inventory = Inventory((table,), (), 512, 0)

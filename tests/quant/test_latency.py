@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
 from quant.costs import CostError
 from quant.devices import DEVICES
+from quant.geometry import Geometry
 from quant.latency import (
     Case,
     Timing,
+    calls,
     case_of,
     cases,
     device_energy,
@@ -94,3 +97,42 @@ def test_fewer_bits_are_faster_and_cheaper_while_memory_decides():
         assert row["w2"] < row["w4"] < row["w8"], name
     busy = roofline_latency(big, menu, 4096, DEVICES["h100"])["fc"]
     assert busy["w2"] == busy["w8"]
+
+
+MOE = Geometry(cached=1, windows=(None,), experts=8, active=2, hidden=256)
+
+
+def experts(op="experts", shape=(8, 64, 256)):
+    matrix = (shape[0] * 64, 256)
+    return Layer("b.experts.gate_up_proj", op, shape, matrix, 8 * 64 * 256, None, "other", (), "float32")
+
+
+@pytest.mark.parametrize("layer", [experts(), experts("experts_transposed", (8, 256, 64))])
+def test_experts_run_one_by_one_with_their_share_of_the_tokens(layer):
+    scheme = parse_scheme("w4")
+    assert calls(layer, 1, MOE) == 2
+    assert case_of(layer, scheme, 1, 0, MOE) == Case("int4_weight_only", 64, 256, 1, "float32", 256)
+    assert case_of(layer, scheme, 64, 0, MOE).batch == 16
+    (case,) = cases((layer,), (scheme,), 1, MOE)
+    table = measured_latency((layer,), (scheme,), 1, {case.key: Timing(700, 1, 9)}, MOE)
+    assert table == {layer.name: {"w4": Fraction(1400)}}
+
+
+def test_experts_move_only_the_weights_that_are_used():
+    scheme = parse_scheme("w8")
+    kind, operations, moved = work(experts(), scheme, 1, MOE)
+    stored = scheme.storage((8 * 64, 256)).bytes
+    assert (kind, operations) == ("float32", 2 * 2 * 64 * 256)
+    assert moved == Fraction(stored, 4) + 2 * (64 + 256) * 4
+    many = work(experts(), scheme, 1000, MOE)
+    assert many[1] == 1000 * operations
+    assert stored <= many[2] - 2000 * (64 + 256) * 4 + 1 <= stored + 1
+
+
+@pytest.mark.parametrize("geometry", [None, replace(MOE, active=0), replace(MOE, experts=4)])
+def test_experts_of_an_unknown_number_are_named(geometry):
+    for make in (roofline_latency, device_energy):
+        with pytest.raises(CostError, match="num_experts_per_tok.*Got none for the 8 of b.experts"):
+            make((experts(),), parse_schemes("w4"), 1, DEVICES["h100"], geometry)
+    with pytest.raises(CostError, match="Send a table"):
+        cases((experts(),), parse_schemes("w4"), 1, geometry)

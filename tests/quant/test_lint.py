@@ -9,7 +9,7 @@ from quant.layers import Excluded, Inventory, Layer
 from quant.lint import RuntimeRefuses, Violation, forbidden_schemes, fused_sets, lint, require_choices
 from quant.plan import Certificate, Digests, PlanError, parse_plan, plan_json
 from quant.planning import build_plan
-from quant.runtime_rules import target_of
+from quant.runtime_rules import planned_target, target_of
 from quant.runtimes import RUNTIMES
 from quant.schemes import parse_scheme
 
@@ -107,6 +107,50 @@ def test_fused_sets_are_found_by_the_ends_of_paths():
         ATTENTION,
         ("m.0.mlp.gate_proj", "m.0.mlp.up_proj"),
         tuple(experts),
+    )
+
+
+def test_experts_are_stacked_or_a_block():
+    apart = [f"m.0.experts.{n}.{w}" for n in (0, 1) for w in ("gate_proj", "up_proj", "down_proj")]
+    for name in ("llama.cpp", "mlx"):
+        assert fused_sets(RUNTIMES[name], apart) == (
+            ("m.0.experts.0.gate_proj", "m.0.experts.1.gate_proj"),
+            ("m.0.experts.0.up_proj", "m.0.experts.1.up_proj"),
+            ("m.0.experts.0.down_proj", "m.0.experts.1.down_proj"),
+        )
+        assert fused_sets(RUNTIMES[name], ["m.0.experts.gate_up_proj", "m.0.experts.down_proj"]) == ()
+    fused = ("m.0.experts.gate_up_proj", "m.0.experts.down_proj")
+    assert fused_sets(VLLM, [*fused, "m.1.experts.down_proj"]) == (fused,)
+
+
+def experts(op, rows):
+    shape = (4, rows, 256) if op == "experts" else (4, 256, rows)
+    return Layer(
+        "m.experts.down_proj", op, shape, (4 * rows, 256), 4 * rows * 256, None, "other", (), "float32"
+    )
+
+
+@pytest.mark.parametrize("op", ["experts", "experts_transposed"])
+def test_rules_see_the_matrix_of_one_expert(op):
+    found = experts(op, 16)
+    assert target_of(found).matrix == (16, 256)
+    planned = build_plan(
+        Inventory((found,), (), found.parameters, found.stored_bytes),
+        {found.name: "q4_k"},
+        digests=Digests(),
+        certificate=Certificate("feasible"),
+        source="test",
+    )
+    assert planned_target(found.name, planned.layers[found.name]).matrix == (16, 256)
+    assert lint(planned, RUNTIMES["llama.cpp"]) == ()
+    rule = "w4: output channels must be a multiple of 64, not 16"
+    if op == "experts_transposed":
+        rule = "experts_transposed layers take bf16*, fp16*; not w4"
+    assert VLLM.refuses(target_of(found), parse_scheme("w4")) == rule
+    assert (VLLM.refuses(target_of(experts(op, 64)), parse_scheme("w4")) is None) == (op == "experts")
+    assert RUNTIMES["generic"].refuses(target_of(found), parse_scheme("w4")) is None
+    assert "experts layers" in str(
+        RUNTIMES["openvino"].refuses(target_of(experts("experts", 16)), parse_scheme("w8"))
     )
 
 

@@ -14,7 +14,6 @@ from quant.experts import expert_inputs, routed
 from quant.inventory import take_inventory
 from quant.ops import to_matrix
 from sensitivity import inputs as inputs_module
-from sensitivity.errors import BadUnit
 from sensitivity.inputs import InputStatistics
 from sensitivity.session import Session
 from sensitivity.tasks.task import Batch
@@ -93,14 +92,20 @@ def test_gptq_lowers_the_error_at_the_experts_outputs(kind: str, tiny: Callable[
     assert session.run(unit).scores == Session(tiny(kind).spec()).run(unit).scores
 
 
-def test_statistics_that_are_too_large_are_refused(
+def test_statistics_that_are_too_large_are_left_out(
     tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Session(tiny("mixtral").spec())
     monkeypatch.setattr(inputs_module, "LARGEST_BYTES", 3000)
-    with pytest.raises(BadUnit, match=r"must fit in 3000 bytes. Got 4096 for 4 experts with 16 inputs each"):
-        session.run(ScoreUnit("model.layers.0.mlp.experts.gate_up_proj", "w3-gptq", ("output_kl",)))
-    session.run(ScoreUnit("model.layers.0.mlp.experts.gate_up_proj", "w3", ("output_kl",)))
+    layer = "model.layers.0.mlp.experts.gate_up_proj"
+    assert session.inputs(layer).samples == 0
+    assert torch.equal(session.weights.quantized(layer, "w3-gptq"), session.weights.quantized(layer, "w3"))
+
+
+def test_an_embedding_is_rounded_as_without_inputs(tiny: Callable[[str], Any]) -> None:
+    session = Session(tiny("llama").spec(include=("model.embed_tokens",)))
+    found = [session.weights.quantized("model.embed_tokens", scheme) for scheme in ("w3-gptq", "w3")]
+    assert torch.equal(*found)
 
 
 class Own(nn.Module):
@@ -126,18 +131,17 @@ class Block(nn.Module):
         return self.experts(x, self.gate(x).topk(2, dim=-1).indices)  # type: ignore[no-any-return]
 
 
-def test_inputs_inside_unknown_experts_are_refused_and_those_outside_are_not() -> None:
+def test_inputs_inside_unknown_experts_are_left_out_and_those_outside_are_not() -> None:
     model = nn.Sequential(Block())
     inventory = take_inventory(model, run=lambda: len(model(torch.randn(7, 5))))
     assert inventory.by_name["0.experts.down_proj"].macs == 2 * 5 * 3
     batch = Batch({"x": torch.randn(7, 5)}, None, "x", 7)
     known = InputStatistics(model, inventory, lambda: [batch])
     assert known("0.experts.gate_up_proj").samples == 14
-    with pytest.raises(BadUnit, match="Got experts that compute them inside. Use mse_clip"):
-        known("0.experts.down_proj")
+    assert known("0.experts.down_proj").samples == 0
 
 
-def test_a_call_that_cannot_be_read_is_refused() -> None:
+def test_a_call_that_cannot_be_read_is_passed_over() -> None:
     block = Block()
     block.experts.forward = lambda hidden, indices: hidden  # type: ignore[method-assign]
     inventory = take_inventory(nn.Sequential(block))
@@ -145,8 +149,7 @@ def test_a_call_that_cannot_be_read_is_refused() -> None:
     model = nn.Sequential(block)
     block.forward = lambda x: block.experts(x, x)  # type: ignore[method-assign]
     known = InputStatistics(model, inventory, lambda: [Batch({"x": torch.randn(7, 5)}, None, "x", 7)])
-    with pytest.raises(BadUnit, match="must be called with hidden states and the experts of each token"):
-        known(layer.name)
+    assert known(layer.name).samples == 0
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])

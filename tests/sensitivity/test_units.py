@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from sensitivity.units import KEY_LIMIT, BlockUnit, InspectUnit, MeasureUnit, ScoreUnit, Unit, unit_from_json
+from sensitivity.units import (
+    KEY_LIMIT,
+    BlockUnit,
+    InspectUnit,
+    MeasureUnit,
+    ScoreUnit,
+    Unit,
+    WriteUnit,
+    unit_from_json,
+)
 
 UNITS: tuple[Unit, ...] = (
     ScoreUnit("model.layers.0.mlp.down_proj", "w4", ("output_kl", "gram_output")),
@@ -14,6 +23,7 @@ UNITS: tuple[Unit, ...] = (
     MeasureUnit((("b", "w4"), ("a", "w2")), "choosing"),
     MeasureUnit((), "reporting"),
     InspectUnit(),
+    WriteUnit("vllm", "/tmp/folder", True),
 )
 
 
@@ -57,7 +67,7 @@ def test_layers_and_schemes_are_part_of_a_blocks_key() -> None:
 
 def test_bad_units_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"unit must be score, block, measure, inspect or timing. Got 'dance'"
+        ValueError, match=r"unit must be score, block, measure, inspect, timing or write. Got 'dance'"
     ):
         unit_from_json({"unit": "dance"})
     with pytest.raises(ValueError, match=r"part must be choosing, reporting or all. Got 'scoring'"):

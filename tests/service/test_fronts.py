@@ -21,6 +21,7 @@ MODULES = (
     "service.executors.local_pool",
     "service.executors.worker",
     "service.runner.loop",
+    "service.runner.checkpoint_job",
     "service.runner.dispatch",
     "service.runner.process",
 )

@@ -88,6 +88,12 @@ def find_by_request(
     return None if row is None else record_of_job(row)
 
 
+def list_kind(session: Session, kind: JobKind, tenant: str = "default") -> tuple[JobRecord, ...]:
+    """All jobs of a kind, the oldest first."""
+    query = select(JobRow).where(JobRow.tenant == tenant, JobRow.kind == kind.value)
+    return tuple(record_of_job(row) for row in session.scalars(query.order_by(JobRow.created_at, JobRow.id)))
+
+
 def unfinished(session: Session, tenant: str = "default") -> tuple[JobRecord, ...]:
     """The tenant's jobs that have not ended, the oldest first."""
     states = [state.value for state in JobState if state not in TERMINAL]

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import re
+from math import prod
 
 import gguf
 import pytest
@@ -25,9 +26,7 @@ BERT = {"model_type": "bert", "num_hidden_layers": 11, "dtype": "float32"}
 
 
 def layer(name, shape, op="linear", aliases=()):
-    return Layer(
-        name, op, shape, matrix_shape(shape, op), shape[0] * shape[1], None, "other", aliases, "float32"
-    )
+    return Layer(name, op, shape, matrix_shape(shape, op), prod(shape), None, "other", aliases, "float32")
 
 
 def llama_layers():
@@ -50,7 +49,21 @@ def bert_layers():
     return found
 
 
+def expert_layers():
+    found = []
+    for block in range(4):
+        base = f"model.layers.{block}.mlp.experts"
+        found += [layer(f"{base}.gate_up_proj", (4, 128, 256), "experts")]
+        found += [layer(f"{base}.down_proj", (4, 256, 64), "experts")]
+    return found
+
+
 MODELS = {
+    "qwen3_moe": (
+        {"model_type": "qwen3_moe", "num_hidden_layers": 4},
+        expert_layers(),
+        (Excluded("model.layers.0.mlp.gate", "linear", 64, "router"),),
+    ),
     "llama": (LLAMA, llama_layers(), ()),
     "bert": (BERT, bert_layers(), (Excluded("bert.pooler.dense", "linear", 256, "left out"),)),
 }
@@ -75,8 +88,9 @@ def single(name, shape, scheme, config=LLAMA, op="linear"):
 def test_random_plans_read_back_as_planned(seed, kind):
     config, layers, excluded = MODELS[kind]
     chance = random.Random(seed)
-    chosen = {item.name: chance.choice([*MENU, None]) for item in layers}
-    assignment = {name: scheme for name, scheme in chosen.items() if scheme} | {layers[-1].name: "q4_k"}
+    small = [scheme for scheme in MENU if "_k" not in scheme]
+    chosen = {x.name: chance.choice([*(small if x.matrix[1] % 256 else MENU), None]) for x in layers}
+    assignment = {name: scheme for name, scheme in chosen.items() if scheme} | {layers[-1].name: "q5_1"}
     found = deployment(config, layers, assignment, excluded)
     assert lint("llama.cpp", found) == ()
     assert llama_cpp.read_back(export("llama.cpp", found), found.model) == found.expected
@@ -95,6 +109,24 @@ def test_every_tensor_is_named_once_anchored_and_escaped():
     assert all(re.fullmatch(r"\^[a-z0-9_\\.]+\$=\w+", line) for line in lines)
 
 
+def test_joined_experts_are_named_as_the_tensors_of_each():
+    config, layers, routers = MODELS["qwen3_moe"]
+    found = deployment(config, layers, {"model.layers.1.mlp.experts.gate_up_proj": "q3_k"}, routers)
+    lines = export("llama.cpp", found)["tensor_types.txt"].decode().splitlines()
+    assert r"^blk\.1\.ffn_gate_exps\.weight$=q3_k" in lines
+    assert r"^blk\.1\.ffn_up_exps\.weight$=q3_k" in lines
+    assert r"^blk\.1\.ffn_down_exps\.weight$=f32" in lines
+    text = "\n".join(lines).replace("1\\.ffn_up_exps\\.weight$=q3_k", "1\\.ffn_up_exps\\.weight$=q4_k")
+    with pytest.raises(ValueError, match="Tensors of one module must have one type"):
+        llama_cpp.read_back({"tensor_types.txt": text.encode()}, found.model)
+
+
+def test_routers_of_experts_are_left_alone_by_llama_quantize():
+    found = single("model.layers.0.mlp.gate", (8, 256), "q8_0", MODELS["qwen3_moe"][0])
+    with pytest.raises(ExportRefused, match=r"leaves this tensor alone\. Got blk\.0\.ffn_gate_inp\.weight"):
+        export("llama.cpp", found)
+
+
 def test_the_first_pattern_found_wins_in_any_case():
     text = "^BLK\\.0\\.ffn=Q4_K\n  ffn_down=q5_K ^blk\\.0\\.ffn_down\\.weight$=q6_k"
     model = ModelFacts(LLAMA, (Module("model.layers.0.mlp.down_proj", "linear"),))
@@ -111,9 +143,9 @@ def test_tokens_that_llama_quantize_stops_at_are_refused(token):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (single("model.layers.0.mlp.down_proj", (8, 256), "w4"), r"down_proj: weights must be q4_0.*Got w4; as wide is q4_0 or q4_1 or q4_k\."),
+        (single("model.layers.0.mlp.down_proj", (8, 256), "w4"), r"down_proj: weights must be q4_0.* \(as wide: q4_0 or q4_1 or q4_k\).*Got w4\."),
         (single("fc", (8, 256), "q4_k"), r"fc: it must have a tensor in GGUF's table of llama"),
-        (single("model.layers.0.mlp.down_proj", (8, 256), "w7-aint8"), r"Got w7-aint8; as wide is q8_0\."),
+        (single("model.layers.0.mlp.down_proj", (8, 256), "w7-aint8"), r"as wide: q8_0\).*left alone\. Got w7-aint8\."),
         (single("layer", (8, 256), "q4_k", {"model_type": "resnet"}), r"config\.json: model_type must be.*'resnet'"),
         (single("layer", (8, 256), "q4_k", {"model_type": "llama"}), r"config\.json: one of num_hidden_layers"),
         (
@@ -156,8 +188,8 @@ def test_names_of_gguf_hold_nothing_that_a_pattern_would_change():
 
 def test_names_of_base_models_are_found_too():
     assert tensor_names(LLAMA, ["layers.3.self_attn.q_proj"]) == {
-        "layers.3.self_attn.q_proj": "blk.3.attn_q.weight"
+        "layers.3.self_attn.q_proj": ("blk.3.attn_q.weight",)
     }
     assert tensor_names(BERT, ["encoder.layer.2.output.dense", "bert.pooler.dense"]) == {
-        "encoder.layer.2.output.dense": "blk.2.ffn_down.weight"
+        "encoder.layer.2.output.dense": ("blk.2.ffn_down.weight",)
     }

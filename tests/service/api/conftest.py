@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ class FakeRunner:
 
 def value(layer: str, scheme: str) -> float:
     """An invented loss: less with more bits, the more the later the layer."""
-    return (1 + list(LAYERS).index(layer)) * 4.0 ** -int(scheme[1:])
+    return (1 + list(LAYERS).index(layer)) * 4.0 ** -int(re.sub(r"w(\d+).*", r"\1", scheme))
 
 
 @pytest.fixture

@@ -220,3 +220,34 @@ def test_an_address_that_is_none(bitplan: Bitplan) -> None:
     result = bitplan("jobs", "--server", "localhost:8000")
     assert result.exit_code == 2
     assert "--server must be an address that begins with http://" in result.stderr
+
+
+def test_a_checkpoint_of_the_server_has_the_bytes_of_one_written_here(
+    bitplan: Bitplan, answer: Answer, client: Client, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Of a plan whose quantizer goes by calibration data, which the server finds in its store."""
+    model = tiny("llama")
+    options = {"schemes": "w3-gptq,w4-gptq,w4-asym", "samples": 8, "sequence_length": 12, "evaluations": 1}
+    fused = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    ties = [[f"model.layers.{block}.{name}" for name in names] for block in range(2) for names in fused]
+    job = client.submit(model.folder, model.data, ["4 bpw"], ties=ties, **options).wait()
+    plan = job.plan("4 bpw").save(tmp_path / "plan.json")
+    assert parse_plan(plan.read_bytes()).needs_calibration
+    own, sent = tmp_path / "own", tmp_path / "sent"
+    answer(
+        "checkpoint", model.folder, plan, "--to", "vllm", "-o", own, "--calibration", model.data
+    )  # fmt: skip
+    told = answer("checkpoint", job.id, "--to", "vllm", "-o", sent)
+    assert {file.name: file.read_bytes() for file in sent.iterdir()} == {
+        file.name: file.read_bytes() for file in own.iterdir()
+    }
+    written = client.job(told["job"])
+    assert written.resource["progress"]["done"] == len(parse_plan(plan.read_bytes()).layers)
+    assert [event["type"] for event in written.events()][-2:] == ["checkpoint", "succeeded"]
+    assert told["layout"]["bytes"] == sum(file.stat().st_size for file in own.iterdir())
+    in_use = bitplan("checkpoint", job.plan("4 bpw").id, "--to", "vllm", "-o", sent)
+    assert in_use.exit_code == 1
+    assert "must go to a new or empty place" in in_use.stderr
+    refused = bitplan("checkpoint", "elsewhere", "--to", "vllm", "-o", tmp_path / "x")
+    assert refused.exit_code == 2
+    assert "Pass MODEL_DIR PLAN.json, or the id of a server's plan or job" in refused.stderr
