@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,9 @@ from quant.corrections import (
     input_statistics,
     replaced_tensors,
 )
-from quant.layers import Inventory
+from quant.layers import Inventory, Layer
 from sensitivity.errors import BadCalibration
-from sensitivity.inputs import Batches, input_rows, real_tokens
+from sensitivity.inputs import Batches, input_rows, watch
 from sensitivity.weights import LayerWeights
 
 Assignment = Iterable[tuple[str, str]]
@@ -69,19 +67,13 @@ class Corrections:
     @cached_property
     def _mean_inputs(self) -> dict[str, Tensor]:
         """Module path -> (groups, columns) mean of what it multiplies; only where the data come."""
-        paths = [
-            path
+        sums = {
+            path: _Sum(layer, self._model.get_submodule(path))
             for layer in self._inventory.layers
             for path in layer.names
             if bias_of(self._model, path, layer.op) is not None
-        ]
-        sums = {path: _Sum(self._model.get_submodule(path)) for path in paths}
-        for batch in self._batches():
-            real = real_tokens(batch)
-            with ExitStack() as stack:
-                for found in sums.values():
-                    stack.callback(found.module.register_forward_pre_hook(found.hook(real)).remove)
-                batch.call(self._model)
+        }
+        watch(self._model, sums.values(), self._batches())
         return {path: found.total / found.rows for path, found in sums.items() if found.rows}
 
     @cached_property
@@ -103,15 +95,19 @@ class Corrections:
 
 
 class _Sum:
-    """Sum of one module's inputs, batch by batch."""
+    """Sum of one module's inputs, batch by batch; a Watcher."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.total, self.rows = module, torch.zeros(1, 1), 0
+    def __init__(self, layer: Layer, module: nn.Module) -> None:
+        self.layer, self.places = layer, [(module, "weight")]
+        self.total, self.rows = torch.zeros(1, 1), 0
 
-    def hook(self, real: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            for rows in input_rows(module, arguments[0].detach(), real):
-                self.total = self.total.to(rows.device) + rows.sum(dim=1)
-                self.rows += rows.shape[1]
+    def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
+        """One input of the module."""
+        for rows in input_rows(module, values, real):
+            self.total = self.total.to(rows.device) + rows.sum(dim=1)
+            self.rows += rows.shape[1]
 
-        return add
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        """Experts have no bias that is corrected."""

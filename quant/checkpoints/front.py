@@ -92,6 +92,7 @@ def provenance(consumer: str, source: Source, deployment: Deployment) -> Provena
         calibration=plan.digests.calibration,
         scores=plan.digests.scores,
         tensors=len(source.stored(plan)),
+        activations=plan.activations,
         forced=bool(found),
         mismatches=found,
     )
@@ -205,8 +206,8 @@ def require_inputs(plan: Plan, *, given: bool) -> None:
     if needing and not given:
         raise CheckpointError(
             f"Plan must be applied with its calibration data. Got none, and {needing[0]} is"
-            f" {plan.layers[needing[0]].scheme}, whose quantizer goes by them ({len(needing)} such"
-            " layers). Pass --calibration FILE."
+            f" {plan.layers[needing[0]].scheme}, whose quantizer or static activations go by them"
+            f" ({len(needing)} such layers). Pass --calibration FILE."
         )
 
 
