@@ -143,6 +143,13 @@ class Plan:
         schemes = ((name, parse_scheme(layer.scheme)) for name, layer in self.layers.items())
         return {name: scheme.activation.name for name, scheme in schemes if scheme.activation is not None}
 
+    def other_model(self, model: str) -> str | None:
+        """Why weights with the digest `model` are not the plan's own, or None."""
+        if self.digests.model == model:
+            return None
+        made_for = self.digests.model or "a model without a digest"
+        return f"Plan must be made for this model. Got a plan for {made_for}, and the model {model}."
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON."""

@@ -202,9 +202,9 @@ def require_inputs(plan: Plan, *, given: bool) -> None:
 
 
 def _mismatches(plan: Plan, model: str) -> Iterator[str]:
-    if plan.digests.model != model:
-        made_for = plan.digests.model or "a model without a digest"
-        yield f"Plan must be made for this model. Got a plan for {made_for}, and the model {model}."
+    other = plan.other_model(model)
+    if other is not None:
+        yield other
     for name, version in plan.quantizers.items():
         ours = QUANTIZERS[name].version if name in QUANTIZERS else None
         if version != ours:
