@@ -32,6 +32,6 @@ def _standard_error(*_: object) -> structlog.PrintLogger:
 
 
 def hush_libraries() -> None:
-    """Leave out what torchao says when it is imported: kernels for GPUs that are not there, its own warnings."""
+    """Leave out what torchao says when it is imported: kernels for GPUs that are not there, and the like."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
