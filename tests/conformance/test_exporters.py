@@ -117,6 +117,7 @@ def test_what_a_runtime_offers_can_be_exported_to_it(name):
         "model.layers.0.mlp.down_proj", "linear", (256, 512), (256, 512), 131072, None, "other", (), "float32"
     )
     inventory = Inventory((layer,), (), 10**6, 1000)
+    config = {"model_type": "llama", "num_hidden_layers": 1}
     offered = [scheme for scheme in menu() if RUNTIMES[name].refuses(target_of(layer), scheme) is None]
     assert offered
     refused = {}
@@ -129,7 +130,7 @@ def test_what_a_runtime_offers_can_be_exported_to_it(name):
             source="test",
             runtime=name,
         )
-        violations = lint(name, Deployment(plan, ModelFacts.of(inventory, {"model_type": "llama"})))
+        violations = lint(name, Deployment(plan, ModelFacts.of(inventory, config)))
         if violations:
             refused[scheme.name] = violations[0].rule
     assert refused == {}
