@@ -17,6 +17,7 @@ from quant.ops import from_matrix, to_matrix
 from quant.packing import Encoded
 from quant.plan import Plan
 from quant.planning import scheme_of
+from quant.rounded_inputs import rounded_inputs, rounding_of
 from quant.schemes import Scheme
 
 Assignment = Plan | Mapping[str, str | Scheme]
@@ -108,20 +109,24 @@ def quantized_weight(
 def fake_quantized(
     model: nn.Module, plan: Assignment, inventory: Inventory, inputs: InputsOf | None = None
 ) -> Iterator[nn.Module]:
-    """The model with a plan's weights while the block runs; bit for bit the old one afterwards.
+    """The model with a plan's weights and activations while the block runs; bit for bit the old one after.
 
     `plan` is a Plan or {layer: scheme}; layers it does not name keep their precision. Only the originals of
     changed layers are held, and they return to the same memory, also when the block raises. Blocks nest.
-    `inputs` are asked for before the first weight changes.
+    `inputs` are asked for before the first weight changes; for static activations they must be `Ranges` too,
+    as those of a session are.
 
         with fake_quantized(model, {"fc": "w4"}, inventory):
             loss = model(inputs)
 
-    Raises ApplyError for a name that is no layer, NonFinite as `quantized_weight` does.
+    Raises ApplyError for a name that is no layer, NonFinite as `quantized_weight` does, InputsError where a
+    layer's inputs cannot be rounded, or a static activation is given no ranges.
     """
     chosen = _resolve(plan, inventory)
     known = _known(chosen, inputs)
+    found = [rounding_of(layer, scheme, inputs, parameter_of(model, layer)) for layer, scheme in chosen]
     with ExitStack() as stack:
+        stack.enter_context(rounded_inputs(model, [rounding for rounding in found if rounding is not None]))
         for layer, scheme in chosen:
             parameter = parameter_of(model, layer)
             replacement = quantized_weight(parameter, layer, scheme, known)
@@ -147,7 +152,7 @@ def replaced_weights(
 def quantize_(
     model: nn.Module, plan: Assignment, inventory: Inventory, inputs: InputsOf | None = None
 ) -> nn.Module:
-    """Replace the weights for good, in their own memory, and return the model.
+    """Replace the weights for good, in their own memory, and return the model. Activations stay as they are.
 
     Raises like `fake_quantized`; names, shapes and finiteness are checked before any weight changes, and
     `inputs` are asked for while all weights are still the model's own.

@@ -81,8 +81,9 @@ def case_of(
     Of fused experts it is the kernel of one expert with its share of the tokens (`calls` of them run).
 
     Weights of up to 4 bits run in the 4-bit weight-only kernel where its group sizes divide the columns and
-    the format's groups, weights of 5 to 8 bits per channel in the 8-bit one, 8-bit activations in the
-    dynamic 8-bit one; all others run dequantized. Raises CostError for a convolution without a MAC count.
+    the format's groups, weights of 5 to 8 bits per channel in the 8-bit one, int8 activations in the
+    dynamic 8-bit one (static ones too, for which it looks for a range in vain); all others run dequantized.
+    Raises CostError for a convolution without a MAC count.
     """
     if layer.experts > 1:
         tokens = batch * _active(layer, geometry) / calls(layer, batch, geometry)
@@ -137,7 +138,8 @@ def _kernel(layer: Layer, scheme: Scheme | None) -> tuple[Kernel, int]:
     if scheme is None or not isinstance(weight, IntegerFormat) or layer.op not in LINEARS:
         return "dense", 0
     if scheme.activation is not None:
-        dynamic = weight.symmetric and weight.granularity != "group" and layer.dtype == "float32"
+        whole = weight.symmetric and weight.granularity != "group" and layer.dtype == "float32"
+        dynamic = whole and scheme.activation.kind == "int8"
         return ("int8_dynamic", 0) if dynamic else ("dense", 0)
     if weight.bits <= 4:
         group = _group(layer, weight)
@@ -263,7 +265,7 @@ def work(
     if layer.op == "embedding":
         return kind, 0, Fraction(stored * min(positions, rows), rows) + positions * columns * width
     inputs = layer.weight_shape[1] if layer.op.startswith("conv") else columns
-    if scheme.activation is not None:
+    if scheme.activation is not None and scheme.weight_bits <= 8:
         kind = "int8" if scheme.activation.element is None else "float8"
     return kind, 2 * layer.parameters * positions, Fraction(stored + positions * (inputs + rows) * width)
 

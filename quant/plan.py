@@ -132,8 +132,23 @@ class Plan:
 
     @property
     def needs_calibration(self) -> tuple[str, ...]:
-        """The layers whose quantizers must be given calibration data."""
-        return tuple(name for name, layer in self.layers.items() if parse_scheme(layer.scheme).needs_inputs)
+        """The layers of which something is chosen from calibration data: weights, or activations' scales."""
+        return tuple(
+            name for name, layer in self.layers.items() if parse_scheme(layer.scheme).needs_calibration
+        )
+
+    @property
+    def activations(self) -> dict[str, str]:
+        """Layer name -> activation format, for the layers whose inputs are rounded."""
+        schemes = ((name, parse_scheme(layer.scheme)) for name, layer in self.layers.items())
+        return {name: scheme.activation.name for name, scheme in schemes if scheme.activation is not None}
+
+    def other_model(self, model: str) -> str | None:
+        """Why weights with the digest `model` are not the plan's own, or None."""
+        if self.digests.model == model:
+            return None
+        made_for = self.digests.model or "a model without a digest"
+        return f"Plan must be made for this model. Got a plan for {made_for}, and the model {model}."
 
     @cached_property
     def digest(self) -> str:

@@ -35,7 +35,13 @@ VLLM = Runtime(
     summary="vLLM on NVIDIA GPUs: compressed-tensors (Marlin kernels), FP8, NVFP4",
     source="https://docs.vllm.ai/en/latest/features/quantization/",
     rules=(
-        Rule(Integers((4, 8), groups=(32, 64, 128)), rows=64, columns=128, whole_groups=True),
+        Rule(
+            Integers((4, 8), groups=(32, 64, 128)),
+            ops=("linear", "experts"),
+            rows=64,
+            columns=128,
+            whole_groups=True,
+        ),
         Rule(
             Integers((4,), groups=(32, 64, 128), symmetric=(False,)),
             rows=64,

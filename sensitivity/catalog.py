@@ -33,6 +33,7 @@ class Metric:
     cost       model passes, in words
     forwards   the same as a number: forward passes of one sample, at most (a backward counts 2)
     version    grows when the metric returns other numbers than before
+    sees_activations  whether rounding a layer's inputs changes it; if not, schemes that do are refused
     """
 
     name: str
@@ -46,6 +47,7 @@ class Metric:
     summary: str
     forwards: Callable[[Workload], int]
     version: int = 1
+    sees_activations: bool = False
 
     def load(self) -> Any:
         """A new scorer: a `ChoiceScorer` or a `BlockScorer` (sensitivity/scorers/protocol.py)."""
@@ -124,21 +126,21 @@ SCORERS: dict[str, Metric] = {
             cost="one pass over the scoring part per layer and scheme",
             source="ZeroQ, Cai et al. 2020",
             summary="Divergence of the outputs from the full-precision ones with this one layer quantized.",
-            forwards=_pass_per_choice,
+            forwards=_pass_per_choice, sees_activations=True,
         ),
         _metric(
             "output_mse", "OutputMse", "choice", set(), direction="min", additive=True,
             cost="one pass over the scoring part per layer and scheme, shared with output_kl",
             source="squared error of the outputs",
             summary="Mean squared change of the model's outputs with this one layer quantized.",
-            forwards=_pass_per_choice,
+            forwards=_pass_per_choice, sees_activations=True,
         ),
         _metric(
             "sqnr", "Sqnr", "choice", set(), direction="max", additive=False,
             cost="one pass over the scoring part per layer and scheme, shared with output_kl",
             source="MixDQ, Zhao et al. 2024",
             summary="Signal to quantization noise at the model's output in decibels.",
-            forwards=_pass_per_choice,
+            forwards=_pass_per_choice, sees_activations=True,
         ),
         _metric(
             "weight_error", "WeightError", "choice", set(), direction="min", additive=True,
@@ -152,7 +154,7 @@ SCORERS: dict[str, Metric] = {
             cost="none beyond output_kl; keeps a sketch of 256 KiB per layer and scheme",
             source="Bitplan, docs/metrics.md",
             summary="Change of the outputs in their own metric; inner products model any plan's divergence.",
-            forwards=_pass_per_choice,
+            forwards=_pass_per_choice, sees_activations=True,
         ),
         _metric(
             "fisher", "Fisher", "block", set(), direction="min", additive=True,
@@ -226,21 +228,21 @@ SCORERS: dict[str, Metric] = {
             cost="one pass over the scoring part per layer and scheme, shared with output_kl",
             source="AdaQuant, Hubara et al. 2021",
             summary="Rise of the loss against the truth with this one layer quantized, at least 0.",
-            forwards=_pass_per_choice,
+            forwards=_pass_per_choice, sees_activations=True,
         ),
         _metric(
             "metric_delta", "MetricDelta", "choice", {"labels"}, direction="min", additive=True,
             cost="one pass over the scoring part per layer and scheme, shared with output_kl",
             source="Qualcomm AIMET, automatic mixed precision",
             summary="Loss of the task's own quality (accuracy, perplexity) with this one layer quantized.",
-            forwards=_pass_per_choice,
+            forwards=_pass_per_choice, sees_activations=True,
         ),
         _metric(
             "size_normalized", "SizeNormalized", "choice", set(), direction="min", additive=True,
             cost="one pass over the scoring part per layer and scheme, shared with output_kl",
             source="BitsFusion, Sui et al. 2024",
             summary="output_kl times the layer's number of weights to the power -0.3.",
-            forwards=_pass_per_choice,
+            forwards=_pass_per_choice, sees_activations=True,
         ),
         _metric(
             "linearity", "Linearity", "block", set(), direction="min", additive=True,
@@ -329,3 +331,12 @@ def offered_metrics(task: str, *, has_labels: bool) -> tuple[str, ...]:
     if task != "causal_lm" and not has_labels:
         offers.discard("labels")
     return tuple(name for name, metric in SCORERS.items() if metric.needs <= offers)
+
+
+def unseen_activations(metric: str, scheme: str) -> str:
+    """Why a metric of weights alone is refused for a scheme that rounds activations too."""
+    seeing = ", ".join(name for name, entry in SCORERS.items() if entry.sees_activations)
+    return (
+        f"A metric must see what its schemes round. Got {metric!r}, which looks at weights alone, for"
+        f" {scheme!r}, which rounds activations too. Use {seeing}, or drop the scheme."
+    )

@@ -7,9 +7,9 @@ is collected again. The numbers do not depend on which layers share a pass.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class InputStatistics:
         """Whether the layer's inputs stay inside a module that does not tell how it computes them."""
         return layer.name.endswith("down_proj") and any(
             not gives_inner_inputs(module)
-            for module, _ in _places(self._model, layer)
+            for module, _ in places_of(self._model, layer)
             if layer.op in EXPERT_OPS
         )
 
@@ -90,32 +90,58 @@ class InputStatistics:
 
 
 def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch]) -> dict[str, LayerInputs]:
-    """One pass over the batches; tied layers see the inputs of all their modules.
-
-    The attention backend is fixed, so that the numbers are the same inside and outside of `gradients`.
-    """
+    """One pass over the batches; tied layers see the inputs of all their modules."""
     sums = {layer.name: _Sum(model, layer) for layer in layers}
-    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch in batches:
-            with _listening(sums.values(), _real_tokens(batch)):
-                batch.call(model)
+    watch(model, sums.values(), batches)
     return {name: found.inputs() for name, found in sums.items()}
 
 
+class Watcher(Protocol):
+    """Sees the inputs of one layer go by, at every (module, parameter) of `places`."""
+
+    layer: Layer
+    places: list[tuple[nn.Module, str]]
+
+    def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
+        """One input of one module; `real` (samples, tokens) is false for padding."""
+
+    def add_experts(
+        self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
+    ) -> None:
+        """One call of fused experts: hidden states and the experts of each token."""
+
+
+def watch(model: nn.Module, watchers: Collection[Watcher], batches: Iterable[Batch]) -> None:
+    """Run the model over the batches at full precision.
+
+    The attention backend is fixed, so that the numbers are the same inside and outside of `gradients`.
+    """
+    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for batch in batches:
+            with _listening(watchers, _real_tokens(batch)):
+                batch.call(model)
+
+
 class _Sum:
-    """X'X of one layer, summed in float32 batch by batch, and the rows that went in."""
+    """X'X of one layer, summed in float32 batch by batch, the largest inputs, and the rows that went in."""
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
-        self.layer, self.places = layer, _places(model, layer)
+        self.layer, self.places = layer, places_of(model, layer)
         groups, columns = _groups(model, layer), layer.matrix[1]
         device = next(self.places[0][0].parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
+        self.largest = torch.zeros(columns, device=device)
         self.samples = 0
 
     def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
         for rows in input_rows(module, values, real):
             self.total += rows.transpose(1, 2) @ rows
+            self._enlarge(rows.flatten(0, 1))
             self.samples += rows.shape[1]
+
+    def _enlarge(self, rows: Tensor) -> None:
+        if len(rows):
+            self.largest = torch.maximum(self.largest, torch.linalg.vector_norm(rows, torch.inf, dim=0))
 
     def add_experts(
         self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
@@ -127,13 +153,14 @@ class _Sum:
         for expert, rows in expert_inputs(module, parameter, hidden, indices):
             exact = rows.float()
             self.total[expert] += exact.t() @ exact
+            self._enlarge(exact)
             self.samples += len(rows)
 
     def inputs(self) -> LayerInputs:
-        return LayerInputs(self.total / max(1, self.samples), self.samples)
+        return LayerInputs(self.total / max(1, self.samples), self.samples, self.largest)
 
 
-def _places(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
+def places_of(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
     """Every (module, parameter) that multiplies with the layer's weight, each once."""
     paths = [
         name.rpartition(".")[::2] if layer.op in EXPERT_OPS else (name, "weight") for name in layer.names
@@ -143,10 +170,10 @@ def _places(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def _listening(sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
+def _listening(watchers: Iterable[Watcher], real: Tensor | None) -> Iterator[None]:
     hooks: list[Any] = []
     try:
-        for found in sums:
+        for found in watchers:
             hooks += [
                 module.register_forward_pre_hook(_hook(found, parameter, real), with_kwargs=True)
                 for module, parameter in found.places
@@ -157,7 +184,7 @@ def _listening(sums: Iterable[_Sum], real: Tensor | None) -> Iterator[None]:
             hook.remove()
 
 
-def _hook(found: _Sum, parameter: str, real: Tensor | None) -> Callable[..., None]:
+def _hook(found: Watcher, parameter: str, real: Tensor | None) -> Callable[..., None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if found.layer.op not in EXPERT_OPS:
             found.add(module, (*arguments, *named.values())[0].detach(), real)
@@ -206,5 +233,5 @@ def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
 
 def _groups(model: nn.Module, layer: Layer) -> int:
     """How many parts of the output channels have inputs of their own."""
-    module = _places(model, layer)[0][0]
+    module = places_of(model, layer)[0][0]
     return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else layer.experts

@@ -15,8 +15,9 @@ from quant.geometry import geometry_of
 from quant.inventory import AlreadyQuantized, NothingToQuantize, take_inventory
 from quant.layers import Inventory
 from quant.patterns import PatternError
+from quant.schemes import Scheme
 from sensitivity.calibration import Samples, load_samples, placement
-from sensitivity.catalog import SCORERS, TASKS, Metric, offered_metrics
+from sensitivity.catalog import SCORERS, TASKS, Metric, offered_metrics, unseen_activations
 from sensitivity.choice import Choice
 from sensitivity.errors import (
     BadCalibration,
@@ -31,8 +32,9 @@ from sensitivity.errors import (
 from sensitivity.evidence import quality_interval
 from sensitivity.forwards import Forwards
 from sensitivity.gradients import Contract, gradients
-from sensitivity.inputs import Batches, InputStatistics
+from sensitivity.inputs import Batches
 from sensitivity.kernels import KernelSession
+from sensitivity.magnitudes import SessionInputs
 from sensitivity.model_loading import load_model
 from sensitivity.spec import PARTS, Json, SessionSpec
 from sensitivity.tasks.task import Batch, Outputs, PerSample, Task
@@ -69,7 +71,7 @@ class Session:
         self._width = 0
         self._check_samples()
         self.inventory: Inventory = self._take_inventory()
-        self.inputs = InputStatistics(self.model, self.inventory, self._statistics_batches())
+        self.inputs = SessionInputs(self.model, self.inventory, self._statistics_batches())
         self.weights = LayerWeights(self.model, self.inventory, self.inputs)
         self.forwards = Forwards(self.model, self.task, self.samples, self.weights, spec.batch_size)
         self.task.check(self._everything(), self._width)
@@ -106,7 +108,9 @@ class Session:
         rows: list[ScoreRow] = []
         arrays: Arrays = {}
         for name in unit.metrics:
-            measured = self._metric(name, "choice").load().score(choice)
+            metric = self._metric(name, "choice")
+            _require_seen(metric, choice.scheme)
+            measured = metric.load().score(choice)
             _require_finite(name, unit, measured.value, measured.stderr, measured.arrays)
             rows.append(
                 ScoreRow(unit.layer, unit.scheme, name, measured.value, measured.stderr, measured.samples)
@@ -115,7 +119,10 @@ class Session:
         return UnitResult(tuple(rows), arrays, {"forwards": max((row.samples for row in rows), default=0)})
 
     def _block(self, unit: BlockUnit) -> UnitResult:
-        arrays = self._metric(unit.metric, "block").load().measure(self, unit)
+        metric = self._metric(unit.metric, "block")
+        for scheme in unit.schemes:
+            _require_seen(metric, self.weights.scheme(scheme))
+        arrays = metric.load().measure(self, unit)
         return UnitResult((), arrays, {"forwards": self._spent})
 
     def _measure(self, unit: MeasureUnit) -> UnitResult:
@@ -278,6 +285,11 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SessionError(f"device must be available. Got {name!r}: {error!s:.200}. Use cpu.") from error
     return device
+
+
+def _require_seen(metric: Metric, scheme: Scheme) -> None:
+    if scheme.activation is not None and not metric.sees_activations:
+        raise MetricNotOffered(unseen_activations(metric.name, scheme.name))
 
 
 def _array_name(metric: str, key: str, unit: ScoreUnit) -> str:

@@ -1,4 +1,6 @@
-"""Quantized weights of a session: made once, kept within a bound, swapped in and out bit-exactly."""
+"""Layers of a session as their schemes make them: rounded inputs, and quantized weights, made once, kept
+within a bound, swapped in and out bit-exactly.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.apply import ApplyError, InputsOf, NonFinite, quantized_weight
-from quant.inputs import LayerInputs
+from quant.inputs import InputsError, LayerInputs
 from quant.layers import Inventory, Layer
+from quant.rounded_inputs import Rounding, multiplying_modules, rounded_inputs, rounding_of
 from quant.schemes import Scheme, SchemeError, parse_scheme
 from quant.shared import shared_parameters
 from sensitivity.errors import BadUnit, NonFiniteWeights
@@ -31,6 +34,7 @@ class LayerWeights:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._inventory, self._inputs, self._bound = inventory, inputs, cache_bytes
+        self._roundings: dict[tuple[str, str], Rounding | None] = {}
         self._cache: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._held = 0
         self._owners = _owners(model)
@@ -46,12 +50,9 @@ class LayerWeights:
     def scheme(self, name: str) -> Scheme:
         """The scheme of that name. Raises BadUnit."""
         try:
-            scheme = parse_scheme(name)
+            return parse_scheme(name)
         except SchemeError as error:
             raise BadUnit(str(error)) from error
-        if scheme.activation is not None:
-            raise BadUnit(f"scheme must leave activations alone to be measured. Got {scheme.name!r}.")
-        return scheme
 
     def parameter(self, name: str) -> nn.Parameter:
         """The layer's weight in the model."""
@@ -70,15 +71,14 @@ class LayerWeights:
 
     def quantized(self, name: str, scheme: str) -> Tensor:
         """The weight quantized and dequantized: same shape, type and device. Raises NonFiniteWeights."""
-        key = (name, scheme)
+        alone = self.scheme(scheme).of_weights
+        key = (name, alone.name)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         try:
             with torch.inference_mode(False), torch.no_grad():
-                weight = quantized_weight(
-                    self.parameter(name), self.layer(name), self.scheme(scheme), self._inputs
-                )
+                weight = quantized_weight(self.parameter(name), self.layer(name), alone, self._inputs)
         except NonFinite as error:
             raise NonFiniteWeights(str(error)) from error
         except ApplyError as error:
@@ -92,10 +92,30 @@ class LayerWeights:
         difference = self.quantized(name, scheme).to(precise) - self.parameter(name).detach().to(precise)
         return difference.reshape(-1)
 
+    def rounding(self, name: str, scheme: str) -> Rounding | None:
+        """What the layer's inputs are rounded to, None where the scheme leaves them. Raises BadUnit."""
+        layer, chosen = self.layer(name), self.scheme(scheme)
+        if chosen.activation is None:
+            return None
+        key = (layer.name, chosen.name if chosen.divides_inputs else chosen.activation.name)
+        if key not in self._roundings:
+            try:
+                found = rounding_of(layer, chosen, self._inputs, self.parameter(name))
+                if found is not None:
+                    multiplying_modules(self._model, layer)
+            except InputsError as error:
+                raise BadUnit(str(error)) from error
+            self._roundings[key] = found
+        return self._roundings[key]
+
     @contextmanager
     def swapped(self, assignment: Iterable[tuple[str, str]]) -> Iterator[None]:
-        """Layers hold their quantized weights inside; on exit the very same tensors are back."""
-        with self.replaced({name: self.quantized(name, scheme) for name, scheme in assignment}):
+        """Layers compute as their schemes say inside; on exit the very same tensors are back."""
+        pairs = list(assignment)
+        weights = {name: self.quantized(name, scheme) for name, scheme in pairs}
+        found = [self.rounding(name, scheme) for name, scheme in pairs]
+        roundings = [rounding for rounding in found if rounding is not None]
+        with self.replaced(weights), rounded_inputs(self._model, roundings):
             yield
 
     @contextmanager

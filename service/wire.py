@@ -15,7 +15,7 @@ from quant.runtimes import RUNTIMES, default_menu
 from quant.schemes import parse_scheme
 from search.budget import BudgetError, parse_budget
 from search.choosers import CHOOSERS
-from sensitivity.catalog import SCORERS, TASKS
+from sensitivity.catalog import SCORERS, TASKS, unseen_activations
 
 LARGEST_SEED = 2**53 - 1
 MOST_BUDGETS, MOST_SCHEMES, MOST_PATTERNS, MOST_FILES = 64, 64, 1000, 10_000
@@ -263,6 +263,14 @@ class JobRequest(WireModel):
             raise _problem(
                 "repeated-value", "Latency must come from latency or latency_ns. Got both. Leave one out."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _seen_activations(self) -> JobRequest:
+        rounding = [name for name in (*self.schemes, *self.pins.values()) if parse_scheme(name).activation]
+        blind = [name for name in self.metrics if not SCORERS[name].sees_activations]
+        if rounding and blind:
+            raise _problem("metric-not-offered", unseen_activations(blind[0], rounding[0]))
         return self
 
     @property

@@ -87,6 +87,7 @@ def provenance(consumer: str, source: Source, deployment: Deployment) -> Provena
         calibration=plan.digests.calibration,
         scores=plan.digests.scores,
         tensors=len(source.stored(plan)),
+        activations=plan.activations,
         forced=bool(found),
         mismatches=found,
     )
@@ -195,15 +196,15 @@ def require_inputs(plan: Plan, *, given: bool) -> None:
     if needing and not given:
         raise CheckpointError(
             f"Plan must be applied with its calibration data. Got none, and {needing[0]} is"
-            f" {plan.layers[needing[0]].scheme}, whose quantizer goes by them ({len(needing)} such"
-            " layers). Pass --calibration FILE."
+            f" {plan.layers[needing[0]].scheme}, whose quantizer or static activations go by them"
+            f" ({len(needing)} such layers). Pass --calibration FILE."
         )
 
 
 def _mismatches(plan: Plan, model: str) -> Iterator[str]:
-    if plan.digests.model != model:
-        made_for = plan.digests.model or "a model without a digest"
-        yield f"Plan must be made for this model. Got a plan for {made_for}, and the model {model}."
+    other = plan.other_model(model)
+    if other is not None:
+        yield other
     for name, version in plan.quantizers.items():
         ours = QUANTIZERS[name].version if name in QUANTIZERS else None
         if version != ours:

@@ -6,7 +6,7 @@ holds the weights. A writer lints the first, lays out the files of both, and wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,7 +76,8 @@ class Provenance:
     `model` is the digest of the weights that were used; `planned_for`, `calibration` and `scores` are the
     plan's digests. `mismatches` say in words what was overridden: another model of the same shapes (a
     fine-tune, say) or other versions of quantizers; `forced` says that there were some. `tensors` counts the
-    stored tensors that the plan changed.
+    stored tensors that the plan changed. `activations` names the format of each layer whose inputs the plan
+    rounds: weights alone do not say so, and whoever loads only them leaves activations as they are.
     """
 
     schema: str
@@ -87,6 +88,7 @@ class Provenance:
     calibration: str | None
     scores: str | None
     tensors: int
+    activations: Mapping[str, str]
     forced: bool
     mismatches: tuple[str, ...]
 

@@ -17,6 +17,7 @@ from quant.checkpoints.source import Source, StoredTensor, renaming
 from quant.export import front, vllm
 from quant.export.compressed_config import tensor_format
 from quant.export.protocol import Deployment, Violation
+from quant.export.rules import only_ops
 from quant.integer import IntegerFormat
 from quant.plan import Plan
 
@@ -38,6 +39,7 @@ exactly."""
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Violations of vLLM's rules, and of what this checkpoint can hold."""
     return (
+        *only_ops(deployment, ("linear",)),
         *front.lint("vllm", deployment),
         *_scales_at_run_time(deployment),
         *_exact_scales(deployment),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quant.export.protocol import Deployment, ModelFacts, WeightFacts
+from quant.export.protocol import Deployment, ModelFacts, Module, WeightFacts
 from quant.integer import IntegerFormat
 from quant.plan import PlanLayer
 
@@ -44,7 +44,7 @@ def config_groups(deployment: Deployment) -> dict[str, dict[str, Any]]:
     """
     members: dict[WeightFacts, list[str]] = {}
     for name, facts in deployment.quantized.items():
-        members.setdefault(facts, []).append(name)
+        members.setdefault(facts, []).extend(deployment.model.linears[name])
     return {f"group_{n}": _group(facts, names) for n, (facts, names) in enumerate(members.items())}
 
 
@@ -85,9 +85,14 @@ def quantization_config(deployment: Deployment) -> dict[str, Any]:
         "format": "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": config_groups(deployment),
-        "ignore": [module.name for module in deployment.untouched],
+        "ignore": ignored(deployment),
         "kv_cache_scheme": None,
     }
+
+
+def ignored(deployment: Deployment) -> list[str]:
+    """Every module that keeps its precision."""
+    return [name for module in deployment.untouched for name in deployment.model.linears[module.name]]
 
 
 def packed_bytes(deployment: Deployment) -> int:
@@ -106,7 +111,8 @@ def _tensor_bytes(deployment: Deployment, name: str, layer: PlanLayer) -> int:
     rows, columns = layer.matrix
     words = rows * -(-columns * fmt.bits // 32)
     points = 0 if fmt.symmetric else -(-rows * fmt.bits // 32) * fmt.scales_shape(layer.matrix)[1]
-    return 4 * (words + points) + fmt.storage(layer.matrix).scale_bits // 8 + SHAPE_BYTES
+    shapes = SHAPE_BYTES * len(deployment.model.linears[name])
+    return 4 * (words + points) + fmt.storage(layer.matrix).scale_bits // 8 + shapes
 
 
 def read_config(config: Mapping[str, Any], model: ModelFacts) -> dict[str, WeightFacts | None]:
@@ -115,9 +121,25 @@ def read_config(config: Mapping[str, Any], model: ModelFacts) -> dict[str, Weigh
 
     from quant.export.skeleton import build_skeleton
 
-    skeleton = build_skeleton(model)
+    skeleton = build_skeleton(ModelFacts(model.config, tuple(_apart(model))))
     apply_quantization_config(skeleton, QuantizationConfig.model_validate(dict(config)), show_progress=False)
-    return {module.name: _attached(skeleton.get_submodule(module.name)) for module in model.modules}
+    return {
+        name: _agreed([_attached(skeleton.get_submodule(part)) for part in parts])
+        for name, parts in model.linears.items()
+    }
+
+
+def _apart(model: ModelFacts) -> Iterator[Module]:
+    for module in model.modules:
+        parts = model.linears[module.name]
+        yield from [module] if parts == (module.name,) else (Module(part, "linear") for part in parts)
+
+
+def _agreed(found: list[WeightFacts | None]) -> WeightFacts | None:
+    """What all experts of a projection were given."""
+    if len(set(found)) > 1:
+        raise ValueError(f"Experts of a block must have one scheme. Got {found[:2]}, .... Export again.")
+    return found[0]
 
 
 def _attached(module: Any) -> WeightFacts | None:

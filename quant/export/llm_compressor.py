@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from quant.export import vllm
-from quant.export.compressed_config import config_groups, packed_bytes, read_config
+from quant.export.compressed_config import config_groups, ignored, packed_bytes, read_config
 from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
 
 FILE = "recipe.yaml"
@@ -41,7 +41,7 @@ def files(deployment: Deployment) -> dict[str, bytes]:
     groups = config_groups(deployment)
     for group in groups.values():
         group["weights"]["observer"] = observer
-    modifier = {"ignore": [module.name for module in deployment.untouched], "config_groups": groups}
+    modifier = {"ignore": ignored(deployment), "config_groups": groups}
     recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
     return {FILE: yaml.safe_dump(recipe, sort_keys=False).encode()}
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from quant.export.protocol import Deployment, Violation, WeightFacts
+from quant.layers import EXPERT_OPS
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 """Siblings that serving runtimes load as one matrix."""
@@ -84,6 +85,19 @@ def _format_fault(facts: WeightFacts, columns: int, takes: Collection[Takes]) ->
     return None if len(faults) < len(fitting) else max(faults, key=lambda fault: fault[0])[1]
 
 
+def named_experts(deployment: Deployment, *takes: Takes) -> Iterator[Violation]:
+    """Quantized experts must have names of their own for the consumer, and one of these formats."""
+    for name, facts in deployment.quantized.items():
+        layer = deployment.layers[name]
+        if layer.op not in EXPERT_OPS:
+            continue
+        rule = _format_fault(facts, layer.matrix[1], takes)
+        if deployment.model.linears[name] == (name,):
+            yield Violation(name, "config.json must say how many experts there are", "no such number")
+        elif rule is not None:
+            yield Violation(name, f"of experts, {rule}", layer.scheme)
+
+
 def fused_agree(deployment: Deployment) -> Iterator[Violation]:
     """Modules that are loaded as one matrix must get one scheme, or all keep their precision."""
     for names in _fused_sets(deployment):
@@ -107,6 +121,9 @@ def _fused_sets(deployment: Deployment) -> Iterator[list[str]]:
     sets: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
     for module in deployment.model.modules:
         parent, _, last = module.name.rpartition(".")
+        if module.op in EXPERT_OPS:
+            sets[parent, -1].append(module.name)
+            continue
         for number, members in enumerate(FUSED):
             if last in members:
                 sets[parent, number].append(module.name)

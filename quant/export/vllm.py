@@ -2,7 +2,8 @@
 
 Rules: integers of 2 to 8 bits with scales per output channel or for groups of 32, 64 or 128 columns, zero
 points for 4 and 8 bits without quantized activations only, fp8 (e4m3), nvfp4, mxfp4 and mxfp8 with the
-activations that vLLM has a kernel for, and one scheme for matrices that vLLM loads as one.
+activations that vLLM has a kernel for, and one scheme for matrices that vLLM loads as one. Fused experts are
+named one by one: symmetric integers of 4 or 8 bits, one scheme for a block.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from quant.export.rules import (
     Takes,
     fused_agree,
     fused_have_channels,
+    named_experts,
     only_formats,
     only_ops,
 )
@@ -35,13 +37,16 @@ TAKES = (
 )
 """What vLLM finds a scheme class for. Its kernel for mxfp8 always rounds activations too, the one for mxfp4
 does on GPUs that multiply MXFP4."""
+EXPERTS = (Takes("int", symmetric=(4, 8), scales=GRAINS),)
+"""What its weight-only kernel for experts takes."""
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Every violation of vLLM's rules."""
     return (
-        *only_ops(deployment, ("linear",)),
+        *only_ops(deployment, ("linear", "experts")),
         *only_formats(deployment, *TAKES),
+        *named_experts(deployment, *EXPERTS),
         *fused_agree(deployment),
         *fused_have_channels(deployment),
     )

@@ -62,6 +62,7 @@ def metrics() -> dict[str, Any]:
                 "direction": metric.direction,
                 "additive": metric.additive,
                 "needs": sorted(metric.needs),
+                "sees_activations": metric.sees_activations,
                 "cost": metric.cost,
                 "source": metric.source,
                 "version": metric.version,

@@ -33,6 +33,7 @@ FRONTS = (
     "digest",
     "export.auto_round",
     "export.compressed_config",
+    "export.experts",
     "export.front",
     "export.gptq_layout",
     "export.gptqmodel",

@@ -40,6 +40,12 @@ def layer(name="fc", matrix=(64, 256), op="linear", macs=None, dtype="float32"):
         ("w8", "int8_weight_only", 0),
         ("w8-asym", "dense", 0),
         ("w8-g64", "dense", 0),
+        ("w8-aint8", "int8_dynamic", 0),
+        ("w4-aint8", "int8_dynamic", 0),
+        ("w8-aint8s", "int8_dynamic", 0),
+        ("w8-g64-aint8", "dense", 0),
+        ("w8-aint4", "dense", 0),
+        ("fp8-afp8", "dense", 0),
     ],
 )
 def test_a_scheme_runs_in_the_kernel_that_holds_it(scheme, kernel, group):
@@ -97,6 +103,20 @@ def test_fewer_bits_are_faster_and_cheaper_while_memory_decides():
         assert row["w2"] < row["w4"] < row["w8"], name
     busy = roofline_latency(big, menu, 4096, DEVICES["h100"])["fc"]
     assert busy["w2"] == busy["w8"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        ("w8", "bfloat16"),
+        ("w8-aint8", "int8"),
+        ("w4-aint4", "int8"),
+        ("fp8-afp8", "float8"),
+        ("bf16-aint8", "bfloat16"),
+    ],
+)
+def test_a_roofline_computes_in_the_type_of_the_activations(scheme, kind):
+    assert work(layer(dtype="bfloat16"), parse_scheme(scheme), 1)[0] == kind
 
 
 MOE = Geometry(cached=1, windows=(None,), experts=8, active=2, hidden=256)

@@ -143,8 +143,11 @@ def test_rules_see_the_matrix_of_one_expert(op):
     )
     assert planned_target(found.name, planned.layers[found.name]).matrix == (16, 256)
     assert lint(planned, RUNTIMES["llama.cpp"]) == ()
-    rule = VLLM.refuses(target_of(found), parse_scheme("w4"))
-    assert rule == f"{op} layers take bf16*, fp16*; not w4"
+    rule = "w4: output channels must be a multiple of 64, not 16"
+    if op == "experts_transposed":
+        rule = "experts_transposed layers take bf16*, fp16*; not w4"
+    assert VLLM.refuses(target_of(found), parse_scheme("w4")) == rule
+    assert (VLLM.refuses(target_of(experts(op, 64)), parse_scheme("w4")) is None) == (op == "experts")
     assert RUNTIMES["generic"].refuses(target_of(found), parse_scheme("w4")) is None
     assert "experts layers" in str(
         RUNTIMES["openvino"].refuses(target_of(experts("experts", 16)), parse_scheme("w8"))
