@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.calibration import Samples, placement
+from sensitivity.kv_cache import PREFIX, rounded_cache
 from sensitivity.tasks.task import Batch, Outputs, Task
 from sensitivity.weights import LayerWeights
 
@@ -50,8 +51,10 @@ class Forwards:
         return self._samples.batches(part, self._batch_size, *placement(self._model))
 
     def outputs(self, batch: Batch, assignment: Assignment = ()) -> Outputs:
-        """The outputs of one micro-batch with the assigned layers quantized."""
-        with self._weights.swapped(assignment), torch.inference_mode():
+        """The outputs of one micro-batch with the assigned layers and caches quantized."""
+        caches = {name: scheme for name, scheme in assignment if scheme.startswith(PREFIX)}
+        weights = [(name, scheme) for name, scheme in assignment if name not in caches]
+        with self._weights.swapped(weights), rounded_cache(self._model, caches), torch.inference_mode():
             return self._task.outputs(self._model, batch)
 
     def pairs(self, part: str, assignment: Assignment) -> Iterator[Pair]:

@@ -68,7 +68,10 @@ class BlockUnit:
 
 @dataclass(frozen=True)
 class MeasureUnit:
-    """The quality of one whole plan on one part; `()` measures the full-precision model."""
+    """The quality of one whole plan on one part; `()` measures the full-precision model.
+
+    Pairs are (layer, scheme), or (attention layer or pattern, `kv-` and a type of cache).
+    """
 
     assignment: tuple[tuple[str, str], ...]
     part: Literal["choosing", "reporting", "all"]
