@@ -6,7 +6,7 @@ holds, of the current tokens too, as kernels that read the cache do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,13 @@ PREFIX = "kv-"
 """Before a type of cache where a scheme stands: `kv-int8` for an attention layer."""
 
 
+def split(assignment: Iterable[tuple[str, str]]) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
+    """An assignment's layers, and its caches by pattern."""
+    pairs = tuple(assignment)
+    caches = {name: scheme for name, scheme in pairs if scheme.startswith(PREFIX)}
+    return tuple(pair for pair in pairs if not pair[1].startswith(PREFIX)), caches
+
+
 def attention_layers(model: nn.Module) -> dict[str, int]:
     """Module path -> number in the cache, of every attention layer that transformers numbers."""
     found: dict[int, str] = {}
@@ -33,10 +40,10 @@ def attention_layers(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def rounded_cache(model: nn.Module, kinds: Mapping[str, str]) -> Iterator[None]:
-    """Keys and values of the layers that `kinds` names are rounded in the block; later patterns win.
+    """Keys and values of the layers that `kinds` names are rounded in the block.
 
-    `kinds`: name or pattern of attention layers -> `kv-` and a key of CACHE_BITS. Raises BadUnit for unknown
-    ones, and when a run does not pass a layer's keys and values through the cache.
+    `kinds`: name or pattern of attention layers -> `kv-` and a key of CACHE_BITS; of several that match the
+    last one in alphabetical order counts, so a name beats `*`. Raises BadUnit for unknown ones, and when a run does not pass a layer's keys and values through the cache.
     """
     chosen = _chosen(model, kinds)
     with ExitStack() as stack:
@@ -60,7 +67,7 @@ def _chosen(model: nn.Module, kinds: Mapping[str, str]) -> dict[int, str]:
             "a cache must be of a model that generates, with transformers' attention layers."
             f" Got {got}. Leave it as it is."
         )
-    for pattern, scheme in kinds.items():
+    for pattern, scheme in sorted(kinds.items()):
         kind = scheme.removeprefix(PREFIX)
         if kind not in CACHE_BITS:
             raise BadUnit(f"type of a cache must be one of {', '.join(CACHE_BITS)}. Got {kind!r}. Use int8.")
