@@ -43,7 +43,8 @@ def rounded_cache(model: nn.Module, kinds: Mapping[str, str]) -> Iterator[None]:
     """Keys and values of the layers that `kinds` names are rounded in the block.
 
     `kinds`: name or pattern of attention layers -> `kv-` and a key of CACHE_BITS; of several that match the
-    last one in alphabetical order counts, so a name beats `*`. Raises BadUnit for unknown ones, and when a run does not pass a layer's keys and values through the cache.
+    last one in alphabetical order counts, so a name beats `*`. Raises BadUnit for unknown ones, and when a
+    run does not pass a layer's keys and values through the cache.
     """
     chosen = _chosen(model, kinds)
     with ExitStack() as stack:
