@@ -1,8 +1,7 @@
-"""vLLM, and transformers with compressed-tensors: weights packed as compressed-tensors stores them.
+"""vLLM, and transformers with compressed-tensors: weights as compressed-tensors stores them.
 
-Values, scales and zero points are the quantizer's own; they are packed by the library's functions. Each
-`<module>.weight` becomes `weight_packed` (32-bit words), `weight_scale`, `weight_shape`, and for asymmetric
-formats `weight_zero_point` (packed along the output channels, moved by half the range as the library does).
+Each module's tensors are those of its format (`quant/checkpoints/compressed.py`); `config.json` says which
+format that is.
 """
 
 from __future__ import annotations
@@ -11,29 +10,30 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant.checkpoints import compressed
 from quant.checkpoints.protocol import Layout, Wrote
-from quant.checkpoints.shards import Repacked, Slot, Slots, repack
+from quant.checkpoints.shards import Repacked, Slots, repack
 from quant.checkpoints.source import Source, StoredTensor, renaming
 from quant.export import front, vllm
+from quant.export.compressed_config import tensor_format
 from quant.export.protocol import Deployment, Violation
 from quant.export.rules import only_ops
-from quant.integer import IntegerFormat, ScaleType
+from quant.integer import IntegerFormat
 from quant.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quant.apply import InputsOf
-    from quant.packing import Encoded
 
-PACKED = ".weight_packed"
-SCALES: dict[ScaleType, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SCALE = ".weight_scale"
 EXACT = {
     "float16": ("float16",),
     "bfloat16": ("bfloat16",),
     "float32": ("float16", "bfloat16", "float32"),
 }
-"""Type of the model's weights, which scales are loaded in -> types of scales that it holds exactly."""
+"""Type of the model's weights, which scales of packed integers are loaded in -> types of scales that it holds
+exactly."""
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
@@ -41,16 +41,17 @@ def lint(deployment: Deployment) -> tuple[Violation, ...]:
     return (
         *only_ops(deployment, ("linear",)),
         *front.lint("vllm", deployment),
-        *_integers(deployment),
+        *_scales_at_run_time(deployment),
         *_exact_scales(deployment),
     )
 
 
-def _integers(deployment: Deployment) -> Iterator[Violation]:
+def _scales_at_run_time(deployment: Deployment) -> Iterator[Violation]:
     for name in deployment.quantized:
-        scheme = deployment.schemes[name]
-        if not isinstance(scheme.weight, IntegerFormat) or scheme.activation is not None:
-            yield Violation(name, "packed weights must be integers, with inputs left alone", scheme.name)
+        activation = deployment.schemes[name].activation
+        if activation is not None and activation.static:
+            rule = "inputs must be left alone, or rounded with scales that are taken at run time"
+            yield Violation(name, rule, deployment.schemes[name].name)
 
 
 def _exact_scales(deployment: Deployment) -> Iterator[Violation]:
@@ -59,9 +60,13 @@ def _exact_scales(deployment: Deployment) -> Iterator[Violation]:
     exact = EXACT.get(own, EXACT["float32"])
     for name in deployment.quantized:
         fmt = deployment.schemes[name].weight
-        if isinstance(fmt, IntegerFormat) and fmt.scale_type not in exact:
+        if isinstance(fmt, IntegerFormat) and fmt.scale_type not in exact and _packs(deployment, name):
             rule = f"scales are loaded in the model's type, so they must be {' or '.join(exact)}"
             yield Violation(name, rule, deployment.schemes[name].name)
+
+
+def _packs(deployment: Deployment, name: str) -> bool:
+    return tensor_format(deployment.quantized[name]) == "pack-quantized"
 
 
 def layout(source: Source, deployment: Deployment) -> Layout:
@@ -71,16 +76,21 @@ def layout(source: Source, deployment: Deployment) -> Layout:
 
 def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | None, wrote: Wrote) -> None:
     """Pack one planned tensor at a time; all others are copied."""
+    from quant.adjusted import Adjusted
     from quant.apply import encode_weight
-    from quant.packing import Encoded
 
     def encode(item: StoredTensor, weight: Tensor) -> dict[str, Tensor]:
-        layer = deployment.plan.layers[item.layer]
-        encoded = encode_weight(weight, layer.op, item.layer, deployment.schemes[item.layer], inputs)
-        assert isinstance(encoded, Encoded), "the linter refuses quantizers that store more"
-        return {f"{item.tensor}_{part}": tensor for part, tensor in _packed(encoded).items()}
+        layer, scheme = deployment.plan.layers[item.layer], deployment.schemes[item.layer]
+        stored = encode_weight(weight, layer.op, item.layer, scheme, inputs)
+        assert not isinstance(stored, Adjusted), "the linter refuses quantizers that store more"
+        filled = compressed.tensors(stored, packed=_packs(deployment, item.layer))
+        return {f"{_key(item)}.{name}": tensor for name, tensor in filled.items()}
 
     _repacked(source, deployment).write(out, encode, wrote)
+
+
+def _key(item: StoredTensor) -> str:
+    return item.tensor.removesuffix(".weight")
 
 
 def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
@@ -95,23 +105,28 @@ def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tens
 
     Packed ones are decompressed to float32; one is in memory at a time.
     """
-    from compressed_tensors.compressors import BaseCompressor
-
     files = {tensor: file for file, header in source.headers.items() for tensor in header.tensors}
-    packed = {name.removesuffix(PACKED) for name in files if name.endswith(PACKED)}
+    packed = {name.removesuffix(SCALE) for name in files if name.endswith(SCALE)}
     layers = _layers_by_key(plan, files)
     schemes = _schemes(source)
     for name in files:
         key, _, part = name.rpartition(".")
         if key not in packed or not part.startswith("weight"):
             yield name, layers.get(key) if part == "weight" else None, _read(source, files, name)
-        elif name.endswith(PACKED):
-            parts = [other for other in files if other.startswith(f"{key}.weight_")]
+        elif name.endswith(SCALE):
+            parts = [other for other in files if other.rpartition(".")[0] == key and "weight" in other]
             state = {other.removeprefix(f"{key}."): _read(source, files, other) for other in parts}
-            state["weight_scale"] = state["weight_scale"].float()
-            layer = layers[key]
-            compressor = BaseCompressor.get_value_from_registry(schemes[layer].format)
-            yield f"{key}.weight", layer, compressor.decompress(state, schemes[layer])["weight"]
+            yield f"{key}.weight", layers[key], _decompressed(state, schemes[layers[key]])
+
+
+def _decompressed(state: dict[str, Tensor], scheme: Any) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+
+    if state["weight_scale"].dtype.itemsize > 1:
+        state["weight_scale"] = state["weight_scale"].float()
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    weight: Tensor = compressor.decompress(state, scheme)["weight"]
+    return weight.float()
 
 
 def _layers_by_key(plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
@@ -139,42 +154,9 @@ def _repacked(source: Source, deployment: Deployment) -> Repacked:
     def slots(item: StoredTensor) -> Slots:
         if item.layer not in deployment.quantized:
             return {}
-        fmt = deployment.schemes[item.layer].weight
-        assert isinstance(fmt, IntegerFormat), "the linter refuses such plans"
-        return {f"{item.tensor}_{part}": slot for part, slot in _slots(item.entry.shape, fmt).items()}
+        fmt, matrix = deployment.schemes[item.layer].weight, deployment.plan.layers[item.layer].matrix
+        found = compressed.slots(fmt, matrix, packed=_packs(deployment, item.layer))
+        return {f"{_key(item)}.{name}": slot for name, slot in found.items()}
 
     config = vllm.files(deployment)[vllm.FILE]
     return repack(source, source.stored(deployment.plan), slots, config)
-
-
-def _slots(shape: tuple[int, ...], fmt: IntegerFormat) -> dict[str, Slot]:
-    rows, columns = shape
-    scales = fmt.scales_shape((rows, columns))
-    found = {
-        "packed": Slot("I32", (rows, -(-columns * fmt.bits // 32))),
-        "scale": Slot(SCALES[fmt.scale_type], scales),
-        "shape": Slot("I64", (2,)),
-    }
-    if not fmt.symmetric:
-        found["zero_point"] = Slot("I32", (-(-rows * fmt.bits // 32), scales[1]))
-    return found
-
-
-def _packed(encoded: Encoded) -> dict[str, Tensor]:
-    import torch
-    from compressed_tensors.compressors.pack_quantized import pack_to_int32
-
-    rows, columns = encoded.matrix
-    bits, half = encoded.fmt.bits, 1 << (encoded.fmt.bits - 1)
-
-    def signed(tensor: Tensor) -> Tensor:
-        return tensor if encoded.fmt.symmetric else (tensor.to(torch.int16) - half).to(torch.int8)
-
-    found = {
-        "packed": pack_to_int32(signed(encoded.values).reshape(rows, columns), bits),
-        "scale": encoded.scales,
-        "shape": torch.tensor([rows, columns]),
-    }
-    if encoded.zero_points is not None:
-        found["zero_point"] = pack_to_int32(signed(encoded.zero_points), bits, packed_dim=0)
-    return found
