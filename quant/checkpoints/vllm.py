@@ -7,16 +7,20 @@ formats `weight_zero_point` (packed along the output channels, moved by half the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant.checkpoints.protocol import Layout, Wrote
+from quant.checkpoints.joined import Joined
+from quant.checkpoints.protocol import CheckpointError, Layout, Wrote
 from quant.checkpoints.shards import Repacked, Slot, Slots, repack
-from quant.checkpoints.source import Source, StoredTensor, renaming
+from quant.checkpoints.source import Source, StoredTensor, holders
 from quant.export import front, vllm
+from quant.export.experts import linears
 from quant.export.protocol import Deployment, Violation
-from quant.export.rules import only_ops
 from quant.integer import IntegerFormat, ScaleType
 from quant.plan import Plan
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from quant.packing import Encoded
 
 PACKED = ".weight_packed"
+PART = re.compile(r"\.weight_(packed|scale|shape|zero_point)$")
 SCALES: dict[ScaleType, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 EXACT = {
     "float16": ("float16",),
@@ -39,7 +44,6 @@ EXACT = {
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Violations of vLLM's rules, and of what this checkpoint can hold."""
     return (
-        *only_ops(deployment, ("linear",)),
         *front.lint("vllm", deployment),
         *_integers(deployment),
         *_exact_scales(deployment),
@@ -72,13 +76,25 @@ def layout(source: Source, deployment: Deployment) -> Layout:
 def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | None, wrote: Wrote) -> None:
     """Pack one planned tensor at a time; all others are copied."""
     from quant.apply import encode_weight
+    from quant.checkpoints.tensors import each_joined
     from quant.packing import Encoded
 
+    def encoded(weight: Tensor, name: str) -> Encoded:
+        layer = deployment.plan.layers[name]
+        made = encode_weight(weight, layer.op, name, deployment.schemes[name], inputs)
+        assert isinstance(made, Encoded), "the linter refuses quantizers that store more"
+        return made
+
+    @lru_cache(maxsize=2)
+    def experts(parameter: str, name: str) -> dict[str, Encoded]:
+        parts = [item for item in source.stored(deployment.plan) if item.part_of == parameter]
+        (_, weight), *_ = each_joined(source, parts)
+        return _apart(encoded(weight, name), parameter, deployment.plan.layers[name].shape, source)
+
     def encode(item: StoredTensor, weight: Tensor) -> dict[str, Tensor]:
-        layer = deployment.plan.layers[item.layer]
-        encoded = encode_weight(weight, layer.op, item.layer, deployment.schemes[item.layer], inputs)
-        assert isinstance(encoded, Encoded), "the linter refuses quantizers that store more"
-        return {f"{item.tensor}_{part}": tensor for part, tensor in _packed(encoded).items()}
+        whole = item.part_of is None
+        found = encoded(weight, item.layer) if whole else experts(str(item.part_of), item.layer)[item.tensor]
+        return {f"{item.tensor}_{part}": tensor for part, tensor in _packed(found).items()}
 
     _repacked(source, deployment).write(out, encode, wrote)
 
@@ -99,8 +115,8 @@ def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tens
 
     files = {tensor: file for file, header in source.headers.items() for tensor in header.tensors}
     packed = {name.removesuffix(PACKED) for name in files if name.endswith(PACKED)}
-    layers = _layers_by_key(plan, files)
-    schemes = _schemes(source)
+    layers = _layers_by_key(source, plan, files)
+    schemes = _schemes(source, plan)
     for name in files:
         key, _, part = name.rpartition(".")
         if key not in packed or not part.startswith("weight"):
@@ -114,17 +130,21 @@ def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tens
             yield f"{key}.weight", layer, compressor.decompress(state, schemes[layer])["weight"]
 
 
-def _layers_by_key(plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
+def _layers_by_key(source: Source, plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
     """The beginning of a stored tensor's name -> layer."""
-    rename = renaming(plan, {name.rpartition(".")[0] for name in tensors})
-    return {rename(path): name for name, layer in plan.layers.items() for path in (name, *layer.aliases)}
+    names = list(dict.fromkeys(PART.sub(".weight", name) for name in tensors))
+    found = holders(plan, names, lambda: Joined.of(source.folder, names))
+    return {name.removesuffix(".weight"): layer for name, (layer, _) in found.items()}
 
 
-def _schemes(source: Source) -> dict[str, Any]:
+def _schemes(source: Source, plan: Plan) -> dict[str, Any]:
+    """Layer -> the scheme that the library's parser reads for it."""
     from compressed_tensors.quantization import QuantizationConfig
 
     config = QuantizationConfig.model_validate(source.config["quantization_config"])
-    return {name: group for group in config.config_groups.values() for name in group.targets}
+    named = {name: group for group in config.config_groups.values() for name in group.targets}
+    parts = {name: linears(name, layer.op, source.config)[0] for name, layer in plan.layers.items()}
+    return {name: named[part] for name, part in parts.items() if part in named}
 
 
 def _read(source: Source, files: Mapping[str, str], name: str) -> Tensor:
@@ -141,6 +161,11 @@ def _repacked(source: Source, deployment: Deployment) -> Repacked:
             return {}
         fmt = deployment.schemes[item.layer].weight
         assert isinstance(fmt, IntegerFormat), "the linter refuses such plans"
+        if len(item.entry.shape) != 2:
+            raise CheckpointError(
+                f"Experts must be stored apart to be packed. Got {item.tensor!r} of shape {item.entry.shape}."
+                " Save the model again with save_pretrained()."
+            )
         return {f"{item.tensor}_{part}": slot for part, slot in _slots(item.entry.shape, fmt).items()}
 
     config = vllm.files(deployment)[vllm.FILE]
@@ -158,6 +183,17 @@ def _slots(shape: tuple[int, ...], fmt: IntegerFormat) -> dict[str, Slot]:
     if not fmt.symmetric:
         found["zero_point"] = Slot("I32", (-(-rows * fmt.bits // 32), scales[1]))
     return found
+
+
+def _apart(encoded: Encoded, parameter: str, shape: tuple[int, ...], source: Source) -> dict[str, Encoded]:
+    """Stored tensor -> what of the fused experts' integers and scales is its own."""
+    experts, rows, columns = shape
+    values = source.joined.apart(parameter, encoded.values.reshape(experts, rows, columns))
+    scales = source.joined.apart(parameter, encoded.scales.reshape(experts, rows, -1))
+    return {
+        name: replace(encoded, values=part, scales=scales[name], matrix=(part.shape[0], part.shape[1]))
+        for name, part in values.items()
+    }
 
 
 def _packed(encoded: Encoded) -> dict[str, Tensor]:
