@@ -22,6 +22,7 @@ from quant.export import front, vllm
 from quant.export.experts import linears
 from quant.export.protocol import Deployment, Violation
 from quant.integer import IntegerFormat, ScaleType
+from quant.layers import EXPERT_OPS
 from quant.plan import Plan
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from quant.packing import Encoded
 
 PACKED = ".weight_packed"
-PART = re.compile(r"\.weight_(packed|scale|shape|zero_point)$")
+PARTS = ("packed", "scale", "shape", "zero_point")
+PART = re.compile(rf"\.weight_({'|'.join(PARTS)})$")
 SCALES: dict[ScaleType, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 EXACT = {
     "float16": ("float16",),
@@ -100,10 +102,24 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
 
 
 def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
-    """Decompressed by the library, with the scheme that its own parser reads for the module."""
-    for _, layer, weight in unpacked(Source.open(place), deployment.plan):
-        if layer is not None:
+    """Decompressed by the library, with the scheme that its own parser reads for the module.
+
+    Experts are joined as transformers joins them, when the last one of a layer is known.
+    """
+    source, layers = Source.open(place), deployment.plan.layers
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for name, layer, weight in unpacked(source, deployment.plan):
+        if layer is None:
+            continue
+        if layers[layer].op not in EXPERT_OPS:
             yield layer, weight
+            continue
+        pieces = gathered.setdefault(layer, {})
+        pieces[name] = weight
+        if sum(piece.numel() for piece in pieces.values()) == layers[layer].parameters:
+            joined = Joined.of(place, pieces)
+            (parameter,) = joined.parts
+            yield layer, joined.join(parameter, gathered.pop(layer))
 
 
 def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tensor]]:
@@ -122,8 +138,8 @@ def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tens
         if key not in packed or not part.startswith("weight"):
             yield name, layers.get(key) if part == "weight" else None, _read(source, files, name)
         elif name.endswith(PACKED):
-            parts = [other for other in files if other.startswith(f"{key}.weight_")]
-            state = {other.removeprefix(f"{key}."): _read(source, files, other) for other in parts}
+            parts = (f"weight_{part}" for part in PARTS if f"{key}.weight_{part}" in files)
+            state = {part: _read(source, files, f"{key}.{part}") for part in parts}
             state["weight_scale"] = state["weight_scale"].float()
             layer = layers[key]
             compressor = BaseCompressor.get_value_from_registry(schemes[layer].format)
