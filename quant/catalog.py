@@ -201,6 +201,35 @@ DEFAULT_QUANTIZER = "mse_clip"
 
 
 @dataclass(frozen=True)
+class Correction:
+    """One line of CORRECTIONS: something that a plan changes beside its weights (quant/corrections.py).
+
+    `version` is raised whenever the numbers change.
+    """
+
+    name: str
+    version: int
+    summary: str
+    source: str
+
+
+CORRECTIONS: dict[str, Correction] = {
+    "batch_norm": Correction(
+        name="batch_norm",
+        version=1,
+        summary="Statistics of batch norms follow what quantizing changes in their inputs.",
+        source="batch-norm tuning in Hubara et al. 2021, arXiv:2006.10518",
+    ),
+    "bias": Correction(
+        name="bias",
+        version=1,
+        summary="Biases take back the mean error that quantized weights bring to their layer's outputs.",
+        source="Nagel et al. 2019, arXiv:1906.04721, section 4.2",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 

@@ -35,19 +35,22 @@ def request_of(plan: PlanRecord, consumer: str, *, force: bool) -> tuple[dict[st
 
 
 def require_calibration(session: Session, plan: Plan, tenant: str) -> CalibrationRecord | None:
-    """The plan's calibration data, found by their digest; None where no quantizer needs them.
+    """The plan's calibration data, found by their digest; None where nothing needs them.
 
     Raises Conflict when they are needed and were deleted.
     """
-    if not plan.needs_calibration:
+    if not plan.reads_calibration:
         return None
     found = calibrations.find_by_digest(session, plan.digests.calibration or "", tenant)
     if found is None or found.state != InputState.READY:
-        layer = plan.needs_calibration[0]
+        why = f"it has the corrections {', '.join(plan.corrections or ())}"
+        if plan.needs_calibration:
+            layer = plan.needs_calibration[0]
+            why = f"{layer} is {plan.layers[layer].scheme}"
         raise Conflict(
             "calibration-deleted",
-            f"The plan's calibration data must still be there, because {layer} is"
-            f" {plan.layers[layer].scheme}. Got none with the digest {plan.digests.calibration}."
+            f"The plan's calibration data must still be there, because {why}."
+            f" Got none with the digest {plan.digests.calibration}."
             " Send the same file again.",
         )
     return found

@@ -77,6 +77,23 @@ class Source:
             _check(name, layer, [item for item in found if item.layer == name])
         return tuple(sorted(found, key=lambda item: (item.file, item.entry.start)))
 
+    def place(self, plan: Plan, tensor: str) -> tuple[str, TensorEntry]:
+        """Where a tensor of the model other than a layer's weight is stored: its file and entry.
+
+        Raises CheckpointError when it is not stored as it is.
+        """
+        try:
+            name = renaming(plan, {entry.removesuffix(".weight") for entry in self._entries})(tensor)
+        except CheckpointError:
+            parts = self.joined.parts.get(tensor, ())
+            name = parts[0].tensor if len(parts) == 1 and not self.joined.converted(tensor) else tensor
+        if name not in self._entries:
+            raise CheckpointError(
+                f"Checkpoint must hold the tensor {tensor!r}, which the plan corrects. Got none of that name."
+                " Save the model again with save_pretrained(), and plan for that folder."
+            )
+        return self._entries[name]
+
     @cached_property
     def joined(self) -> Joined:
         """Which stored tensors make up which parameter, as transformers reads them."""

@@ -58,9 +58,9 @@ def evaluate(
             "batch_size": batch_size,
         }
         spec = _spec(wanted, found, read, chosen)
-        if wanted.needs_calibration:
+        if wanted.reads_calibration:
             spec = _with_statistics(spec, wanted, calibration, force=force)
-        full, planned = measure(settings, spec, [{}, wanted.assignment])
+        full, planned = measure(settings, spec, [{}, wanted.assignment], wanted.corrections or ())
         _show(wanted, {"full_precision": full, "plan": planned}, as_json=as_json)
 
 
@@ -74,10 +74,11 @@ def _require_same_model(plan: Plan, model: ModelSource, *, force: bool) -> None:
 
 def _with_statistics(spec: SessionSpec, plan: Plan, calibration: Path | None, *, force: bool) -> SessionSpec:
     """The plan's own weights are measured, not those that quantizers would make of the new data."""
-    from quant.checkpoints.front import require_inputs
+    from quant.checkpoints.front import require_corrected, require_inputs
     from service.plan_statistics import statistics_spec
 
     require_inputs(plan, given=calibration is not None)
+    require_corrected(plan, given=calibration is not None)
     assert calibration is not None
     return replace(spec, statistics=statistics_spec(plan, spec.model, calibration, force=force))
 

@@ -239,6 +239,14 @@ def test_a_plan_of_another_model_is_refused(inventories, deploy):
         Deployment(found.plan, ModelFacts({}, (Module("other", "linear"),)))
 
 
+def test_a_plan_for_other_shapes_is_refused(inventories, deploy):
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    with pytest.raises(
+        ExportError, match=r"of the model's shapes\. Got \(128, 128\) for head, which is \(64, 128\)"
+    ):
+        Deployment(found.plan, ModelFacts({}, (Module("head", "linear", (64, 128)),)))
+
+
 def test_an_unknown_consumer_is_refused(inventories, deploy):
     found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
     with pytest.raises(ExportError, match=r"Consumer must be one of vllm.* Got 'tensorrt'"):
