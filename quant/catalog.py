@@ -360,7 +360,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         library="gguf",
         writes="file",
         summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
-        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
+        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3, qwen3moe",
     ),
     "onnxruntime": Checkpoint(
         name="onnxruntime",

@@ -1,6 +1,7 @@
 """Random plans come back from the consumer's own parser module by module."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,41 @@ def test_random_plans_read_back_as_planned(consumer, module, menu, language_mode
     found = random_deployment(language_model, menu, seed)
     assert lint(consumer, found) == ()
     assert module.read_back(export(consumer, found), found.model) == found.expected
+
+
+BROKEN = ["w4-tensor", "w8-tensor", "nf4", "fp4", "fp8-e5m2", "w8-afp8"]
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+@quick
+@given(seed=st.integers(0, 10**6))
+def test_random_violations_are_refused_with_layer_and_rule(
+    consumer, module, menu, language_model, random_deployment, deploy, seed
+):
+    chance = random.Random(seed)
+    fine = random_deployment(language_model, menu, seed)
+    alone = [name for name in fine.quantized if name.endswith(("o_proj", "down_proj", "dense"))]
+    if not alone:
+        return
+    broken = {name: chance.choice(BROKEN) for name in chance.sample(alone, chance.randint(1, len(alone)))}
+    kept = {layer.name for layer in language_model.layers} - set(fine.quantized)
+    found = deploy(language_model, fine.plan.assignment | broken, kept)
+    with pytest.raises(ExportRefused) as refusal:
+        export(consumer, found)
+    assert {item.layer: item.got for item in refusal.value.violations} == broken
+    assert all(item.rule for item in refusal.value.violations)
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+def test_linear_layers_of_a_cnn_read_back_and_its_convolutions_are_refused(
+    consumer, module, menu, inventories, deploy
+):
+    for scheme in menu:
+        found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
+        assert module.read_back(export(consumer, found), found.model) == found.expected
+    convolutions = deploy(inventories["cnn"], {"stem": "w4", "block.conv": "w4", "head": menu[0]})
+    layers = {item.layer for item in lint(consumer, convolutions)}
+    assert layers == {"stem", "block.conv"}
 
 
 def test_vllm_groups_are_numbered_and_every_module_is_named(inventories, random_deployment):
