@@ -261,8 +261,8 @@ EXPORTERS: dict[str, Exporter] = {
         name="llm-compressor",
         module="quant.export.llm_compressor",
         library="compressed_tensors",
-        summary="recipe.yaml with one QuantizationModifier and explicit config groups.",
-        source="LLM Compressor, QuantizationModifier; compressed-tensors 0.20",
+        summary="recipe.yaml with one QuantizationModifier or GPTQModifier and explicit config groups.",
+        source="LLM Compressor, QuantizationModifier and GPTQModifier; compressed-tensors 0.20",
     ),
     "gptqmodel": Exporter(
         name="gptqmodel",

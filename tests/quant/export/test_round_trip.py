@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -189,6 +190,27 @@ def test_one_recipe_has_one_quantizer(inventories, deploy):
     assignment["model.layers.2.mlp.down_proj"] = "w4-rtn"
     violations = lint("llm-compressor", deploy(inventories["llama"], assignment))
     assert [(item.layer, item.got) for item in violations] == [("model.layers.2.mlp.down_proj", "rtn")]
+
+
+def test_gptq_becomes_the_modifier_of_that_name(inventories, deploy):
+    import yaml
+
+    assignment = {layer.name: "w4-g128-gptq" for layer in inventories["llama"].layers}
+    found = deploy(inventories["llama"], assignment)
+    files = export("llm-compressor", found)
+    (modifier,) = yaml.safe_load(files["recipe.yaml"])["quant_stage"]["quant_modifiers"]
+    assert modifier == "GPTQModifier"
+    assert llm_compressor.read_back(files, found.model) == found.expected
+
+
+def test_a_missing_library_is_named(inventories, deploy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    with pytest.raises(
+        ExportError, match=r"Exporting to torchao must have its library\. Got no module 'torchao"
+    ):
+        export("torchao", found)
 
 
 @pytest.mark.parametrize("scheme", AO_MENU)
