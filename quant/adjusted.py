@@ -83,7 +83,10 @@ class ColumnScales:
     def divided_inputs(self, inputs: LayerInputs) -> LayerInputs:
         """Statistics of inputs / scales, which the multiplied weights are for."""
         scales = self.scales.float()
-        return replace(inputs, second_moments=inputs.second_moments / torch.outer(scales, scales))
+        largest = None if inputs.largest is None else inputs.largest / scales
+        return replace(
+            inputs, second_moments=inputs.second_moments / torch.outer(scales, scales), largest=largest
+        )
 
 
 def dequantized(quantized: Encoded | Adjusted) -> Tensor:

@@ -124,7 +124,7 @@ def fake_quantized(
     """
     chosen = _resolve(plan, inventory)
     known = _known(chosen, inputs)
-    found = [rounding_of(layer, scheme, inputs) for layer, scheme in chosen]
+    found = [rounding_of(layer, scheme, inputs, parameter_of(model, layer)) for layer, scheme in chosen]
     with ExitStack() as stack:
         stack.enter_context(rounded_inputs(model, [rounding for rounding in found if rounding is not None]))
         for layer, scheme in chosen:

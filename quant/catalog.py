@@ -49,13 +49,18 @@ class Adjustment:
     """What is special about a quantizer that lets another one round.
 
     `bits` tells what it stores beside the format for a matrix and a parameter; `parameter` names the number
-    that its spelling ends with, None where there is none; `refuses` says why it is not offered for a matrix
-    and a parameter, or None.
+    that its spelling ends with, None where there is none; `default` is the number where it is left out, 0
+    where it must be given, and `most` the largest. `refuses` says why it is not offered for a matrix and a
+    parameter, or None. `divides_inputs`: the layer's input is divided by the stored scales before it is
+    rounded, so the scheme must round activations.
     """
 
     bits: Callable[[Matrix, int], int]
     parameter: str | None = None
+    default: int = 0
+    most: int = 10**9
     refuses: Callable[[Matrix, int], str | None] = lambda matrix, parameter: None
+    divides_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,10 @@ class Quantizer:
     @property
     def spelling(self) -> str:
         """As it stands in a scheme's grammar."""
-        parameter = "" if self.adjusts is None else self.adjusts.parameter
-        return f"{self.name}<{parameter}>" if parameter else self.name
+        if self.adjusts is None or self.adjusts.parameter is None:
+            return self.name
+        number = f"<{self.adjusts.parameter}>"
+        return f"{self.name}[{number}]" if self.adjusts.default else f"{self.name}{number}"
 
     def load(self) -> Any:
         """Import the module (and with it torch) and return its `quantize`: a Quantize, or an Adjust."""
@@ -172,9 +179,54 @@ QUANTIZERS: dict[str, Quantizer] = {
         summary="Round to nearest; the scale covers the full range of each tensor, channel or group.",
         source="Jacob et al. 2018, arXiv:1712.05877",
     ),
+    "smoothquant": Quantizer(
+        name="smoothquant",
+        module="quant.quantizers.smoothquant",
+        version=1,
+        families=("integer", "float", "microscaling"),
+        summary="Columns are multiplied in the weight and divided in the input before both are rounded.",
+        source="Xiao et al. 2022, arXiv:2211.10438, section 4",
+        needs_inputs=True,
+        adjusts=Adjustment(
+            bits=lambda matrix, _: 16 * matrix[1],
+            parameter="percent",
+            default=50,
+            most=99,
+            divides_inputs=True,
+        ),
+    ),
 }
 
 DEFAULT_QUANTIZER = "mse_clip"
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One line of CORRECTIONS: something that a plan changes beside its weights (quant/corrections.py).
+
+    `version` is raised whenever the numbers change.
+    """
+
+    name: str
+    version: int
+    summary: str
+    source: str
+
+
+CORRECTIONS: dict[str, Correction] = {
+    "batch_norm": Correction(
+        name="batch_norm",
+        version=1,
+        summary="Statistics of batch norms follow what quantizing changes in their inputs.",
+        source="batch-norm tuning in Hubara et al. 2021, arXiv:2006.10518",
+    ),
+    "bias": Correction(
+        name="bias",
+        version=1,
+        summary="Biases take back the mean error that quantized weights bring to their layer's outputs.",
+        source="Nagel et al. 2019, arXiv:1906.04721, section 4.2",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -209,8 +261,8 @@ EXPORTERS: dict[str, Exporter] = {
         name="llm-compressor",
         module="quant.export.llm_compressor",
         library="compressed_tensors",
-        summary="recipe.yaml with one QuantizationModifier and explicit config groups.",
-        source="LLM Compressor, QuantizationModifier; compressed-tensors 0.20",
+        summary="recipe.yaml with one QuantizationModifier or GPTQModifier and explicit config groups.",
+        source="LLM Compressor, QuantizationModifier and GPTQModifier; compressed-tensors 0.20",
     ),
     "gptqmodel": Exporter(
         name="gptqmodel",
@@ -308,7 +360,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         library="gguf",
         writes="file",
         summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
-        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
+        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3, qwen3moe",
     ),
     "onnxruntime": Checkpoint(
         name="onnxruntime",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ class LayerInputs:
     output channels multiplies; one group except for grouped convolutions and fused experts, whose channels
     are split evenly.
     `samples` counts the rows of X: tokens, or positions of a convolution. An input that the calibration data
-    never reached has zeros.
+    never reached has zeros. `largest` (columns,) are the largest magnitudes, for quantizers that go by them.
     """
 
     second_moments: Tensor
     samples: int
+    largest: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -35,7 +36,7 @@ class LayerInputs:
 
     def of(self, groups: slice) -> LayerInputs:
         """The statistics of some groups of output channels."""
-        return LayerInputs(self.second_moments[groups], self.samples)
+        return replace(self, second_moments=self.second_moments[groups])
 
     def require(self, matrix: tuple[int, int]) -> None:
         """Raise InputsError unless these are statistics for a matrix of (output channels, columns)."""

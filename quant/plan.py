@@ -10,6 +10,7 @@ from importlib.resources import files
 from math import prod
 from typing import Any
 
+from quant.catalog import CORRECTIONS
 from quant.costs import bits_per_weight
 from quant.digest import canonical_json, digest
 from quant.layers import read_matrix
@@ -19,7 +20,7 @@ from quant.storage import Matrix
 
 SCHEMA = "bitplan.plan/1"
 STATUSES = ("optimal", "feasible")
-OPTIONAL = ("runtime", "latency", "calibration")
+OPTIONAL = ("runtime", "latency", "calibration", "corrections")
 """Fields that a document leaves out where there is nothing to say."""
 
 
@@ -102,8 +103,9 @@ class Plan:
     `quantizers` are the versions of the quantizers in use, `predicted` the value of `metric` that the score
     model expects, `source` how the plan was found, `budget` the limits it was solved under, as written.
     `runtime` names the rules that the plan keeps, `latency` says where its latencies came from ("table",
-    "measured", "roofline:h100"), `calibration` how the data were read if a quantizer needs any; a document
-    leaves out what it has not.
+    "measured", "roofline:h100"), `calibration` how the data were read if anything needs any, `corrections`
+    the versions of those that change other tensors than the layers' weights; a document leaves out what it
+    has not.
     """
 
     layers: Mapping[str, PlanLayer]
@@ -118,6 +120,7 @@ class Plan:
     runtime: str | None = None
     latency: str | None = None
     calibration: Calibration | None = None
+    corrections: Mapping[str, int] | None = None
 
     @property
     def assignment(self) -> dict[str, str]:
@@ -142,6 +145,18 @@ class Plan:
         """Layer name -> activation format, for the layers whose inputs are rounded."""
         schemes = ((name, parse_scheme(layer.scheme)) for name, layer in self.layers.items())
         return {name: scheme.activation.name for name, scheme in schemes if scheme.activation is not None}
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether applying the plan takes its calibration data, for quantizers or for corrections."""
+        return bool(self.corrections or self.needs_calibration)
+
+    def other_model(self, model: str) -> str | None:
+        """Why weights with the digest `model` are not the plan's own, or None."""
+        if self.digests.model == model:
+            return None
+        made_for = self.digests.model or "a model without a digest"
+        return f"Plan must be made for this model. Got a plan for {made_for}, and the model {model}."
 
     @cached_property
     def digest(self) -> str:
@@ -211,6 +226,7 @@ def plan_from_json(value: Any) -> Plan:
         runtime=fields["runtime"].text() if "runtime" in fields else None,
         latency=fields["latency"].text() if "latency" in fields else None,
         calibration=_read_calibration(fields["calibration"]) if "calibration" in fields else None,
+        corrections=_read_corrections(fields["corrections"]) if "corrections" in fields else None,
     )
     _check_totals(plan)
     return plan
@@ -288,6 +304,13 @@ def _read_calibration(node: Node) -> Calibration:
         batch_size=fields["batch_size"].integer(1),
         device=fields["device"].text(),
     )
+
+
+def _read_corrections(node: Node) -> dict[str, int]:
+    found = {name: version.integer(1) for name, version in node.members()}
+    if not found or set(found) - set(CORRECTIONS):
+        raise node.error(f"versions of some of {', '.join(CORRECTIONS)}")
+    return found
 
 
 def _check_totals(plan: Plan) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
+from quant.catalog import CORRECTIONS
 from quant.costs import bits_per_weight, bops
 from quant.layers import Inventory, Layer
 from quant.lint import lint
@@ -27,11 +28,13 @@ def build_plan(
     runtime: str | None = None,
     latency: str | None = None,
     calibration: Calibration | None = None,
+    corrections: Collection[str] = (),
 ) -> Plan:
     """A plan that gives every layer of the inventory its scheme, with all sizes counted.
 
     Raises PlanError when a layer has no scheme, a name is no layer, a format refuses a layer, or `runtime`
-    (a key of RUNTIMES) cannot run the plan. `calibration` is kept if a quantizer needs it.
+    (a key of RUNTIMES) cannot run the plan. `calibration` is kept if a quantizer or one of the
+    `corrections` (keys of CORRECTIONS) needs it.
     """
     schemes = _complete(inventory, assignment)
     layers = {layer.name: _decide(layer, schemes[layer.name]) for layer in inventory.layers}
@@ -59,7 +62,10 @@ def build_plan(
         source=source,
         runtime=runtime,
         latency=latency,
-        calibration=calibration if any(s.needs_calibration for s in schemes.values()) else None,
+        calibration=calibration
+        if corrections or any(s.needs_calibration for s in schemes.values())
+        else None,
+        corrections={n: CORRECTIONS[n].version for n in sorted(corrections)} or None,
     )
     if runtime is not None:
         _require_runnable(plan, RUNTIMES[runtime])

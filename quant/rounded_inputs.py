@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from quant.activations import ActivationFormat
 from quant.codecs.activations import Magnitudes, best_range, round_input
-from quant.inputs import InputsError
+from quant.inputs import InputsError, LayerInputs
 from quant.layers import Layer
-from quant.ops import OPS, op_of
+from quant.ops import OPS, op_of, to_matrix
+from quant.quantizers.smoothquant import migration
 from quant.schemes import Scheme
 
 UNSEEN = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -32,22 +33,31 @@ class Ranges(Protocol):
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the inputs of one layer become; `limit` is the range of a static format, else None."""
+    """What the inputs of one layer become; `limit` is the range of a static format, else None.
+
+    With `scales` (features,) the kernel sees input / scales, and its weight is multiplied by them.
+    """
 
     layer: Layer
     fmt: ActivationFormat
     limit: float | None = None
+    scales: Tensor | None = None
 
     def __call__(self, values: Tensor) -> Tensor:
-        """The layer's input as its kernel sees it."""
-        return round_input(values, self.fmt, self.layer.op, self.limit)
+        """The layer's input as its kernel sees it, times the scales if there are any."""
+        if self.scales is None:
+            return round_input(values, self.fmt, self.layer.op, self.limit)
+        scales = self.scales.to(values.device)
+        rounded = round_input(values.float() / scales, self.fmt, self.layer.op, self.limit)
+        return (rounded * scales).to(values.dtype)
 
 
-def rounding_of(layer: Layer, scheme: Scheme, statistics: object) -> Rounding | None:
+def rounding_of(layer: Layer, scheme: Scheme, statistics: object, weight: Tensor) -> Rounding | None:
     """What a scheme rounds a layer's inputs to, None where it leaves them alone.
 
-    Raises InputsError when the format refuses the layer, and when a static one is given no statistics
-    that are `Ranges`, or magnitudes that are not finite.
+    `weight` is the layer's own, for schemes that divide inputs by scales that depend on it. Raises
+    InputsError when the format refuses the layer, when statistics are missing (a static one needs `Ranges`,
+    divided inputs need `LayerInputs`), and for magnitudes that are not finite.
     """
     if scheme.activation is None:
         return None
@@ -56,6 +66,8 @@ def rounding_of(layer: Layer, scheme: Scheme, statistics: object) -> Rounding | 
         raise InputsError(
             f"Scheme must be offered for its layer. Got {scheme.name} for {layer.name}: {refusal}."
         )
+    if scheme.divides_inputs:
+        return _divided(layer, scheme, scheme.activation, statistics, weight)
     if not scheme.needs_range:
         return Rounding(layer, scheme.activation)
     if not isinstance(statistics, Ranges):
@@ -70,6 +82,24 @@ def rounding_of(layer: Layer, scheme: Scheme, statistics: object) -> Rounding | 
             " Check the calibration data, or use a dynamic activation format."
         )
     return Rounding(layer, scheme.activation, best_range(found, scheme.activation))
+
+
+def _divided(
+    layer: Layer, scheme: Scheme, fmt: ActivationFormat, statistics: object, weight: Tensor
+) -> Rounding:
+    """Scales as the quantizer chooses them; a static range covers the largest of the divided inputs."""
+    if not callable(statistics):
+        raise InputsError(
+            f"Scheme {scheme.name} of layer {layer.name!r} must be given statistics of the layer's inputs."
+            " Got none. Pass the calibration data that the plan was made with."
+        )
+    known: LayerInputs = statistics(layer.name)
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = to_matrix(weight.detach(), layer.op).to(known.second_moments.device)
+        migrated = migration(matrix, known, scheme.parameter)
+    assert known.largest is not None, "the migration goes by it"
+    limit = (float((known.largest / migrated.scales.float()).amax()) or 1.0) if fmt.static else None
+    return Rounding(layer, fmt, limit, migrated.scales.float())
 
 
 @contextmanager

@@ -60,7 +60,14 @@ VLLM = Runtime(
     ),
     fused=(*LLAMA_FUSED, Fused(("query", "key", "value")), *BLOCK_EXPERTS),
     kv_cache=("float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
-    menu=("w4-gptq", "w4-g128-gptq", "w4-g128-asym-gptq", "w4-g32-asym-gptq", "w8-gptq", "bf16"),
+    menu=(
+        "w4-bfloat16-gptq",
+        "w4-g128-bfloat16-gptq",
+        "w4-g128-asym-bfloat16-gptq",
+        "w4-g32-asym-bfloat16-gptq",
+        "w8-bfloat16-gptq",
+        "bf16",
+    ),
 )
 LLAMA_CPP = Runtime(
     name="llama.cpp",
@@ -101,7 +108,7 @@ TORCHAO = Runtime(
             whole_groups=True,
         ),
         Rule(Integers((8,)), activations=("int8",)),
-        Rule(Named(FP8), activations=("fp8",)),
+        Rule(Named(FP8)),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
     embeddings=True,

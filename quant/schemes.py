@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from quant.activations import ACTIVATIONS, ActivationFormat, parse_activation
+from quant.activations import ACTIVATIONS, TOKENWISE, ActivationFormat, parse_activation
 from quant.catalog import DEFAULT_QUANTIZER, QUANTIZERS
 from quant.formats import FORMATS, Format
 from quant.layers import Decided
@@ -49,12 +49,18 @@ class Scheme:
                 "A base quantizer must be given for quantizers that let another one round, and only then."
                 f" Got {self.quantizer!r} with base {self.base!r}. Use {DEFAULT_QUANTIZER!r}."
             )
-        numbered = adjusts is not None and adjusts.parameter is not None
-        if numbered != (self.parameter > 0):
+        most = 0 if adjusts is None or adjusts.parameter is None else adjusts.most
+        if not min(1, most) <= self.parameter <= most:
             spelling = QUANTIZERS[self.quantizer].spelling
+            number = f"a number from 1 to {most}" if most else "no number"
             raise SchemeError(
-                f"Quantizer must be spelled {spelling}, with a number of at least 1 only where it says so."
+                f"Quantizer must be spelled {spelling}, with {number}."
                 f" Got '{self.quantizer}{self.parameter or ''}'. Correct it."
+            )
+        if self.divides_inputs and self.activation is None:
+            raise SchemeError(
+                f"Quantizer {self.quantizer} must be part of a scheme that rounds activations. Got none."
+                " Add an activation format, for example aint8, or use awq."
             )
         if self.base is not None:
             _check_quantizer(self.base, self.weight)
@@ -67,8 +73,10 @@ class Scheme:
     @property
     def name(self) -> str:
         """Canonical short spelling: defaults left out, parts in the order of the grammar."""
-        words = (word for word in self._words if word != DEFAULT_QUANTIZER)
-        return "-".join((self.weight.short, *words))
+        adjusts = QUANTIZERS[self.quantizer].adjusts
+        whole = f"{self.quantizer}{adjusts.default}" if adjusts is not None and adjusts.default else None
+        words = (self.quantizer if word == whole else word for word in self._words)
+        return "-".join((self.weight.short, *(word for word in words if word != DEFAULT_QUANTIZER)))
 
     @property
     def spelled(self) -> str:
@@ -112,6 +120,17 @@ class Scheme:
         """Whether its quantizer stores tensors beside those of the format."""
         return self.base is not None
 
+    @property
+    def divides_inputs(self) -> bool:
+        """Whether the layer's inputs are divided by stored scales before they are rounded."""
+        adjusts = QUANTIZERS[self.quantizer].adjusts
+        return adjusts is not None and adjusts.divides_inputs
+
+    @property
+    def of_weights(self) -> Scheme:
+        """A scheme that gives the same weights, the same for all activation formats that do not matter."""
+        return self if self.divides_inputs else replace(self, activation=None)
+
     def storage(self, matrix: Matrix) -> Storage:
         """Exact size of what is stored for a matrix of (output channels, columns).
 
@@ -132,7 +151,9 @@ class Scheme:
     def refuses(self, layer: Decided) -> str | None:
         """Why this scheme is not offered for a layer, or None."""
         adjusts = QUANTIZERS[self.quantizer].adjusts
+        features = layer.op in TOKENWISE or not self.divides_inputs
         reasons = (
+            None if features else f"a {layer.op} layer has no features, which {self.quantizer} divides",
             None if self.activation is None else self.activation.refuses(layer.op, layer.matrix[1]),
             None if adjusts is None else adjusts.refuses(layer.matrix, self.parameter),
             self.weight.refuses(layer.matrix),
@@ -159,7 +180,7 @@ def grammar() -> str:
     """The grammar of all families, one per line; `<activation>` is a name of ACTIVATIONS.
 
     >>> grammar().splitlines()[2]
-    '(mxfp4|mxfp8|nvfp4)[-mse_clip|-rtn][-awq|-lorc<rank>][-a<activation>]'
+    '(mxfp4|mxfp8|nvfp4)[-mse_clip|-rtn][-awq|-lorc<rank>|-smoothquant[<percent>]][-a<activation>]'
     """
     return "\n".join(
         family.grammar + _writers(family.name) + "[-a<activation>]" for family in FORMATS.values()
@@ -248,8 +269,11 @@ def _word(part: str) -> tuple[str, int] | None:
     """The quantizer that a word names, and its number, 0 without one; None for other words."""
     match = re.fullmatch(r"([a-z_]+)([1-9][0-9]{0,8})?", part)
     name = part if match is None else match[1]
-    number = int(match[2]) if match is not None and match[2] else 0
-    return (name, number) if name in QUANTIZERS else None
+    if name not in QUANTIZERS:
+        return None
+    adjusts = QUANTIZERS[name].adjusts
+    number = match[2] if match is not None else None
+    return name, int(number) if number else (0 if adjusts is None else adjusts.default)
 
 
 def parse_schemes(text: str | Iterable[str]) -> tuple[Scheme, ...]:

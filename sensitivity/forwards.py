@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quant.corrections import replaced_tensors
 from sensitivity.calibration import Samples, placement
+from sensitivity.kv_cache import rounded_cache, split
 from sensitivity.tasks.task import Batch, Outputs, Task
 from sensitivity.weights import LayerWeights
 
@@ -49,15 +51,25 @@ class Forwards:
         """The part's micro-batches on the model's device."""
         return self._samples.batches(part, self._batch_size, *placement(self._model))
 
-    def outputs(self, batch: Batch, assignment: Assignment = ()) -> Outputs:
-        """The outputs of one micro-batch with the assigned layers quantized."""
-        with self._weights.swapped(assignment), torch.inference_mode():
+    def outputs(
+        self, batch: Batch, assignment: Assignment = (), corrected: Mapping[str, Tensor] | None = None
+    ) -> Outputs:
+        """The outputs of one micro-batch with the assigned layers and caches quantized and other tensors
+        corrected.
+        """
+        weights, caches = split(assignment)
+        changed = replaced_tensors(self._model, corrected or {})
+        cached = rounded_cache(self._model, caches)
+        with self._weights.swapped(weights), changed, cached, torch.inference_mode():
             return self._task.outputs(self._model, batch)
 
-    def pairs(self, part: str, assignment: Assignment) -> Iterator[Pair]:
+    def pairs(
+        self, part: str, assignment: Assignment, corrected: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Pair]:
         """Each micro-batch beside its reference; the weights are swapped for one batch at a time."""
         for batch, reference in zip(self.batches(part), self.references(part), strict=True):
-            yield Pair(batch, reference, self.outputs(batch, assignment) if assignment else reference)
+            outputs = self.outputs(batch, assignment, corrected) if assignment else reference
+            yield Pair(batch, reference, outputs)
 
     def replaced_pairs(self, part: str, weights: Mapping[str, Tensor]) -> Iterator[Pair]:
         """As `pairs` for weights at hand, by layer."""

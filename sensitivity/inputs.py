@@ -123,19 +123,25 @@ def watch(model: nn.Module, watchers: Collection[Watcher], batches: Iterable[Bat
 
 
 class _Sum:
-    """X'X of one layer, summed in float32 batch by batch, and the rows that went in."""
+    """X'X of one layer, summed in float32 batch by batch, the largest inputs, and the rows that went in."""
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
         self.layer, self.places = layer, places_of(model, layer)
         groups, columns = _groups(model, layer), layer.matrix[1]
         device = next(self.places[0][0].parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
+        self.largest = torch.zeros(columns, device=device)
         self.samples = 0
 
     def add(self, module: nn.Module, values: Tensor, real: Tensor | None) -> None:
         for rows in input_rows(module, values, real):
             self.total += rows.transpose(1, 2) @ rows
+            self._enlarge(rows.flatten(0, 1))
             self.samples += rows.shape[1]
+
+    def _enlarge(self, rows: Tensor) -> None:
+        if len(rows):
+            self.largest = torch.maximum(self.largest, torch.linalg.vector_norm(rows, torch.inf, dim=0))
 
     def add_experts(
         self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
@@ -147,10 +153,11 @@ class _Sum:
         for expert, rows in expert_inputs(module, parameter, hidden, indices):
             exact = rows.float()
             self.total[expert] += exact.t() @ exact
+            self._enlarge(exact)
             self.samples += len(rows)
 
     def inputs(self) -> LayerInputs:
-        return LayerInputs(self.total / max(1, self.samples), self.samples)
+        return LayerInputs(self.total / max(1, self.samples), self.samples, self.largest)
 
 
 def places_of(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:

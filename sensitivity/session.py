@@ -19,6 +19,7 @@ from quant.schemes import Scheme
 from sensitivity.calibration import Samples, load_samples, placement
 from sensitivity.catalog import SCORERS, TASKS, Metric, offered_metrics, unseen_activations
 from sensitivity.choice import Choice
+from sensitivity.corrections import Corrections
 from sensitivity.errors import (
     BadCalibration,
     BadPattern,
@@ -34,6 +35,7 @@ from sensitivity.forwards import Forwards
 from sensitivity.gradients import Contract, gradients
 from sensitivity.inputs import Batches
 from sensitivity.kernels import KernelSession
+from sensitivity.kv_cache import split
 from sensitivity.magnitudes import SessionInputs
 from sensitivity.model_loading import load_model
 from sensitivity.spec import PARTS, Json, SessionSpec
@@ -71,8 +73,10 @@ class Session:
         self._width = 0
         self._check_samples()
         self.inventory: Inventory = self._take_inventory()
-        self.inputs = SessionInputs(self.model, self.inventory, self._statistics_batches())
+        statistics = self._statistics_batches()
+        self.inputs = SessionInputs(self.model, self.inventory, statistics)
         self.weights = LayerWeights(self.model, self.inventory, self.inputs)
+        self.corrections = Corrections(self.model, self.inventory, self.weights, statistics)
         self.forwards = Forwards(self.model, self.task, self.samples, self.weights, spec.batch_size)
         self.task.check(self._everything(), self._width)
 
@@ -127,7 +131,8 @@ class Session:
 
     def _measure(self, unit: MeasureUnit) -> UnitResult:
         divergence, quality = [], []
-        for pair in self.forwards.pairs(unit.part, unit.assignment):
+        corrected = self.corrections.tensors(split(unit.assignment)[0], unit.corrections)
+        for pair in self.forwards.pairs(unit.part, unit.assignment, corrected):
             divergence.append(self.task.divergence(pair.reference, pair.outputs))
             quality.append(self.task.quality(pair.outputs, pair.batch))
         arrays = {"divergence": np.concatenate(divergence)}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from quant.catalog import CORRECTIONS
 from quant.digest import digest
 from sensitivity.spec import Json, SessionSpec
 
@@ -68,25 +69,38 @@ class BlockUnit:
 
 @dataclass(frozen=True)
 class MeasureUnit:
-    """The quality of one whole plan on one part; `()` measures the full-precision model."""
+    """The quality of one whole plan on one part; `()` measures the full-precision model.
+
+    Pairs are (layer, scheme), or (attention layer or pattern, `kv-` and a type of cache).
+    `corrections` are keys of quant.catalog.CORRECTIONS: what changes beside the weights.
+    """
 
     assignment: tuple[tuple[str, str], ...]
     part: Literal["choosing", "reporting", "all"]
+    corrections: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.part not in ("choosing", "reporting", "all"):
             raise ValueError(f"part must be choosing, reporting or all. Got {self.part!r}.")
         ordered = tuple(sorted((str(layer), str(scheme)) for layer, scheme in self.assignment))
         object.__setattr__(self, "assignment", ordered)
+        object.__setattr__(self, "corrections", tuple(sorted(self.corrections)) if ordered else ())
 
     @property
     def key(self) -> str:
         """Stable and unique among units; the assignment enters as a digest."""
-        return f"measure:{self.part}:{digest([list(pair) for pair in self.assignment])}"
+        key = f"measure:{self.part}:{digest([list(pair) for pair in self.assignment])}"
+        changes = [f"{name}{CORRECTIONS[name].version}" for name in self.corrections]
+        return ":".join([key, *changes])
 
     def as_json(self) -> dict[str, Json]:
         """Plain JSON for `unit_from_json`."""
-        return {"unit": "measure", "assignment": [list(pair) for pair in self.assignment], "part": self.part}
+        return {
+            "unit": "measure",
+            "assignment": [list(pair) for pair in self.assignment],
+            "part": self.part,
+            "corrections": list(self.corrections),
+        }
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,8 @@ def unit_from_json(value: Mapping[str, Json]) -> Unit:
         case "block":
             return BlockUnit(value["metric"], value["block"], tuple(value["schemes"]), tuple(value["layers"]))
         case "measure":
-            return MeasureUnit(tuple((layer, scheme) for layer, scheme in value["assignment"]), value["part"])
+            assignment = tuple((layer, scheme) for layer, scheme in value["assignment"])
+            return MeasureUnit(assignment, value["part"], tuple(value.get("corrections", ())))
         case "inspect":
             return InspectUnit(tuple(value.get("include", ())), tuple(value.get("exclude", ())))
         case "timing":

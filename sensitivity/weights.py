@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +71,7 @@ class LayerWeights:
 
     def quantized(self, name: str, scheme: str) -> Tensor:
         """The weight quantized and dequantized: same shape, type and device. Raises NonFiniteWeights."""
-        alone = replace(self.scheme(scheme), activation=None)
+        alone = self.scheme(scheme).of_weights
         key = (name, alone.name)
         if key in self._cache:
             self._cache.move_to_end(key)
@@ -96,10 +95,12 @@ class LayerWeights:
     def rounding(self, name: str, scheme: str) -> Rounding | None:
         """What the layer's inputs are rounded to, None where the scheme leaves them. Raises BadUnit."""
         layer, chosen = self.layer(name), self.scheme(scheme)
-        key = (layer.name, "" if chosen.activation is None else chosen.activation.name)
+        if chosen.activation is None:
+            return None
+        key = (layer.name, chosen.name if chosen.divides_inputs else chosen.activation.name)
         if key not in self._roundings:
             try:
-                found = rounding_of(layer, chosen, self._inputs)
+                found = rounding_of(layer, chosen, self._inputs, self.parameter(name))
                 if found is not None:
                     multiplying_modules(self._model, layer)
             except InputsError as error:

@@ -11,7 +11,7 @@ import shutil
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from quant.apply import ApplyError
 from quant.catalog import CHECKPOINTS
@@ -27,9 +27,6 @@ from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import Unit, UnitResult, WriteUnit
 from service.checkpoints import PLAN, PROGRESS, RESULT
 from service.model_facts import model_facts
-
-if TYPE_CHECKING:
-    from quant.apply import InputsOf
 
 OUT = "out"
 RESERVE_BYTES = 64 * 2**20
@@ -74,10 +71,8 @@ class CheckpointWriter:
         out = folder / OUT
         _clear(out)
         told = _Progress(folder / PROGRESS, len(plan.layers))
-        inputs = self._inputs(plan)
-        written = front.write(
-            unit.consumer, source, deployment, out, force=unit.force, inputs=inputs, wrote=told
-        )
+        found = self._from_calibration(plan)
+        written = front.write(unit.consumer, source, deployment, out, force=unit.force, wrote=told, **found)
         if CHECKPOINTS[unit.consumer].writes == "folder":
             archive(out, folder / RESULT)
         else:
@@ -86,14 +81,14 @@ class CheckpointWriter:
         size = (folder / RESULT).stat().st_size
         return UnitResult(facts={"layout": layout.as_json(), "provenance": provenance, "bytes": size})
 
-    def _inputs(self, plan: Plan) -> InputsOf | None:
-        if not plan.needs_calibration:
-            return None
+    def _from_calibration(self, plan: Plan) -> dict[str, Any]:
+        if not plan.reads_calibration:
+            return {}
         if self._spec.calibration == NO_DATA:
             raise CheckpointRefused("the plan's calibration data must be given. Got none. Send them again.")
-        from sensitivity.session import Session
+        from service.plan_statistics import from_calibration
 
-        return Session(self._spec).inputs
+        return vars(from_calibration(plan, self._spec))
 
 
 def archive(folder: Path, target: Path) -> None:

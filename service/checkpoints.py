@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 from quant.catalog import CHECKPOINTS
 from quant.digest import digest
 from quant.plan import Plan
-from service.db.repositories import calibrations
+from service.db.repositories import calibrations, models
 from service.errors import Conflict
-from service.records import CalibrationRecord, PlanRecord
+from service.records import CalibrationRecord, JobRecord, ModelRecord, PlanRecord
 from service.states import InputState
 
 PLAN, PROGRESS, RESULT = "plan.json", "progress", "result"
@@ -34,20 +34,35 @@ def request_of(plan: PlanRecord, consumer: str, *, force: bool) -> tuple[dict[st
     return request, digest(["checkpoint", request])
 
 
+def require_model(session: Session, search: JobRecord, tenant: str) -> ModelRecord:
+    """The model that a search planned for. Raises Conflict when it was deleted."""
+    ident = str(search.request["model"])
+    model = models.get(session, ident, tenant)
+    if model is None or model.state == InputState.DELETED:
+        raise Conflict(
+            "model-deleted",
+            f"The plan's model must still be there. Got {ident}, which was deleted. Send it and plan again.",
+        )
+    return model
+
+
 def require_calibration(session: Session, plan: Plan, tenant: str) -> CalibrationRecord | None:
-    """The plan's calibration data, found by their digest; None where no quantizer needs them.
+    """The plan's calibration data, found by their digest; None where nothing needs them.
 
     Raises Conflict when they are needed and were deleted.
     """
-    if not plan.needs_calibration:
+    if not plan.reads_calibration:
         return None
     found = calibrations.find_by_digest(session, plan.digests.calibration or "", tenant)
     if found is None or found.state != InputState.READY:
-        layer = plan.needs_calibration[0]
+        why = f"it has the corrections {', '.join(plan.corrections or ())}"
+        if plan.needs_calibration:
+            layer = plan.needs_calibration[0]
+            why = f"{layer} is {plan.layers[layer].scheme}"
         raise Conflict(
             "calibration-deleted",
-            f"The plan's calibration data must still be there, because {layer} is"
-            f" {plan.layers[layer].scheme}. Got none with the digest {plan.digests.calibration}."
+            f"The plan's calibration data must still be there, because {why}."
+            f" Got none with the digest {plan.digests.calibration}."
             " Send the same file again.",
         )
     return found

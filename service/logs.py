@@ -29,3 +29,9 @@ def configure(level: str) -> None:
 def _standard_error(*_: object) -> structlog.PrintLogger:
     """What standard error is now, not what it was when logs were configured."""
     return structlog.PrintLogger(sys.stderr)
+
+
+def hush_libraries() -> None:
+    """Leave out what torchao says when it is imported: kernels for GPUs that are not there, and the like."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

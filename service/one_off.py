@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ def inspect(settings: Settings, spec: SessionSpec, session_factory: str | None =
 
 
 def measure(
-    settings: Settings, spec: SessionSpec, plans: Sequence[Mapping[str, str]]
+    settings: Settings,
+    spec: SessionSpec,
+    plans: Sequence[Mapping[str, str]],
+    corrections: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Divergence and quality of whole plans on all of the data, with 95 % intervals; {} is full precision.
 
     Raises ServiceError.
     """
-    units = [MeasureUnit(tuple(plan.items()), "all") for plan in plans]
+    units = [MeasureUnit(tuple(plan.items()), "all", tuple(corrections)) for plan in plans]
     return [_intervals(result.arrays) for result in run_units(settings, spec, units)]
 
 

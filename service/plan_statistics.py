@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from sensitivity.spec import ModelSource, SessionSpec
 from service.local_inputs import file_data
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quant.apply import InputsOf
 
 
@@ -33,8 +36,18 @@ def statistics_spec(plan: Plan, model: ModelSource, file: Path, *, force: bool =
     return SessionSpec(model=model, calibration=data, include=tuple(plan.layers), **asdict(plan.calibration))
 
 
-def statistics(spec: SessionSpec) -> InputsOf:
-    """Layer name -> statistics of its inputs, from a session in this process. Raises SessionError."""
+@dataclass(frozen=True)
+class FromCalibration:
+    """What a plan needs from its calibration data: statistics of inputs by layer, and corrected tensors."""
+
+    inputs: InputsOf
+    corrected: Mapping[str, Tensor]
+
+
+def from_calibration(plan: Plan, spec: SessionSpec) -> FromCalibration:
+    """By a session in this process, as it was when the plan was measured. Raises SessionError."""
     from sensitivity.session import Session
 
-    return Session(spec).inputs
+    session = Session(spec)
+    corrected = session.corrections.tensors(plan.assignment.items(), plan.corrections or ())
+    return FromCalibration(session.inputs, corrected)

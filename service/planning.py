@@ -43,7 +43,8 @@ class ScoresMissing(ValueError):  # noqa: N818 - named after what went wrong
 @dataclass(frozen=True, eq=False)
 class PlanningInputs:
     """What does not depend on the budget. `menu` are the schemes a free layer may get; pins may name more.
-    `sources` says where latency and energy came from, `calibration` how the data were read.
+    `sources` says where latency and energy came from, `calibration` how the data were read,
+    `corrections` what plans change beside weights.
     """
 
     inventory: Inventory
@@ -52,6 +53,7 @@ class PlanningInputs:
     digests: Digests = field(default_factory=Digests)
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration | None = None
+    corrections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,7 @@ def plan_of(
         runtime=ask.runtime,
         latency=inputs.sources.get("latency", {}).get("source"),
         calibration=inputs.calibration,
+        corrections=inputs.corrections,
     )
 
 

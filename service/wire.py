@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from quant.catalog import CHECKPOINTS
+from quant.catalog import CHECKPOINTS, CORRECTIONS
 from quant.devices import DeviceError, read_device
 from quant.geometry import CACHE_BITS
 from quant.runtimes import RUNTIMES, default_menu
@@ -83,6 +83,7 @@ Name = Annotated[str, Field(min_length=1, max_length=500)]
 Text = Annotated[str, Field(min_length=1, max_length=2000)]
 Scheme = Annotated[Text, AfterValidator(_scheme)]
 BudgetText = Annotated[Text, AfterValidator(_budget)]
+Correction = Annotated[Name, AfterValidator(_one_of("correction", CORRECTIONS))]
 Metric = Annotated[Name, AfterValidator(_one_of("metric", SCORERS))]
 Runtime = Annotated[Name, AfterValidator(_one_of("runtime", RUNTIMES))]
 CacheType = Annotated[Name, AfterValidator(_one_of("kv_cache", CACHE_BITS))]
@@ -207,6 +208,12 @@ class JobRequest(WireModel):
     )
     interactions: bool = Field(
         default=True, description="Also measure gram_output and try quadratic models of the plan's loss."
+    )
+    corrections: Annotated[list[Correction], AfterValidator(_distinct)] = Field(
+        default=[],
+        max_length=len(CORRECTIONS),
+        description="What plans change beside weights, on the calibration data: bias, batch_norm. Whole plans"
+        " and uniform schemes are measured so.",
     )
     task: Task = Field(default="auto", description="What the model is for.")
     limits: Limits = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.catalog import CHECKPOINTS, QUANTIZERS, Checkpoint
+from quant.catalog import CHECKPOINTS, CORRECTIONS, QUANTIZERS, Checkpoint
+from quant.checkpoints.corrected import corrected_source
 from quant.checkpoints.protocol import (
     PLAN_FILE,
     PROVENANCE_FILE,
@@ -27,6 +28,8 @@ from quant.export.protocol import Deployment, ExportRefused, ModelFacts, Module,
 from quant.plan import Plan, plan_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quant.apply import InputsOf
 
 
@@ -45,13 +48,15 @@ def apply_plan(
     *,
     force: bool = False,
     inputs: InputsOf | None = None,
+    corrected: Mapping[str, Tensor] | None = None,
 ) -> Written:
     """A model folder with the plan's weights in it, dequantized: `write` for the consumer `pytorch`.
 
     That consumer asks nothing about modules that the plan leaves alone, so no model is built.
     """
     source = Source.open(model_dir)
-    return write("pytorch", source, plan_deployment(plan, source), out_dir, force=force, inputs=inputs)
+    deployment = plan_deployment(plan, source)
+    return write("pytorch", source, deployment, out_dir, force=force, inputs=inputs, corrected=corrected)
 
 
 def plan_deployment(plan: Plan, source: Source) -> Deployment:
@@ -124,18 +129,22 @@ def write(
     *,
     force: bool = False,
     inputs: InputsOf | None = None,
+    corrected: Mapping[str, Tensor] | None = None,
     wrote: Wrote = lambda _: None,
 ) -> Written:
     """Write the checkpoint to `out`, a new or empty folder, or a new file; it appears whole or not at all.
 
     Plan and provenance lie beside a folder's files, and inside a file. `inputs` gives statistics of the
-    layers in `plan.needs_calibration`, from the plan's own calibration data read as the plan says.
+    layers in `plan.needs_calibration`, from the plan's own calibration data read as the plan says;
+    `corrected` are the tensors that the plan's corrections give on them, by their names in the model.
 
-    Raises what `layout` does; CheckpointError when statistics are needed and not given, `out` is in use, or
+    Raises what `layout` does; CheckpointError when any of these is needed and not given, `out` is in use, or
     the consumer's library is missing; OSError when the disk is too small; NonFinite as its name says.
     """
     entry, place = checkpoint_of(consumer), Path(out)
-    require_inputs(deployment.plan, given=inputs is not None)
+    plan = deployment.plan
+    require_inputs(plan, given=inputs is not None)
+    require_corrected(plan, given=corrected is not None)
     expected = layout(consumer, source, deployment, force=force)
     _require_free(place, folder=entry.writes == "folder")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +154,8 @@ def write(
     try:
         if entry.writes == "folder":
             partial.mkdir()
-        _write(entry, source, deployment, partial, inputs, wrote)
+        with corrected_source(source, plan, corrected or {}, place.parent) as weights:
+            _write(entry, weights, deployment, partial, inputs, wrote)
         _require_as_laid_out(partial, expected)
         if place.is_dir():
             place.rmdir()
@@ -201,14 +211,27 @@ def require_inputs(plan: Plan, *, given: bool) -> None:
         )
 
 
+def require_corrected(plan: Plan, *, given: bool) -> None:
+    """Raise CheckpointError when the plan's corrections are not given."""
+    if plan.corrections and not given:
+        raise CheckpointError(
+            f"Plan must be applied with its calibration data. Got none, and it has the corrections"
+            f" {', '.join(plan.corrections)}, which are found on them. Pass --calibration FILE."
+        )
+
+
 def _mismatches(plan: Plan, model: str) -> Iterator[str]:
-    if plan.digests.model != model:
-        made_for = plan.digests.model or "a model without a digest"
-        yield f"Plan must be made for this model. Got a plan for {made_for}, and the model {model}."
+    other = plan.other_model(model)
+    if other is not None:
+        yield other
     for name, version in plan.quantizers.items():
         ours = QUANTIZERS[name].version if name in QUANTIZERS else None
         if version != ours:
             yield f"Plan must use quantizer {name} version {ours}. Got version {version}."
+    for name, version in (plan.corrections or {}).items():
+        ours = CORRECTIONS[name].version
+        if version != ours:
+            yield f"Plan must use correction {name} version {ours}. Got version {version}."
 
 
 def _require_free(out: Path, *, folder: bool) -> None:

@@ -83,8 +83,9 @@ def _read(content: Mapping[str, Any], place: Path, size: int) -> Vocabulary:
             raise _refusal(f"have no {key}", str(model[key]))
     added = content.get("added_tokens") or []
     ids: dict[str, int] = {**model["vocab"], **{item["content"]: item["id"] for item in added}}
-    if max(ids.values()) >= size:
-        raise _refusal(f"have ids below the vocabulary size {size}", str(max(ids.values())))
+    outside = [number for number in ids.values() if not 0 <= number < size]
+    if outside or len(set(ids.values())) < len(ids):
+        raise _refusal(f"have ids of one token each below {size}", str(outside[:1] or "an id twice"))
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [UNUSED] * size
     for token, number in ids.items():
@@ -109,7 +110,10 @@ def _ends(place: Path) -> tuple[int | None, int | None]:
     """The tokens that the tokenizer puts before and after a text."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(place))
+    try:
+        tokenizer = Tokenizer.from_file(str(place))
+    except Exception as error:
+        raise _refusal("be a tokenizer.json of the tokenizers library", str(error)) from error
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a").ids
     for first in (0, 1):

@@ -100,18 +100,26 @@ ReadBack = Mapping[str, WeightFacts | None]
 
 @dataclass(frozen=True)
 class Module:
-    """A module whose weight could be quantized, and the kind of operation it is (a key of OPS)."""
+    """A module whose weight could be quantized, and the kind of operation it is (a key of OPS).
+
+    `shape` is the weight's, None where it is not known.
+    """
 
     name: str
     op: str
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's `config.json` and every module that could be quantized, tied ones under each name."""
+    """A model's `config.json` and every module that could be quantized, tied ones under each name.
+
+    `digest` is that of its weights, None where it is the plan's own model.
+    """
 
     config: Mapping[str, Any]
     modules: tuple[Module, ...]
+    digest: str | None = None
 
     @cached_property
     def linears(self) -> dict[str, tuple[str, ...]]:
@@ -127,7 +135,7 @@ class ModelFacts:
     @classmethod
     def of(cls, inventory: Inventory, config: Mapping[str, Any]) -> ModelFacts:
         """From an inventory, whatever it includes or leaves out."""
-        layers = [Module(name, layer.op) for layer in inventory.layers for name in layer.names]
+        layers = [Module(n, layer.op, layer.weight_shape) for layer in inventory.layers for n in layer.names]
         left_out = [item for item in inventory.excluded if item.op in QUANTIZABLE]
         excluded = [Module(name, item.op) for item in left_out for name in item.names]
         return cls(config, tuple(layers + excluded))
@@ -137,7 +145,7 @@ class ModelFacts:
 class Deployment:
     """A plan together with the model that it is for.
 
-    Raises ExportError where a layer of the plan is no module of the model.
+    Raises ExportError where a layer of the plan is no module of the model, or one of another shape.
     """
 
     plan: Plan
@@ -151,6 +159,13 @@ class Deployment:
                 f"Plan must name modules of the model. Got {', '.join(missing[:3])} ({len(missing)} unknown)."
                 " Pass the plan's own model."
             )
+        for module in self.model.modules:
+            layer = self.layers.get(module.name)
+            if layer is not None and module.shape not in (None, layer.shape):
+                raise ExportError(
+                    f"Plan must be of the model's shapes. Got {layer.shape} for {module.name},"
+                    f" which is {module.shape}. Pass the plan's own model, or one fine-tuned from it."
+                )
 
     @cached_property
     def layers(self) -> dict[str, PlanLayer]:

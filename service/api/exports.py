@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi import Path as PathParameter
 from sqlalchemy.orm import Session
 
 from quant.catalog import EXPORTERS
-from quant.export.front import export
+from quant.export.front import OtherModel, export
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts
 from quant.layers import Inventory
 from quant.plan import plan_from_json
@@ -29,6 +29,13 @@ from service.records import ModelRecord
 
 router = APIRouter(prefix="/v1", tags=["exports"])
 Consumer = Annotated[str, PathParameter(max_length=100)]
+OtherModelId = Annotated[
+    str | None,
+    Query(
+        max_length=100, description="Another model of the same shapes, a fine-tune say, to use the plan for."
+    ),
+]
+Forced = Annotated[bool, Query(description="Take weights that the plan was not made for.")]
 
 
 @router.get("/exports")
@@ -46,7 +53,12 @@ def list_consumers() -> dict[str, Any]:
     responses={304: {"description": "Unchanged."}},
 )
 def get_export(
-    plan_id: PlanId, consumer: Consumer, context: Ctx, if_none_match: IfNoneMatch = None
+    plan_id: PlanId,
+    consumer: Consumer,
+    context: Ctx,
+    model: OtherModelId = None,
+    force: Forced = False,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """A zip archive of the consumer's files and their provenance; the same bytes for the same plan.
 
@@ -58,10 +70,12 @@ def get_export(
             f"A consumer must be one of {', '.join(EXPORTERS)}. Got {consumer[:60]!r}. Pick one of them.",
         )
     try:
-        content = archive(export(consumer, deployment_of(context, plan_id)))
+        content = archive(export(consumer, deployment_of(context, plan_id, model), force=force))
     except ExportRefused as error:
         violations = [asdict(item) for item in error.violations]
         raise Unprocessable("export-refused", str(error), extra={"violations": violations}) from None
+    except OtherModel as error:
+        raise Conflict("other-model", str(error), pointer="/force") from None
     except ExportError as error:
         raise Conflict("export-impossible", str(error)) from None
     etag = f'"{sha256(content).hexdigest()}"'
@@ -84,8 +98,8 @@ def archive(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def deployment_of(context: Context, plan_id: str) -> Deployment:
-    """The plan with the modules of its model, from what the job or the verification stored."""
+def deployment_of(context: Context, plan_id: str, model_id: str | None = None) -> Deployment:
+    """The plan with the modules of its model or of another one, as job or verification stored them."""
     with context.database.read() as session:
         record = find_plan(context, session, plan_id)
         if record.document is None:
@@ -94,12 +108,15 @@ def deployment_of(context: Context, plan_id: str) -> Deployment:
                 f"A plan must fit its budget to be exported. Got {record.status}. Solve for a larger budget "
                 "first.",
             )
-        facts = _model_facts(context, session, record.job_id)
+        facts = _model_facts(context, session, record.job_id, model_id)
     return Deployment(plan_from_json(record.document), facts)
 
 
-def _model_facts(context: Context, session: Session, job_id: str) -> ModelFacts:
+def _model_facts(context: Context, session: Session, job_id: str, model_id: str | None) -> ModelFacts:
+    """Of the job's model, or of another one that a plan of it is to be used for."""
     job = find_job(context, session, job_id)
+    if model_id is not None:
+        return _other_facts(context, find_model(context, session, model_id))
     model = find_model(context, session, str(job.request["model"]))
     inventory = (job.summary or {}).get("inventory") or stored_inventory(model)
     if inventory is None:
@@ -109,6 +126,18 @@ def _model_facts(context: Context, session: Session, job_id: str) -> ModelFacts:
             headers={"Retry-After": "2"},
         )
     return ModelFacts.of(Inventory.from_json(inventory), _config(context, model))
+
+
+def _other_facts(context: Context, model: ModelRecord) -> ModelFacts:
+    inventory = stored_inventory(model)
+    if inventory is None or model.digest is None:
+        raise Conflict(
+            "model-not-verified",
+            f"A model must be verified to use a plan for it. Got a {model.state} one. Ask when it is ready.",
+            pointer="/model",
+        )
+    facts = ModelFacts.of(Inventory.from_json(inventory), _config(context, model))
+    return replace(facts, digest=model.digest)
 
 
 def _config(context: Context, model: ModelRecord) -> dict[str, Any]:

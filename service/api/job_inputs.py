@@ -80,6 +80,7 @@ def planning_inputs(
         digests=_digests(context, session, job),
         sources=found.sources,
         calibration=Calibration.of(request),
+        corrections=tuple(request.get("corrections", ())),
     )
 
 

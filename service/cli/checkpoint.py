@@ -16,7 +16,6 @@ from service.cli.output import console, print_json, size
 from service.cli.plan_files import read_plan
 
 if TYPE_CHECKING:
-    from quant.apply import InputsOf
     from quant.checkpoints.protocol import Layout
     from quant.checkpoints.source import Source
     from quant.export.protocol import Deployment
@@ -42,11 +41,12 @@ def apply(
     with exits(as_json=as_json, interrupted=NOTHING):
         wanted = read_plan(plan)
 
-        from quant.checkpoints.front import apply_plan, require_inputs
+        from quant.checkpoints.front import apply_plan, require_corrected, require_inputs
 
         require_inputs(wanted, given=calibration is not None)
-        inputs = _inputs(wanted, model, calibration, force=force)
-        written = apply_plan(model, wanted, output, force=force, inputs=inputs)
+        require_corrected(wanted, given=calibration is not None)
+        found = _from_calibration(wanted, model, calibration, force=force)
+        written = apply_plan(model, wanted, output, force=force, **found)
         if as_json:
             print_json({"output": str(output), **asdict(written.provenance)})
         else:
@@ -104,12 +104,13 @@ def _deployment(model: Path, plan: Plan) -> tuple[Source, Deployment]:
 def _write(
     model: Path, plan: Plan, to: str, output: Path, calibration: Path | None, *, force: bool, as_json: bool
 ) -> None:
-    from quant.checkpoints.front import require_inputs, write
+    from quant.checkpoints.front import require_corrected, require_inputs, write
 
     require_inputs(plan, given=calibration is not None)
+    require_corrected(plan, given=calibration is not None)
     source, deployment = _deployment(model, plan)
-    inputs = _inputs(plan, model, calibration, force=force)
-    written = write(to, source, deployment, output, force=force, inputs=inputs)
+    found = _from_calibration(plan, model, calibration, force=force)
+    written = write(to, source, deployment, output, force=force, **found)
     _told(output, {**asdict(written.provenance), **written.layout.as_json()}, as_json=as_json)
 
 
@@ -162,11 +163,12 @@ def _show(layout: Layout, *, as_json: bool) -> None:
     console().print(f"{layout.planned_bytes:,} of these bytes store the weights of the plan's layers")
 
 
-def _inputs(plan: Plan, model: Path, calibration: Path | None, *, force: bool) -> InputsOf | None:
-    """Statistics for the plan's quantizers; None where none of them needs any."""
-    if calibration is None or not plan.needs_calibration:
-        return None
+def _from_calibration(plan: Plan, model: Path, calibration: Path | None, *, force: bool) -> dict[str, Any]:
+    """Arguments of `front.write`: what the plan needs from its data; none where it needs nothing."""
+    if calibration is None or not plan.reads_calibration:
+        return {}
     from service.local_inputs import folder_source
-    from service.plan_statistics import statistics, statistics_spec
+    from service.plan_statistics import from_calibration, statistics_spec
 
-    return statistics(statistics_spec(plan, folder_source(model), calibration, force=force))
+    spec = statistics_spec(plan, folder_source(model), calibration, force=force)
+    return vars(from_calibration(plan, spec))

@@ -116,7 +116,7 @@ OPTIONS = {
     "time_limit_seconds": "time-limit",
     "interactions": "no-interactions",
 }
-REPEATED = frozenset({"budgets", "limits", "metrics", "pins", "ties"})
+REPEATED = frozenset({"budgets", "corrections", "limits", "metrics", "pins", "ties"})
 
 
 def validation_message(error: ValidationError) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quant.catalog import EXPORTERS
+from quant.digest import folder_digest
 from quant.export.front import export as export_files
 from quant.export.protocol import Deployment
 from quant.plan import Plan, parse_plan
@@ -25,6 +27,7 @@ def export(
         Path | None,
         typer.Option("--model", help="The model's folder; known already if it was planned on this machine."),
     ] = None,
+    force: options.Force = False,
     data_dir: options.DataDir = None,
     as_json: options.Json = False,
 ) -> None:
@@ -32,7 +35,8 @@ def export(
     with exits(as_json=as_json):
         wanted = parse_plan(plan.read_text(encoding="utf-8"))
         folder = model or _known_folder(wanted, data_dir)
-        files = export_files(to, Deployment(wanted, model_facts(folder, wanted)))
+        facts = replace(model_facts(folder, wanted), digest=folder_digest(folder)[0])
+        files = export_files(to, Deployment(wanted, facts), force=force)
         _write(files, output)
         if as_json:
             print_json({"output": str(output), "files": sorted(files)})

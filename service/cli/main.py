@@ -17,6 +17,7 @@ from service.cli.lint import lint
 from service.cli.remote import cancel, jobs, models, plan, resume, scores, status, submit, watch
 from service.cli.run import run
 from service.cli.serve import migrate, runner, serve
+from service.logs import hush_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -47,6 +48,7 @@ def bitplan(
 
 def main() -> None:
     """The entry point of the `bitplan` command."""
+    hush_libraries()
     if "--json" in sys.argv[1:]:
         sys.exit(_run_for_machines())
     app()

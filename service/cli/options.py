@@ -112,6 +112,13 @@ RelativeError = Annotated[
 ]
 MaxProbes = Annotated[int, typer.Option("--max-probes", min=2, help="Most Hutchinson probes per layer.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per forward pass.")]
+Corrections = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--correction",
+        help="What plans change beside weights, on the calibration data: bias or batch_norm (repeatable).",
+    ),
+]
 NoInteractions = Annotated[
     bool, typer.Option("--no-interactions", help="Do not add gram_output for quadratic candidates.")
 ]

@@ -71,6 +71,7 @@ class SearchOptions(CostOptions):
     max_probes: options.MaxProbes = 128
     batch_size: options.BatchSize = 8
     no_interactions: options.NoInteractions = False
+    corrections: options.Corrections = None
 
     def parameters(self) -> dict[str, Any]:
         """The keyword parameters of `Client.submit` (without model and calibration). Raises ValueError."""
@@ -98,6 +99,7 @@ class SearchOptions(CostOptions):
             "max_probes": self.max_probes,
             "batch_size": self.batch_size,
             "interactions": not self.no_interactions,
+            "corrections": self.corrections or [],
         }
 
 

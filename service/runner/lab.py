@@ -33,10 +33,13 @@ Part = Literal["choosing", "reporting"]
 
 
 class Lab:
-    """One session's measurements for one job. Use it as a context manager: it stops its workers."""
+    """One session's measurements for one job. Use it as a context manager: it stops its workers.
 
-    def __init__(self, context: JobContext, spec: SessionSpec) -> None:
-        self._context, self.spec = context, spec
+    Whole plans, uniform ones too, are measured with the `corrections`; scores of single layers without.
+    """
+
+    def __init__(self, context: JobContext, spec: SessionSpec, corrections: tuple[str, ...] = ()) -> None:
+        self._context, self.spec, self._corrections = context, spec, corrections
         self._executor = context.executor(spec)
         self.score_set, settings = score_set_of(spec, context.job.tenant)
         context.open_score_set(self.score_set, settings)
@@ -107,7 +110,7 @@ class Lab:
         self, assignments: Sequence[Assignment], part: Part, stage: Stage
     ) -> list[tuple[Measured, dict[str, NDArray[np.float64]]]]:
         """As `measure`, each with the per-sample quality by name (perplexity, accuracy ...)."""
-        wanted = [MeasureUnit(tuple(plan.items()), part) for plan in assignments]
+        wanted = [MeasureUnit(tuple(plan.items()), part, self._corrections) for plan in assignments]
         results = self._results(wanted, stage)
         return [_measured(self._context.store.get_arrays(str(results[unit.key].artifact))) for unit in wanted]
 

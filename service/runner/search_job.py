@@ -103,7 +103,7 @@ def open_lab(context: JobContext, request: JobRequest) -> Lab:
             "calibration-not-usable",
             f"The calibration must exist. Got {request.calibration}, which was deleted. Send it again.",
         )
-    return Lab(context, session_spec(request, model, calibration, context.store))
+    return Lab(context, session_spec(request, model, calibration, context.store), tuple(request.corrections))
 
 
 def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
@@ -124,6 +124,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
         digests=Digests(lab.spec.model.digest, lab.spec.calibration.digest, lab.score_set),
         sources=costs.sources,
         calibration=Calibration.of(request.model_dump(mode="json")),
+        corrections=tuple(request.corrections),
     )
     factor = interactions(lab, inputs, choices, int(inspection["samples"]["scoring"]))
     return Search(request, inputs, factor, inspection, timings)

@@ -33,3 +33,11 @@ def test_a_layer_of_any_shape_gets_a_scheme(runtime: Runtime) -> None:
 def test_the_default_menu_is_that_of_no_runtime_in_particular() -> None:
     assert default_menu(None) == RUNTIMES["generic"].menu == default_menu("generic")
     assert len(parse_schemes(default_menu())) == 6
+
+
+def test_vllms_menu_has_scales_that_a_bfloat16_model_holds() -> None:
+    """vLLM loads scales in the model's type; most models are stored in bfloat16."""
+    scales = {
+        getattr(scheme.weight, "scale_type", "bfloat16") for scheme in parse_schemes(default_menu("vllm"))
+    }
+    assert scales == {"bfloat16"}

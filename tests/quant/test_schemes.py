@@ -91,7 +91,9 @@ def test_menus_keep_their_order_and_hold_everything_once():
 
 
 def test_a_scheme_needs_a_listed_quantizer():
-    with pytest.raises(SchemeError, match="Quantizer must be one of adaquant, .*, rtn. Got 'none'"):
+    with pytest.raises(
+        SchemeError, match="Quantizer must be one of adaquant, .*, rtn, smoothquant. Got 'none'"
+    ):
         Scheme(IntegerFormat(4), "none")
 
 
@@ -169,7 +171,10 @@ def test_adjusting_quantizers_are_spelled_with_their_number(text, message):
     [
         ({"quantizer": "lorc", "parameter": 4}, "A base quantizer must be given"),
         ({"quantizer": "rtn", "base": "gptq"}, "A base quantizer must be given"),
-        ({"quantizer": "lorc", "parameter": 4, "base": "lorc"}, "Scheme must name one of awq, lorc at most"),
+        (
+            {"quantizer": "lorc", "parameter": 4, "base": "lorc"},
+            "Scheme must name one of awq, lorc, smoothquant at most",
+        ),
         ({"quantizer": "lorc", "parameter": 4, "base": "none"}, "Quantizer must be one of"),
     ],
 )

@@ -164,7 +164,7 @@ def test_sessions_agree_whatever_they_do_first(model: str, tiny: Tiny) -> None:
 
 def test_scores_are_those_of_the_fake_quantized_model(tiny: Tiny) -> None:
     session = Session(tiny("llama").spec())
-    for scheme in ("w8-aint4", "w4-aint4s"):
+    for scheme in ("w8-aint4", "w4-aint4s", "w4-smoothquant-aint8", "w8-gptq-smoothquant75-aint4s"):
         measured = session.run(MeasureUnit(((UP, scheme),), "choosing")).arrays["divergence"]
         again = []
         with fake_quantized(session.model, {UP: scheme}, session.inventory, session.inputs):

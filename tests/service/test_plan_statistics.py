@@ -32,12 +32,13 @@ PARAMETERS: dict[str, Any] = {
 
 GPTQ = ("w2-gptq", "w3-asym-gptq", "w4-g8-gptq", "w8")
 ADJUSTED = ("w2-gptq-lorc1", "w4-awq")
-BUDGETS = {GPTQ: "4.5 bpw", ADJUSTED: "5.5 bpw"}
+DIVIDED = ("w3-smoothquant-aint8", "w4-gptq-smoothquant75-aint8s")
+BUDGETS = {GPTQ: "4.5 bpw", ADJUSTED: "5.5 bpw", DIVIDED: "5.5 bpw"}
 
 
 @pytest.fixture(
-    params=[("llama", GPTQ), ("resnet", GPTQ), ("bert", GPTQ), ("llama", ADJUSTED)],
-    ids=["llama", "resnet", "bert", "adjusted"],
+    params=[("llama", GPTQ), ("resnet", GPTQ), ("bert", GPTQ), ("llama", ADJUSTED), ("llama", DIVIDED)],
+    ids=["llama", "resnet", "bert", "adjusted", "divided"],
 )
 def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
     """(tiny model, plan file, session that measured the plan)."""
@@ -78,7 +79,7 @@ def test_the_checkpoint_holds_the_very_weights_that_were_measured(
     assert (plan.calibration.samples, plan.calibration.seed) == (8, 5)
     assert plan_json(parse_plan(plan_json(plan))) == plan_json(plan)
     menu = {layer.scheme for layer in plan.layers.values()}
-    assert menu <= set(GPTQ) or menu == set(ADJUSTED)
+    assert menu <= set(GPTQ) or menu in (set(ADJUSTED), set(DIVIDED))
     out = tmp_path / "out"
     result = bitplan("apply", model.folder, file, "-o", out, "--calibration", model.data)
     assert result.exit_code == 0, result.output

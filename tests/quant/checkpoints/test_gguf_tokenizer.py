@@ -110,13 +110,16 @@ def test_what_llama_cpp_would_not_do_is_refused(tmp_path, byte_level):
         changed(sentencepiece(), model={**model, "merges": [*merges[:3], *merges[4:], merges[3]]}):
             "merge token by token",
         changed(sentencepiece(), model={**model, "end_of_word_suffix": "</w>"}): "have no end_of_word_suffix",
+        changed(sentencepiece(), model={**model, "vocab": {**model["vocab"], "x": 8}}): "Got an id twice",
+        changed(sentencepiece(), model={**model, "vocab": {**model["vocab"], "x": -1}}): r"Got \[-1\]",
+        changed(sentencepiece(), decoder={"type": "Mystery"}): "be a tokenizer.json of the tokenizers library",
         "{}": "be a tokenizer.json of the tokenizers library",
         "[1": "be a tokenizer.json of the tokenizers library",
     }  # fmt: skip
     for text, message in cases.items():
         with pytest.raises(CheckpointError, match=message):
             read(text, tmp_path)
-    with pytest.raises(CheckpointError, match=r"have ids below the vocabulary size 299.*Got 299"):
+    with pytest.raises(CheckpointError, match=r"have ids of one token each below 299.*Got \[299\]"):
         read(bytewise, tmp_path, 299)
 
 

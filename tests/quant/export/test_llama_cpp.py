@@ -170,7 +170,8 @@ def test_a_type_that_would_fall_back_is_refused_with_the_fallback(scheme, column
     good = single("model.layers.0.mlp.down_proj", (8, 512), scheme)
     name, planned = next(iter(good.plan.layers.items()))
     bad = dataclasses.replace(planned, shape=(8, columns), matrix=(8, columns))
-    found = Deployment(dataclasses.replace(good.plan, layers={name: bad}), good.model)
+    model = ModelFacts(good.model.config, (Module(name, "linear"),))
+    found = Deployment(dataclasses.replace(good.plan, layers={name: bad}), model)
     with pytest.raises(ExportRefused, match=rf"whole blocks of 256\. Got {scheme}: .*would store {fallback}"):
         export("llama.cpp", found)
 

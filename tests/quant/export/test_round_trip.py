@@ -1,6 +1,8 @@
 """Random plans come back from the consumer's own parser module by module."""
 
 import json
+import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -56,6 +58,41 @@ def test_random_plans_read_back_as_planned(consumer, module, menu, language_mode
     found = random_deployment(language_model, menu, seed)
     assert lint(consumer, found) == ()
     assert module.read_back(export(consumer, found), found.model) == found.expected
+
+
+BROKEN = ["w4-tensor", "w8-tensor", "nf4", "fp4", "fp8-e5m2", "w8-afp8"]
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+@quick
+@given(seed=st.integers(0, 10**6))
+def test_random_violations_are_refused_with_layer_and_rule(
+    consumer, module, menu, language_model, random_deployment, deploy, seed
+):
+    chance = random.Random(seed)
+    fine = random_deployment(language_model, menu, seed)
+    alone = [name for name in fine.quantized if name.endswith(("o_proj", "down_proj", "dense"))]
+    if not alone:
+        return
+    broken = {name: chance.choice(BROKEN) for name in chance.sample(alone, chance.randint(1, len(alone)))}
+    kept = {layer.name for layer in language_model.layers} - set(fine.quantized)
+    found = deploy(language_model, fine.plan.assignment | broken, kept)
+    with pytest.raises(ExportRefused) as refusal:
+        export(consumer, found)
+    assert {item.layer: item.got for item in refusal.value.violations} == broken
+    assert all(item.rule for item in refusal.value.violations)
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+def test_linear_layers_of_a_cnn_read_back_and_its_convolutions_are_refused(
+    consumer, module, menu, inventories, deploy
+):
+    for scheme in menu:
+        found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
+        assert module.read_back(export(consumer, found), found.model) == found.expected
+    convolutions = deploy(inventories["cnn"], {"stem": "w4", "block.conv": "w4", "head": menu[0]})
+    layers = {item.layer for item in lint(consumer, convolutions)}
+    assert layers == {"stem", "block.conv"}
 
 
 def test_vllm_groups_are_numbered_and_every_module_is_named(inventories, random_deployment):
@@ -155,6 +192,27 @@ def test_one_recipe_has_one_quantizer(inventories, deploy):
     assert [(item.layer, item.got) for item in violations] == [("model.layers.2.mlp.down_proj", "rtn")]
 
 
+def test_gptq_becomes_the_modifier_of_that_name(inventories, deploy):
+    import yaml
+
+    assignment = {layer.name: "w4-g128-gptq" for layer in inventories["llama"].layers}
+    found = deploy(inventories["llama"], assignment)
+    files = export("llm-compressor", found)
+    (modifier,) = yaml.safe_load(files["recipe.yaml"])["quant_stage"]["quant_modifiers"]
+    assert modifier == "GPTQModifier"
+    assert llm_compressor.read_back(files, found.model) == found.expected
+
+
+def test_a_missing_library_is_named(inventories, deploy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    with pytest.raises(
+        ExportError, match=r"Exporting to torchao must have its library\. Got no module 'torchao"
+    ):
+        export("torchao", found)
+
+
 @pytest.mark.parametrize("scheme", AO_MENU)
 def test_bytes_in_torchao_are_those_of_its_tensors(scheme, inventories, deploy):
     import torch
@@ -237,6 +295,14 @@ def test_a_plan_of_another_model_is_refused(inventories, deploy):
     found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
     with pytest.raises(ExportError, match=r"Plan must name modules of the model\. Got head"):
         Deployment(found.plan, ModelFacts({}, (Module("other", "linear"),)))
+
+
+def test_a_plan_for_other_shapes_is_refused(inventories, deploy):
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    with pytest.raises(
+        ExportError, match=r"of the model's shapes\. Got \(128, 128\) for head, which is \(64, 128\)"
+    ):
+        Deployment(found.plan, ModelFacts({}, (Module("head", "linear", (64, 128)),)))
 
 
 def test_an_unknown_consumer_is_refused(inventories, deploy):

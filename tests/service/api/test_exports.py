@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 from zipfile import ZipFile
 
 import pytest
@@ -69,3 +70,42 @@ def test_a_plan_that_fits_nothing_cannot_be_exported(api, finished_job):
 
 def test_a_plan_must_exist(api):
     assert api.http.get("/v1/plans/plan_none/exports/vllm").status_code == 404
+
+
+@pytest.fixture
+def fine_tune(api, runner, model_files):
+    """The id of a verified model of the same shapes with another weight in it."""
+    weights = model_files["model.safetensors"]
+    files = {**model_files, "model.safetensors": weights[:-4] + struct.pack("<f", 0.125)}
+    model = str(api.complete(files).json()["id"])
+    runner.verify(model)
+    return model
+
+
+def test_a_plan_for_a_fine_tune_must_be_forced_and_says_so(api, plan, fine_tune):
+    path = f"/v1/plans/{plan['id']}/exports/vllm?model={fine_tune}"
+    problem = api.http.get(path).json()
+    assert (problem["status"], problem["type"], problem["pointer"]) == (
+        409,
+        "urn:bitplan:problem:other-model",
+        "/force",
+    )
+    assert "Plan must be made for this model" in problem["detail"]
+    response = api.http.get(f"{path}&force=true")
+    assert response.status_code == 200
+    with ZipFile(io.BytesIO(response.content)) as files:
+        told = json.loads(files.read("bitplan_provenance.json"))
+    assert told["forced"] is True
+    assert told["model"] == api.http.get(f"/v1/models/{fine_tune}").json()["digest"] != told["planned_for"]
+    assert told["mismatches"] == [problem["detail"].removesuffix(FORCE_IT)]
+
+
+FORCE_IT = " Pass the plan's own model, or force it for a fine-tune of the same shapes."
+
+
+def test_another_model_must_be_verified_and_known(api, plan, model_files):
+    files = {**model_files, "model.safetensors": model_files["model.safetensors"][:-4] + b"\0" * 4}
+    model = str(api.complete(files).json()["id"])
+    path = f"/v1/plans/{plan['id']}/exports/vllm"
+    assert "must be verified" in api.http.get(f"{path}?model={model}&force=true").json()["detail"]
+    assert api.http.get(f"{path}?model=model_none").status_code == 404

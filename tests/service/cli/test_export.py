@@ -1,6 +1,7 @@
 """`bitplan export` on a real folder: the files, the refusal, the model it was planned for."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from quant.plan import Certificate, Digests, plan_json
 from quant.planning import build_plan
 from sensitivity.model_loading import load_model
 from sensitivity.spec import ModelSource
-from service.cli.export import model_facts
 from service.cli.main import app
 from service.db.repositories import models
 from service.local import Local, local_settings
+from service.model_facts import model_facts
 from service.states import InputState
 
 
@@ -92,3 +93,29 @@ def test_a_folder_in_use_is_left_alone(model, plan_file, tmp_path):
     assert result.exit_code == 2
     assert "Output folder must be new or empty" in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
+
+
+@pytest.fixture
+def fine_tune(model, tmp_path):
+    """A copy of the model with other values in one of its tensors."""
+    folder = tmp_path / "fine-tune"
+    shutil.copytree(model.folder, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    return folder
+
+
+def test_a_fine_tune_needs_force_and_the_provenance_says_so(model, plan, plan_file, fine_tune, tmp_path):
+    ask = (plan_file, "--to", "vllm", "--model", fine_tune, "-o", tmp_path / "out")
+    refused = invoke(*ask)
+    assert refused.exit_code == 2
+    assert "Plan must be made for this model" in refused.output
+    assert not (tmp_path / "out").exists()
+    assert invoke(*ask, "--force").exit_code == 0
+    told = json.loads((tmp_path / "out" / "bitplan_provenance.json").read_text())
+    assert (told["forced"], told["planned_for"]) == (True, plan.digests.model)
+    assert told["model"] == folder_digest(fine_tune)[0]
+    own = invoke(plan_file, "--to", "vllm", "--model", model.folder, "-o", tmp_path / "own", "--force")
+    assert own.exit_code == 0
+    told = json.loads((tmp_path / "own" / "bitplan_provenance.json").read_text())
+    assert (told["forced"], told["mismatches"], told["model"]) == (False, [], plan.digests.model)

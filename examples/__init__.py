@@ -1,0 +1,5 @@
+"""Programs to try Bitplan with."""
+
+from service.logs import hush_libraries
+
+hush_libraries()
