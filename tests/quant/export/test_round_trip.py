@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quant.catalog import EXPORTERS
 from quant.export import auto_round, llm_compressor, mlx, modelopt, onnxruntime, torchao, vllm
 from quant.export.front import export, lint
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts, Module
@@ -272,6 +273,47 @@ def test_a_head_that_shares_a_kept_embedding_is_left_alone_by_name(consumer, mod
     files = export(consumer, found)
     assert module.read_back(files, found.model) == found.expected
     assert b"lm_head" in b"".join(files.values())
+
+
+@pytest.mark.parametrize(
+    ("consumer", "place"),
+    [
+        ("gptqmodel", lambda files: json.loads(files["quantize_config.json"])["dynamic"]),
+        ("auto-round", lambda files: json.loads(files["layer_config.json"])),
+        (
+            "modelopt",
+            lambda files: json.loads(files["hf_quant_config.json"])["quantization"]["exclude_modules"],
+        ),
+    ],
+)
+def test_fused_experts_that_are_kept_are_named_one_by_one(consumer, place, inventories):
+    experts = Excluded("model.layers.0.mlp.experts.gate_up_proj", "experts", 640, "left out")
+    inventory = replace(inventories["llama"], excluded=(experts,))
+    plan = build_plan(
+        inventory,
+        {layer.name: "w4-g128" for layer in inventory.layers},
+        digests=Digests(),
+        certificate=Certificate("feasible"),
+        source="test",
+    )
+    found = Deployment(plan, ModelFacts.of(inventory, MIXTURE))
+    named = [name.replace("\\", "").strip("^$-:") for name in place(export(consumer, found))]
+    wanted = {f"model.layers.0.mlp.experts.{n}.{part}_proj" for n in range(2) for part in ("gate", "up")}
+    assert wanted <= set(named)
+    if consumer != "gptqmodel":
+        module = EXPORTERS[consumer].load()
+        assert module.read_back(export(consumer, found), found.model) == found.expected
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_size": 128,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+}
 
 
 def test_a_shared_weight_keeps_its_precision_in_torchao(deploy):
