@@ -261,8 +261,8 @@ EXPORTERS: dict[str, Exporter] = {
         name="llm-compressor",
         module="quant.export.llm_compressor",
         library="compressed_tensors",
-        summary="recipe.yaml with one QuantizationModifier and explicit config groups.",
-        source="LLM Compressor, QuantizationModifier; compressed-tensors 0.20",
+        summary="recipe.yaml with one QuantizationModifier or GPTQModifier and explicit config groups.",
+        source="LLM Compressor, QuantizationModifier and GPTQModifier; compressed-tensors 0.20",
     ),
     "gptqmodel": Exporter(
         name="gptqmodel",
@@ -360,7 +360,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         library="gguf",
         writes="file",
         summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
-        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3",
+        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3, qwen3moe",
     ),
     "onnxruntime": Checkpoint(
         name="onnxruntime",

@@ -11,7 +11,9 @@ GENERATORS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 CACHE_BITS = {
     "float32": 32, "float16": 16, "bfloat16": 16, "fp8_e4m3": 8, "fp8_e5m2": 8, "int8": 8, "int4": 4,
 }  # fmt: skip
-"""Bits of one cached value; scales, where a type has them, are not counted."""
+"""Bits of one cached value."""
+CACHE_SCALE_BITS = {"int8": 16, "int4": 16}
+"""Integers have one float16 scale for each key and each value vector: per token and head."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Geometry:
     """Cached values per token and layer, attention windows, and experts.
 
     `cached` are the numbers one token leaves in one layer's cache: 2 * heads * head size, or the latent
-    vector of multi-head latent attention. `windows` has one entry per layer, None where attention is full;
+    vector of multi-head latent attention; `vectors` are the pieces of them that share a scale: 2 * heads, or
+    1; 0 where that is not known. `windows` has one entry per layer, None where attention is full;
     it is empty for a model that generates nothing. `hidden` is the length of a token's vector. `experts`
     of each block, `active` of them per token; 0 without experts.
     """
@@ -30,15 +33,27 @@ class Geometry:
     active: int = 0
     hidden: int = 0
     tied_embeddings: bool = False
+    vectors: int = 0
 
     def cache_bytes(self, context_length: int, batch: int, kind: str = "float16") -> int:
-        """Bytes of keys and values of `batch` sequences of `context_length` tokens.
+        """Bytes of keys and values of `batch` sequences of `context_length` tokens, with their scales.
 
         >>> Geometry(cached=2 * 8 * 128, windows=(None,) * 32).cache_bytes(8192, 1) == 2**30
         True
         """
-        tokens = sum(min(context_length, window or context_length) for window in self.windows)
-        return -(-self.cached * tokens * batch * CACHE_BITS[kind] // 8)
+        layers = range(len(self.windows))
+        return sum(self.layer_cache_bytes(layer, context_length, batch, kind) for layer in layers)
+
+    def layer_cache_bytes(self, layer: int, context_length: int, batch: int, kind: str) -> int:
+        """Those of one attention layer; a window bounds its tokens.
+
+        >>> geometry = Geometry(cached=2 * 8 * 128, windows=(None, 64), vectors=2 * 8)
+        >>> geometry.layer_cache_bytes(0, 100, 1, "int4"), geometry.layer_cache_bytes(1, 100, 1, "int4")
+        (105600, 67584)
+        """
+        tokens = batch * min(context_length, self.windows[layer] or context_length)
+        bits = self.cached * CACHE_BITS[kind] + self.vectors * CACHE_SCALE_BITS.get(kind, 0)
+        return -(-tokens * bits // 8)
 
     def expert_share(self, batch: int) -> Fraction:
         """The expected share of a block's experts that `batch` tokens use, when all are equally likely.
@@ -64,8 +79,9 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry | None:
     """The geometry in a transformers configuration; None where it names no attention layers.
 
     >>> config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
-    >>> geometry_of(config | {"num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]})
-    Geometry(cached=64, windows=(None, None), experts=0, active=0, hidden=64, tied_embeddings=False)
+    >>> found = geometry_of(config | {"num_key_value_heads": 2, "architectures": ["LlamaForCausalLM"]})
+    >>> found.cached, found.windows, found.hidden, found.vectors
+    (64, (None, None), 64, 4)
     """
     inner = config.get("text_config")
     text = {**config, **inner} if isinstance(inner, Mapping) else config
@@ -83,6 +99,7 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry | None:
         ),
         hidden=_whole(text, "hidden_size", "n_embd", "d_model"),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
+        vectors=_vectors(text),
     )
 
 
@@ -93,6 +110,12 @@ def _cached(config: Mapping[str, Any]) -> int:
     heads = _whole(config, "num_attention_heads", "n_head")
     size = _whole(config, "head_dim") or (_whole(config, "hidden_size", "n_embd") // heads if heads else 0)
     return 2 * (_whole(config, "num_key_value_heads") or heads) * size
+
+
+def _vectors(config: Mapping[str, Any]) -> int:
+    if _whole(config, "kv_lora_rank"):
+        return 1
+    return 2 * _whole(config, "num_key_value_heads", "num_attention_heads", "n_head")
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:

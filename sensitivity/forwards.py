@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quant.corrections import replaced_tensors
 from sensitivity.calibration import Samples, placement
+from sensitivity.kv_cache import rounded_cache, split
 from sensitivity.tasks.task import Batch, Outputs, Task
 from sensitivity.weights import LayerWeights
 
@@ -53,9 +54,13 @@ class Forwards:
     def outputs(
         self, batch: Batch, assignment: Assignment = (), corrected: Mapping[str, Tensor] | None = None
     ) -> Outputs:
-        """The outputs of one micro-batch with the assigned layers quantized and other tensors corrected."""
+        """The outputs of one micro-batch with the assigned layers and caches quantized and other tensors
+        corrected.
+        """
+        weights, caches = split(assignment)
         changed = replaced_tensors(self._model, corrected or {})
-        with self._weights.swapped(assignment), changed, torch.inference_mode():
+        cached = rounded_cache(self._model, caches)
+        with self._weights.swapped(weights), changed, cached, torch.inference_mode():
             return self._task.outputs(self._model, batch)
 
     def pairs(

@@ -35,6 +35,7 @@ from sensitivity.forwards import Forwards
 from sensitivity.gradients import Contract, gradients
 from sensitivity.inputs import Batches
 from sensitivity.kernels import KernelSession
+from sensitivity.kv_cache import split
 from sensitivity.magnitudes import SessionInputs
 from sensitivity.model_loading import load_model
 from sensitivity.spec import PARTS, Json, SessionSpec
@@ -130,7 +131,7 @@ class Session:
 
     def _measure(self, unit: MeasureUnit) -> UnitResult:
         divergence, quality = [], []
-        corrected = self.corrections.tensors(unit.assignment, unit.corrections)
+        corrected = self.corrections.tensors(split(unit.assignment)[0], unit.corrections)
         for pair in self.forwards.pairs(unit.part, unit.assignment, corrected):
             divergence.append(self.task.divergence(pair.reference, pair.outputs))
             quality.append(self.task.quality(pair.outputs, pair.batch))

@@ -71,6 +71,7 @@ class BlockUnit:
 class MeasureUnit:
     """The quality of one whole plan on one part; `()` measures the full-precision model.
 
+    Pairs are (layer, scheme), or (attention layer or pattern, `kv-` and a type of cache).
     `corrections` are keys of quant.catalog.CORRECTIONS: what changes beside the weights.
     """
 

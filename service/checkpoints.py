@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 from quant.catalog import CHECKPOINTS
 from quant.digest import digest
 from quant.plan import Plan
-from service.db.repositories import calibrations
+from service.db.repositories import calibrations, models
 from service.errors import Conflict
-from service.records import CalibrationRecord, PlanRecord
+from service.records import CalibrationRecord, JobRecord, ModelRecord, PlanRecord
 from service.states import InputState
 
 PLAN, PROGRESS, RESULT = "plan.json", "progress", "result"
@@ -32,6 +32,18 @@ def request_of(plan: PlanRecord, consumer: str, *, force: bool) -> tuple[dict[st
     """The request of a checkpoint job, and its digest, by which the job is found again."""
     request = {"plan": plan.id, "job": plan.job_id, "consumer": consumer, "force": force}
     return request, digest(["checkpoint", request])
+
+
+def require_model(session: Session, search: JobRecord, tenant: str) -> ModelRecord:
+    """The model that a search planned for. Raises Conflict when it was deleted."""
+    ident = str(search.request["model"])
+    model = models.get(session, ident, tenant)
+    if model is None or model.state == InputState.DELETED:
+        raise Conflict(
+            "model-deleted",
+            f"The plan's model must still be there. Got {ident}, which was deleted. Send it and plan again.",
+        )
+    return model
 
 
 def require_calibration(session: Session, plan: Plan, tenant: str) -> CalibrationRecord | None:

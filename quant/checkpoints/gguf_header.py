@@ -34,6 +34,7 @@ def _hyperparameters(writer: Any, config: Any) -> None:
     writer.add_context_length(_context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
+    _experts(writer, config)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads or heads)
     writer.add_key_length(width)
@@ -45,6 +46,15 @@ def _hyperparameters(writer: Any, config: Any) -> None:
     if config.rope_parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf_library().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+
+
+def _experts(writer: Any, config: Any) -> None:
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if count:
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def head_width(config: Any) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -69,19 +69,13 @@ class Source:
         Tied weights may be stored once, or under each of their names; fused experts may be stored apart.
         Raises CheckpointError for a layer without a tensor, or one of another shape or type.
         """
-        places = self._places
-        try:
-            rename = renaming(plan, places)
-        except CheckpointError:
-            places = {**self._joined_places, **places}
-            rename = renaming(plan, places)
-        found: dict[tuple[str, str], StoredTensor] = {}
+        found = [
+            StoredTensor(self._entries[tensor][0], tensor, layer, self._entries[tensor][1], part_of)
+            for tensor, (layer, part_of) in holders(plan, self._entries, lambda: self.joined).items()
+        ]
         for name, layer in plan.layers.items():
-            for path in (name, *layer.aliases):
-                members = places.get(rename(path), ())
-                _check(name, layer, members)
-                found |= {(place.file, place.tensor): replace(place, layer=name) for place in members}
-        return tuple(sorted(found.values(), key=lambda item: (item.file, item.entry.start)))
+            _check(name, layer, [item for item in found if item.layer == name])
+        return tuple(sorted(found, key=lambda item: (item.file, item.entry.start)))
 
     def place(self, plan: Plan, tensor: str) -> tuple[str, TensorEntry]:
         """Where a tensor of the model other than a layer's weight is stored: its file and entry.
@@ -89,7 +83,7 @@ class Source:
         Raises CheckpointError when it is not stored as it is.
         """
         try:
-            name = renaming(plan, self._places)(tensor)
+            name = renaming(plan, {entry.removesuffix(".weight") for entry in self._entries})(tensor)
         except CheckpointError:
             parts = self.joined.parts.get(tensor, ())
             name = parts[0].tensor if len(parts) == 1 and not self.joined.converted(tensor) else tensor
@@ -114,31 +108,33 @@ class Source:
             for tensor, entry in header.tensors.items()
         }
 
-    @cached_property
-    def _places(self) -> dict[str, tuple[StoredTensor, ...]]:
-        """Layer name -> the stored tensor of that very name."""
-        return {
-            tensor.removesuffix(".weight"): (StoredTensor(file, tensor, "", entry),)
-            for tensor, (file, entry) in self._entries.items()
-        }
 
-    @cached_property
-    def _joined_places(self) -> dict[str, tuple[StoredTensor, ...]]:
-        """Layer name -> the stored tensors that transformers makes the layer's weight of."""
-        joined = self.joined
-        return {
-            parameter.removesuffix(".weight"): tuple(
-                StoredTensor(
-                    self._entries[part.tensor][0],
-                    part.tensor,
-                    "",
-                    self._entries[part.tensor][1],
-                    parameter if joined.converted(parameter) else None,
-                )
-                for part in parts
-            )
-            for parameter, parts in joined.parts.items()
-        }
+def holders(
+    plan: Plan, tensors: Iterable[str], joined: Callable[[], Joined]
+) -> dict[str, tuple[str, str | None]]:
+    """Tensor name -> the layer whose weight it holds, and the parameter that it is joined into, if any.
+
+    `joined` is asked when a layer has no tensor of its own name. Raises CheckpointError where that does not
+    help.
+    """
+    places: dict[str, tuple[str, ...]] = {name.removesuffix(".weight"): (name,) for name in tensors}
+    parts: dict[str, str] = {}
+    try:
+        rename = renaming(plan, places)
+    except CheckpointError:
+        known = joined()
+        for parameter, members in known.parts.items():
+            names = tuple(part.tensor for part in members)
+            places.setdefault(parameter.removesuffix(".weight"), names)
+            if known.converted(parameter):
+                parts |= dict.fromkeys(names, parameter)
+        rename = renaming(plan, places)
+    return {
+        tensor: (name, parts.get(tensor))
+        for name, layer in plan.layers.items()
+        for path in (name, *layer.aliases)
+        for tensor in places.get(rename(path), ())
+    }
 
 
 @dataclass(frozen=True)
@@ -197,7 +193,7 @@ def _check(name: str, layer: PlanLayer, places: Sequence[StoredTensor]) -> None:
                 f" Got {place.entry.shape}. Pass the plan's own model."
             )
     stored = sum(prod(place.entry.shape) for place in places if place.part_of is not None)
-    if stored not in (0, layer.parameters):
+    if stored % layer.parameters:
         raise CheckpointError(
             f"The tensors that make up layer {name!r} must hold its {layer.parameters} values. Got {stored}"
             f" in {len(places)} tensors from {places[0].tensor!r} on. Pass the plan's own model."

@@ -1,24 +1,31 @@
-"""vLLM, and transformers with compressed-tensors: weights packed as compressed-tensors stores them.
+"""vLLM, and transformers with compressed-tensors: weights as compressed-tensors stores them.
 
-Values, scales and zero points are the quantizer's own; they are packed by the library's functions. Each
-`<module>.weight` becomes `weight_packed` (32-bit words), `weight_scale`, `weight_shape`, and for asymmetric
-formats `weight_zero_point` (packed along the output channels, moved by half the range as the library does).
+Each module's tensors are those of its format (`quant/checkpoints/compressed.py`); `config.json` says which
+format that is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant.checkpoints.protocol import Layout, Wrote
-from quant.checkpoints.shards import Repacked, Slot, Slots, repack
-from quant.checkpoints.source import Source, StoredTensor, renaming
+from quant.checkpoints import compressed
+from quant.checkpoints.joined import Joined
+from quant.checkpoints.protocol import CheckpointError, Layout, Wrote
+from quant.checkpoints.shards import Repacked, Slots, repack
+from quant.checkpoints.source import Source, StoredTensor, holders
 from quant.export import front, vllm
+from quant.export.compressed_config import tensor_format
+from quant.export.experts import linears
 from quant.export.protocol import Deployment, Violation
-from quant.export.rules import only_ops
-from quant.integer import IntegerFormat, ScaleType
+from quant.integer import IntegerFormat
+from quant.layers import EXPERT_OPS
 from quant.plan import Plan
+from quant.storage import Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,31 +33,32 @@ if TYPE_CHECKING:
     from quant.apply import InputsOf
     from quant.packing import Encoded
 
-PACKED = ".weight_packed"
-SCALES: dict[ScaleType, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SCALE = ".weight_scale"
+PART = re.compile(r"\.weight_\w+$")
 EXACT = {
     "float16": ("float16",),
     "bfloat16": ("bfloat16",),
     "float32": ("float16", "bfloat16", "float32"),
 }
-"""Type of the model's weights, which scales are loaded in -> types of scales that it holds exactly."""
+"""Type of the model's weights, which scales of packed integers are loaded in -> types of scales that it holds
+exactly."""
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Violations of vLLM's rules, and of what this checkpoint can hold."""
     return (
-        *only_ops(deployment, ("linear",)),
         *front.lint("vllm", deployment),
-        *_integers(deployment),
+        *_scales_at_run_time(deployment),
         *_exact_scales(deployment),
     )
 
 
-def _integers(deployment: Deployment) -> Iterator[Violation]:
+def _scales_at_run_time(deployment: Deployment) -> Iterator[Violation]:
     for name in deployment.quantized:
-        scheme = deployment.schemes[name]
-        if not isinstance(scheme.weight, IntegerFormat) or scheme.activation is not None:
-            yield Violation(name, "packed weights must be integers, with inputs left alone", scheme.name)
+        activation = deployment.schemes[name].activation
+        if activation is not None and activation.static:
+            rule = "inputs must be left alone, or rounded with scales that are taken at run time"
+            yield Violation(name, rule, deployment.schemes[name].name)
 
 
 def _exact_scales(deployment: Deployment) -> Iterator[Violation]:
@@ -59,9 +67,13 @@ def _exact_scales(deployment: Deployment) -> Iterator[Violation]:
     exact = EXACT.get(own, EXACT["float32"])
     for name in deployment.quantized:
         fmt = deployment.schemes[name].weight
-        if isinstance(fmt, IntegerFormat) and fmt.scale_type not in exact:
+        if isinstance(fmt, IntegerFormat) and fmt.scale_type not in exact and _packs(deployment, name):
             rule = f"scales are loaded in the model's type, so they must be {' or '.join(exact)}"
             yield Violation(name, rule, deployment.schemes[name].name)
+
+
+def _packs(deployment: Deployment, name: str) -> bool:
+    return tensor_format(deployment.quantized[name]) == "pack-quantized"
 
 
 def layout(source: Source, deployment: Deployment) -> Layout:
@@ -71,23 +83,55 @@ def layout(source: Source, deployment: Deployment) -> Layout:
 
 def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | None, wrote: Wrote) -> None:
     """Pack one planned tensor at a time; all others are copied."""
+    from quant.adjusted import Adjusted
     from quant.apply import encode_weight
-    from quant.packing import Encoded
+    from quant.checkpoints.tensors import each_joined
+
+    def stored_as(weight: Tensor, name: str) -> Any:
+        made = encode_weight(weight, deployment.plan.layers[name].op, name, deployment.schemes[name], inputs)
+        assert not isinstance(made, Adjusted), "the linter refuses quantizers that store more"
+        return made
+
+    @lru_cache(maxsize=2)
+    def experts(parameter: str, name: str) -> dict[str, Encoded]:
+        parts = [item for item in source.stored(deployment.plan) if item.part_of == parameter]
+        (_, weight), *_ = each_joined(source, parts)
+        return _apart(stored_as(weight, name), parameter, deployment.plan.layers[name].shape, source)
 
     def encode(item: StoredTensor, weight: Tensor) -> dict[str, Tensor]:
-        layer = deployment.plan.layers[item.layer]
-        encoded = encode_weight(weight, layer.op, item.layer, deployment.schemes[item.layer], inputs)
-        assert isinstance(encoded, Encoded), "the linter refuses quantizers that store more"
-        return {f"{item.tensor}_{part}": tensor for part, tensor in _packed(encoded).items()}
+        if item.part_of is None:
+            stored = stored_as(weight, item.layer)
+        else:
+            stored = experts(item.part_of, item.layer)[item.tensor]
+        filled = compressed.tensors(stored, packed=_packs(deployment, item.layer))
+        return {f"{_key(item)}.{name}": tensor for name, tensor in filled.items()}
 
     _repacked(source, deployment).write(out, encode, wrote)
 
 
+def _key(item: StoredTensor) -> str:
+    return item.tensor.removesuffix(".weight")
+
+
 def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
-    """Decompressed by the library, with the scheme that its own parser reads for the module."""
-    for _, layer, weight in unpacked(Source.open(place), deployment.plan):
-        if layer is not None:
+    """Decompressed by the library, with the scheme that its own parser reads for the module.
+
+    Experts are joined as transformers joins them, when the last one of a layer is known.
+    """
+    source, layers = Source.open(place), deployment.plan.layers
+    gathered: dict[str, dict[str, Tensor]] = {}
+    for name, layer, weight in unpacked(source, deployment.plan):
+        if layer is None:
+            continue
+        if layers[layer].op not in EXPERT_OPS:
             yield layer, weight
+            continue
+        pieces = gathered.setdefault(layer, {})
+        pieces[name] = weight
+        if sum(piece.numel() for piece in pieces.values()) == layers[layer].parameters:
+            joined = Joined.of(place, pieces)
+            (parameter,) = joined.parts
+            yield layer, joined.join(parameter, gathered.pop(layer))
 
 
 def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tensor]]:
@@ -95,36 +139,54 @@ def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tens
 
     Packed ones are decompressed to float32; one is in memory at a time.
     """
-    from compressed_tensors.compressors import BaseCompressor
-
     files = {tensor: file for file, header in source.headers.items() for tensor in header.tensors}
-    packed = {name.removesuffix(PACKED) for name in files if name.endswith(PACKED)}
-    layers = _layers_by_key(plan, files)
-    schemes = _schemes(source)
+    packed = {name.removesuffix(SCALE) for name in files if name.endswith(SCALE)}
+    parts: dict[str, list[str]] = {key: [] for key in packed}
+    for name in files:
+        key, _, part = name.rpartition(".")
+        if key in packed and "weight" in part:
+            parts[key].append(part)
+    layers = _layers_by_key(source, plan, files)
+    schemes = _schemes(source, plan)
     for name in files:
         key, _, part = name.rpartition(".")
         if key not in packed or not part.startswith("weight"):
             yield name, layers.get(key) if part == "weight" else None, _read(source, files, name)
-        elif name.endswith(PACKED):
-            parts = [other for other in files if other.startswith(f"{key}.weight_")]
-            state = {other.removeprefix(f"{key}."): _read(source, files, other) for other in parts}
-            state["weight_scale"] = state["weight_scale"].float()
-            layer = layers[key]
-            compressor = BaseCompressor.get_value_from_registry(schemes[layer].format)
-            yield f"{key}.weight", layer, compressor.decompress(state, schemes[layer])["weight"]
+        elif name.endswith(SCALE):
+            state = {part: _read(source, files, f"{key}.{part}") for part in parts[key]}
+            yield f"{key}.weight", layers[key], _decompressed(state, schemes[layers[key]])
 
 
-def _layers_by_key(plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
+def _decompressed(state: dict[str, Tensor], scheme: Any) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+
+    if state["weight_scale"].dtype.itemsize > 1:
+        state["weight_scale"] = state["weight_scale"].float()
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    weight: Tensor = compressor.decompress(state, scheme)["weight"]
+    return weight.float()
+
+
+def _layers_by_key(source: Source, plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
     """The beginning of a stored tensor's name -> layer."""
-    rename = renaming(plan, {name.rpartition(".")[0] for name in tensors})
-    return {rename(path): name for name, layer in plan.layers.items() for path in (name, *layer.aliases)}
+    names = list(dict.fromkeys(PART.sub(".weight", name) for name in tensors))
+    found = holders(plan, names, lambda: Joined.of(source.folder, names))
+    return {name.removesuffix(".weight"): layer for name, (layer, _) in found.items()}
 
 
-def _schemes(source: Source) -> dict[str, Any]:
+def _schemes(source: Source, plan: Plan) -> dict[str, Any]:
+    """Layer -> the scheme that the library's parser reads for it."""
     from compressed_tensors.quantization import QuantizationConfig
 
     config = QuantizationConfig.model_validate(source.config["quantization_config"])
-    return {name: group for group in config.config_groups.values() for name in group.targets}
+    named = {name: group for group in config.config_groups.values() for name in group.targets}
+    found = {}
+    for layer, decision in plan.layers.items():
+        for path in (layer, *decision.aliases):
+            part = linears(path, decision.op, source.config)[0]
+            if part in named:
+                found[layer] = named[part]
+    return found
 
 
 def _read(source: Source, files: Mapping[str, str], name: str) -> Tensor:
@@ -139,42 +201,38 @@ def _repacked(source: Source, deployment: Deployment) -> Repacked:
     def slots(item: StoredTensor) -> Slots:
         if item.layer not in deployment.quantized:
             return {}
-        fmt = deployment.schemes[item.layer].weight
-        assert isinstance(fmt, IntegerFormat), "the linter refuses such plans"
-        return {f"{item.tensor}_{part}": slot for part, slot in _slots(item.entry.shape, fmt).items()}
+        fmt, matrix = deployment.schemes[item.layer].weight, deployment.plan.layers[item.layer].matrix
+        if deployment.plan.layers[item.layer].op in EXPERT_OPS:
+            matrix = _expert_matrix(item)
+        found = compressed.slots(fmt, matrix, packed=_packs(deployment, item.layer))
+        return {f"{_key(item)}.{name}": slot for name, slot in found.items()}
 
     config = vllm.files(deployment)[vllm.FILE]
     return repack(source, source.stored(deployment.plan), slots, config)
 
 
-def _slots(shape: tuple[int, ...], fmt: IntegerFormat) -> dict[str, Slot]:
-    rows, columns = shape
-    scales = fmt.scales_shape((rows, columns))
-    found = {
-        "packed": Slot("I32", (rows, -(-columns * fmt.bits // 32))),
-        "scale": Slot(SCALES[fmt.scale_type], scales),
-        "shape": Slot("I64", (2,)),
+def _expert_matrix(item: StoredTensor) -> Matrix:
+    if len(item.entry.shape) != 2:
+        raise CheckpointError(
+            f"Experts must be stored apart to be packed. Got {item.tensor!r} of shape {item.entry.shape}."
+            " Save the model again with save_pretrained()."
+        )
+    rows, columns = item.entry.shape
+    return rows, columns
+
+
+def _apart(encoded: Encoded, parameter: str, shape: tuple[int, ...], source: Source) -> dict[str, Encoded]:
+    """Stored tensor -> what of the fused experts' integers and scales is its own."""
+    experts, rows, columns = shape
+    values = source.joined.apart(parameter, encoded.values.reshape(experts, rows, columns))
+    scales = source.joined.apart(parameter, encoded.scales.reshape(experts, rows, -1))
+    groups = encoded.values.shape[1:]
+    return {
+        name: replace(
+            encoded,
+            values=part.reshape(-1, *groups),
+            scales=scales[name],
+            matrix=(part.shape[0], part.shape[1]),
+        )
+        for name, part in values.items()
     }
-    if not fmt.symmetric:
-        found["zero_point"] = Slot("I32", (-(-rows * fmt.bits // 32), scales[1]))
-    return found
-
-
-def _packed(encoded: Encoded) -> dict[str, Tensor]:
-    import torch
-    from compressed_tensors.compressors.pack_quantized import pack_to_int32
-
-    rows, columns = encoded.matrix
-    bits, half = encoded.fmt.bits, 1 << (encoded.fmt.bits - 1)
-
-    def signed(tensor: Tensor) -> Tensor:
-        return tensor if encoded.fmt.symmetric else (tensor.to(torch.int16) - half).to(torch.int8)
-
-    found = {
-        "packed": pack_to_int32(signed(encoded.values).reshape(rows, columns), bits),
-        "scale": encoded.scales,
-        "shape": torch.tensor([rows, columns]),
-    }
-    if encoded.zero_points is not None:
-        found["zero_point"] = pack_to_int32(signed(encoded.zero_points), bits, packed_dim=0)
-    return found

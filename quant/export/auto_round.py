@@ -39,7 +39,7 @@ def files(deployment: Deployment) -> dict[str, bytes]:
     """
     config = {**deployment.model.config, "quantization_config": quantization_config(deployment)}
     ops = {module.name: module.op for module in deployment.model.modules}
-    known = {name: entry for name, entry in layer_config(deployment).items() if ops[name] in OPS}
+    known = {name: entry for name, entry in layer_config(deployment).items() if ops.get(name, OPS[0]) in OPS}
     return {LAYER_FILE: _json(known), FILE: _json(config)}
 
 
@@ -50,7 +50,7 @@ def _json(value: Any) -> bytes:
 def layer_config(deployment: Deployment) -> dict[str, dict[str, Any]]:
     """Module path -> settings, 16 bits for those that keep their precision."""
     planned = {name: _settings(facts) for name, facts in deployment.quantized.items()}
-    return {**planned, **{module.name: dict(ALONE) for module in deployment.untouched}}
+    return {**planned, **{name: dict(ALONE) for name in deployment.kept_names}}
 
 
 def quantization_config(deployment: Deployment) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | Non
     config = AutoRoundConfig.from_dict(json.loads(exported[FILE])["quantization_config"])
     tuned = _tuned(skeleton, json.loads(exported[LAYER_FILE]))
     loaded = {name: vars(scheme) for name, scheme in get_layer_config(skeleton, config).items()}
-    found = {module.name: _facts(loaded.get(module.name)) for module in model.modules}
+    found = {module.name: _facts(loaded.get(model.linears[module.name][0])) for module in model.modules}
     differing = [
         module.name for module in model.modules if _facts(tuned.get(module.name)) != found[module.name]
     ]

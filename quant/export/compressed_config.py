@@ -92,7 +92,7 @@ def quantization_config(deployment: Deployment) -> dict[str, Any]:
 
 def ignored(deployment: Deployment) -> list[str]:
     """Every module that keeps its precision."""
-    return [name for module in deployment.untouched for name in deployment.model.linears[module.name]]
+    return deployment.kept_names
 
 
 def packed_bytes(deployment: Deployment) -> int:

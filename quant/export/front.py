@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from quant.catalog import EXPORTERS, Exporter
@@ -55,7 +57,9 @@ def lint(consumer: str, deployment: Deployment) -> tuple[Violation, ...]:
     if not deployment.quantized:
         name, layer = next(iter(deployment.plan.layers.items()))
         return (Violation(name, "at least one module must be quantized", f"{layer.scheme} everywhere"),)
-    return (*no_additions(deployment), *exporter_of(consumer).load().lint(deployment))
+    entry = exporter_of(consumer)
+    with _library_of(entry):
+        return (*no_additions(deployment), *entry.load().lint(deployment))
 
 
 def export(consumer: str, deployment: Deployment, *, force: bool = False) -> dict[str, bytes]:
@@ -64,7 +68,8 @@ def export(consumer: str, deployment: Deployment, *, force: bool = False) -> dic
     Raises OtherModel when the plan was made for other weights (unless `force`; the provenance then says so),
     ExportRefused with every violation, ExportError for an unknown consumer.
     """
-    module = exporter_of(consumer).load()
+    entry = exporter_of(consumer)
+    module = entry.load()
     violations = lint(consumer, deployment)
     if violations:
         raise ExportRefused(consumer, violations)
@@ -87,4 +92,18 @@ def export(consumer: str, deployment: Deployment, *, force: bool = False) -> dic
         forced=other is not None,
         mismatches=() if other is None else (other,),
     )
-    return {**module.files(deployment), PROVENANCE_FILE: canonical_json(asdict(provenance)).encode()}
+    with _library_of(entry):
+        files = module.files(deployment)
+    return {**files, PROVENANCE_FILE: canonical_json(asdict(provenance)).encode()}
+
+
+@contextmanager
+def _library_of(entry: Exporter) -> Iterator[None]:
+    """Say which library is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"Exporting to {entry.name} must have its library. Got no module {error.name!r}."
+            " Install bitplan[exports]."
+        ) from error

@@ -71,7 +71,7 @@ def quantize_config(deployment: Deployment) -> dict[str, Any]:
         "format": layout,
         "pack_dtype": "int32",
         "dynamic": {
-            **{f"-:{_pattern(module.name)}": {} for module in deployment.untouched},
+            **{f"-:{_pattern(name)}": {} for name in deployment.kept_names},
             **{f"+:{_pattern(name)}": _settings(found) for name, found in facts.items()},
         },
     }
@@ -109,7 +109,12 @@ def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | Non
     config = QuantizeConfig.from_quant_config(settings)
     if config.format != settings["format"]:
         raise ValueError(f"Format must be {config.format}. Got {settings['format']}. Export again.")
-    return {module.name: _facts(config, module.name) for module in model.modules}
+    found = {
+        module.name: [_facts(config, name) for name in model.linears[module.name]] for module in model.modules
+    }
+    return {
+        name: next((facts for facts in given if facts is not None), None) for name, given in found.items()
+    }
 
 
 def _facts(config: Any, name: str) -> WeightFacts | None:

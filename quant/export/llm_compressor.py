@@ -11,12 +11,16 @@ from typing import Any
 import yaml
 
 from quant.export import vllm
-from quant.export.compressed_config import config_groups, ignored, packed_bytes, read_config
+from quant.export.compressed_config import config_groups, packed_bytes, read_config
 from quant.export.protocol import Deployment, Files, ModelFacts, Violation, WeightFacts
 
 FILE = "recipe.yaml"
-OBSERVERS = {"rtn": "minmax", "mse_clip": "mse"}
-"""Quantizer -> the observer of QuantizationModifier that chooses scales in the same way."""
+MODIFIERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "rtn": ("QuantizationModifier", "minmax", {}),
+    "mse_clip": ("QuantizationModifier", "mse", {}),
+    "gptq": ("GPTQModifier", "mse", {"block_size": 128, "dampening_frac": 0.01, "actorder": "weight"}),
+}
+"""Quantizer -> modifier, the observer that chooses scales in the same way, and the modifier's settings."""
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
@@ -28,8 +32,8 @@ def _quantizers(deployment: Deployment) -> Iterator[Violation]:
     schemes = {name: deployment.schemes[name] for name in deployment.quantized}
     first = next((scheme.quantizer for scheme in schemes.values()), None)
     for name, scheme in schemes.items():
-        if scheme.quantizer not in OBSERVERS:
-            rule = f"the quantizer must be one of {', '.join(OBSERVERS)}"
+        if scheme.quantizer not in MODIFIERS:
+            rule = f"the quantizer must be one of {', '.join(MODIFIERS)}"
             yield Violation(name, rule, scheme.quantizer)
         elif scheme.quantizer != first:
             yield Violation(name, f"all layers must use one quantizer, {first}", scheme.quantizer)
@@ -37,12 +41,14 @@ def _quantizers(deployment: Deployment) -> Iterator[Violation]:
 
 def files(deployment: Deployment) -> dict[str, bytes]:
     """The recipe, with every quantizable module in a group or in `ignore`."""
-    observer = OBSERVERS[deployment.schemes[next(iter(deployment.quantized))].quantizer]
+    first = next(iter(deployment.quantized))
+    name, observer, settings = MODIFIERS[deployment.schemes[first].quantizer]
     groups = config_groups(deployment)
     for group in groups.values():
         group["weights"]["observer"] = observer
-    modifier = {"ignore": ignored(deployment), "config_groups": groups}
-    recipe = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+    ignore = [module.name for module in deployment.untouched]
+    modifier = {"ignore": ignore, "config_groups": groups, **settings}
+    recipe = {"quant_stage": {"quant_modifiers": {name: modifier}}}
     return {FILE: yaml.safe_dump(recipe, sort_keys=False).encode()}
 
 
@@ -54,4 +60,6 @@ def stored_bytes(deployment: Deployment) -> int:
 def read_back(exported: Files, model: ModelFacts) -> dict[str, WeightFacts | None]:
     """The modifier's groups through compressed-tensors, which is what LLM Compressor parses them with."""
     recipe: dict[str, Any] = yaml.safe_load(exported[FILE])
-    return read_config(recipe["quant_stage"]["quant_modifiers"]["QuantizationModifier"], model)
+    (modifier,) = recipe["quant_stage"]["quant_modifiers"].values()
+    groups = {key: modifier[key] for key in ("config_groups", "ignore")}
+    return read_config(groups, model)

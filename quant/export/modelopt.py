@@ -45,7 +45,7 @@ def files(deployment: Deployment) -> dict[str, bytes]:
     quantization = {
         "quant_algo": "MIXED_PRECISION",
         "kv_cache_quant_algo": None,
-        "exclude_modules": [module.name for module in deployment.untouched],
+        "exclude_modules": deployment.kept_names,
         "quantized_layers": {name: _entry(facts) for name, facts in deployment.quantized.items()},
     }
     config = {"producer": {"name": "bitplan"}, "quantization": quantization}

@@ -204,6 +204,11 @@ class Deployment:
         """Modules that keep their precision: left out of the plan, or planned in the model's own type."""
         return tuple(module for module in self.model.modules if module.name not in self.quantized)
 
+    @property
+    def kept_names(self) -> list[str]:
+        """Names of the modules that keep their precision, fused experts by those of their linear modules."""
+        return [name for module in self.untouched for name in self.model.linears[module.name]]
+
     @cached_property
     def expected(self) -> dict[str, WeightFacts | None]:
         """What reading an export back must give: facts of quantized modules, None for all others."""

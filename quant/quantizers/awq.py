@@ -67,13 +67,18 @@ def _rounded(
     matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs, scales: ColumnScales, base: Quantize
 ) -> tuple[Encoded, Tensor]:
     """The scaled matrix, rounded by `base` or to nearest, and its squared output error over all channels."""
-    scaled = scales.multiplied(matrix)
-    candidates = [base(scaled, fmt, scales.divided_inputs(inputs)), rtn.quantize(scaled, fmt)]
-    del scaled
-    found = best_rows(matrix, candidates, inputs, scales.restore)
+    found = best_rows(
+        matrix, _both(scales.multiplied(matrix), fmt, inputs, scales, base), inputs, scales.restore
+    )
     unit = torch.linalg.vector_norm(matrix, torch.inf).float().clamp(min=torch.finfo(torch.float32).tiny)
     error = scales.restore(dequantized(found)).sub_(matrix).div_(unit)
     return found, inputs.output_errors(error).double().sum()
+
+
+def _both(
+    scaled: Tensor, fmt: IntegerFormat, inputs: LayerInputs, scales: ColumnScales, base: Quantize
+) -> list[Encoded]:
+    return [base(scaled, fmt, scales.divided_inputs(inputs)), rtn.quantize(scaled, fmt)]
 
 
 def _clipped(matrix: Tensor, best: Encoded, inputs: LayerInputs, scales: ColumnScales) -> Encoded:

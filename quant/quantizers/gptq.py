@@ -7,12 +7,14 @@ before, per tensor, channel or group of the stored columns, so that the stored f
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from quant.inputs import LayerInputs, required
 from quant.integer import IntegerFormat
-from quant.packing import Encoded, encode
+from quant.packing import Encoded, encode, some_rows
 from quant.quantizers import mse_clip, rtn
 from quant.quantizers.best_rows import best_rows
 from quant.quantizers.grid import Grid
@@ -22,6 +24,8 @@ DAMPING = 0.01
 MOST_DAMPING = 10.0
 BLOCK = 128
 """Columns whose errors are gathered before they reach the columns behind them."""
+FEW, SHARE = 1 << 20, 8
+"""Weights that are taken at once; more where an eighth of the rows is more."""
 
 
 def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | None = None) -> Encoded:
@@ -34,26 +38,30 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | No
     rows, columns = weight_matrix.shape
     known = required(inputs, (rows, columns), "gptq")
     plain = [quantizer.quantize(weight_matrix, fmt) for quantizer in (mse_clip, rtn)]
-    grids = [Grid.of(encoded) for encoded in plain]
-    fed_back = _fed_back(weight_matrix.float(), grids, known)
-    found = [
-        encode(rounded, fmt, encoded.scales, encoded.zero_points)
-        for rounded, encoded in zip(fed_back, plain, strict=True)
-    ]
-    return best_rows(weight_matrix, [*plain, *found], known)
+    return best_rows(weight_matrix, [*plain, *_fed_back(weight_matrix, plain, known)], known)
 
 
-def _fed_back(matrix: Tensor, grids: list[Grid], inputs: LayerInputs) -> list[Tensor]:
-    """The matrix on each grid with error feedback; the factor of the second moments serves all grids."""
+def _fed_back(matrix: Tensor, starts: list[Encoded], inputs: LayerInputs) -> list[Encoded]:
+    """The matrix on the grid of each start, with error feedback; the factor of the moments serves them all.
+
+    Rows do not depend on each other, so a few are taken at a time, which bounds the temporary memory.
+    """
     height = matrix.shape[0] // inputs.groups
-    results = [torch.empty_like(matrix) for _ in grids]
+    step = max(1, FEW // matrix.shape[1], -(-height // SHARE))
+    found = [(start, Grid.of(start), torch.empty_like(start.values)) for start in starts]
     for index, moments in enumerate(inputs.second_moments):
-        part = slice(index * height, (index + 1) * height)
         order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         factor = inverse_factor(moments[order][:, order])
-        for result, grid in zip(results, grids, strict=True):
-            result[part, order] = round_with_feedback(matrix[part, order], order, grid.rows(part), factor)
-    return results
+        end = (index + 1) * height
+        for at in range(index * height, end, step):
+            part = slice(at, min(at + step, end))
+            rows = matrix[part, order].float()
+            for start, grid, values in found:
+                rounded = torch.empty_like(rows)
+                rounded[:, order] = round_with_feedback(rows, order, grid.rows(part), factor)
+                own = some_rows(start, part)
+                values[part] = encode(rounded, own.fmt, own.scales, own.zero_points).values
+    return [replace(start, values=values) for start, _, values in found]
 
 
 def round_with_feedback(matrix: Tensor, columns: Tensor, grid: Grid, factor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def _search(groups: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:
     """
     least_squares = mse_clip.search(groups, fmt)
     scan = Scan.of(groups, fmt)
-    full = _judged(scan, scan.measure(scan.low, scan.high))
+    full = _judged(scan, scan.measure([(scan.low, scan.high)])[0])
     clipped = _judged(scan, _shaped(full, *least_squares))
     best = full.better(clipped)
     for start in (full, clipped):

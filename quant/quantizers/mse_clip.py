@@ -7,7 +7,7 @@ binary weights in Rastegari et al. 2016 (arXiv:1603.05279), a few times in turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -38,7 +38,8 @@ MARGIN = 1e-5
 def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | None = None) -> Encoded:
     """Quantize (output channels, columns) of finite floats; never worse than `rtn` in squared error.
 
-    Temporary memory is that of a block of rows; per tensor, that of one float32 copy of the matrix.
+    Temporary memory is that of a block of rows. Candidates of a scan are judged side by side, block by block,
+    so the weights are read once for all of them: once per channel or group, a few times per tensor.
     """
     if fmt.family != "integer":
         return cast(Encoded, codec_of(fmt).closest(weight_matrix, fmt))
@@ -65,13 +66,14 @@ def blocks(matrix: Tensor, fmt: IntegerFormat) -> Iterator[Tensor]:
 def search(groups: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor | None]:
     """(count, size) -> stored scales and zero points, both (count,)."""
     scan = Scan.of(groups, fmt)
-    full = scan.measure(scan.low, scan.high)
+    [full] = scan.measure([(scan.low, scan.high)])
     best = full
     smallest = scan.smallest_factor(full)
-    for factor in _coarse(groups.shape[1], smallest):
-        best = best.better(scan.measure(scan.low * factor, scan.high * factor))
-    for low, high in _neighbors(best, fmt):
-        best = best.better(scan.measure(low, high))
+    factors = _coarse(groups.shape[1], smallest)
+    for found in scan.measure([(scan.low * factor, scan.high * factor) for factor in factors]):
+        best = best.better(found)
+    for found in scan.measure(list(_neighbors(best, fmt))):
+        best = best.better(found)
     for _ in range(FITS):
         best = best.better(scan.fit(best))
     best = full.better(best, margin=MARGIN)
@@ -125,7 +127,8 @@ class Scan:
     """A block of groups, each divided by a power of two so that squares neither overflow nor vanish.
 
     `weights` is (count, size), or (size, count) for short groups; `axis` is the one along a group. `unit`
-    holds the powers of two; `low` and `high` are each group's range, 0 included, before division.
+    holds the powers of two; `low` and `high` are each group's range, 0 included, before division. Groups that
+    are longer than a block are divided piece by piece in `divided`, None where `weights` are divided already.
     """
 
     fmt: IntegerFormat
@@ -135,6 +138,7 @@ class Scan:
     low: Tensor
     high: Tensor
     buffer: Tensor = field(repr=False)
+    divided: Tensor | None = field(repr=False)
 
     @classmethod
     def of(cls, groups: Tensor, fmt: IntegerFormat) -> Scan:
@@ -145,13 +149,19 @@ class Scan:
         high = weights.amax(dim=axis, keepdim=True).clamp(min=0)
         exponent = torch.frexp(torch.maximum(-low, high)).exponent.clamp(-125, 126)
         unit = torch.ldexp(torch.ones_like(low), exponent)
-        piece = weights[:, :BLOCK] if axis == 1 else weights
-        return cls(fmt, axis, weights / unit, unit, low, high, torch.empty_like(piece))
+        if axis == 1 and weights.shape[1] > BLOCK:
+            buffer, divided = (torch.empty_like(weights[:, :BLOCK]) for _ in range(2))
+            return cls(fmt, axis, weights, unit, low, high, buffer, divided)
+        return cls(fmt, axis, weights / unit, unit, low, high, torch.empty_like(weights), None)
 
-    def measure(self, low: Tensor, high: Tensor) -> Candidate:
-        """The error of a range, with the scale and zero point as they would be stored."""
-        scale, point = span(low, high, self.fmt)
-        return Candidate(low, high, scale, point, self._error(scale, point))
+    def measure(self, ranges: Sequence[tuple[Tensor, Tensor]]) -> list[Candidate]:
+        """The errors of ranges, with their scales and zero points as they would be stored."""
+        grids = [span(low, high, self.fmt) for low, high in ranges]
+        errors = self._errors(grids)
+        return [
+            Candidate(low, high, scale, point, error)
+            for (low, high), (scale, point), error in zip(ranges, grids, errors, strict=True)
+        ]
 
     def smallest_factor(self, full: Candidate) -> float:
         """The factor below which no shrunken range of the block can beat the full one.
@@ -174,19 +184,26 @@ class Scan:
             dot += levels.mul_(part).sum(dim=self.axis, keepdim=True)
         fitted = torch.where(square > 0, dot / square.clamp(min=1) * self.unit, best.scale.float())
         stored = stored_scale(fitted, self.fmt.scale_type)
-        return Candidate(best.low, best.high, stored, best.point, self._error(stored, best.point))
+        [error] = self._errors([(stored, best.point)])
+        return Candidate(best.low, best.high, stored, best.point, error)
 
-    def _error(self, stored: Tensor, point: Tensor | None) -> Tensor:
-        total = torch.zeros_like(self.unit)
-        scale = stored.float() / self.unit
+    def _errors(self, grids: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+        """Squared errors; each piece of the weights is taken once for all grids."""
+        scales = [stored.float() / self.unit for stored, _ in grids]
+        totals = [torch.zeros_like(self.unit) for _ in grids]
         for part in self.parts():
-            miss = self.levels(part, scale, point).mul_(scale).sub_(part)
-            total += torch.linalg.vector_norm(miss, dim=self.axis, keepdim=True).square()
-        return total
+            for total, scale, (_, point) in zip(totals, scales, grids, strict=True):
+                miss = self.levels(part, scale, point).mul_(scale).sub_(part)
+                total.add_(torch.linalg.vector_norm(miss, dim=self.axis, keepdim=True).square())
+        return totals
 
-    def parts(self) -> tuple[Tensor, ...]:
-        """Views of `weights` that are small enough for temporary copies."""
-        return torch.split(self.weights, BLOCK, dim=1) if self.axis == 1 else (self.weights,)
+    def parts(self) -> Iterator[Tensor]:
+        """Pieces of the divided weights that stay in a core's cache, each valid until the next."""
+        if self.divided is None:
+            yield self.weights
+            return
+        for part in torch.split(self.weights, BLOCK, dim=1):
+            yield torch.div(part, self.unit, out=self.divided.narrow(1, 0, part.shape[1]))
 
     def levels(self, part: Tensor, scale: Tensor, point: Tensor | None) -> Tensor:
         """Integers minus zero point, in the shared buffer."""

@@ -20,9 +20,9 @@ from service.api.exports import deployment_of
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_resources import Job
 from service.api.jobs import RETRY_SECONDS, accepted
-from service.api.lookup import find_plan
+from service.api.lookup import find_job, find_plan
 from service.api.plans import PlanId
-from service.checkpoints import request_of, require_calibration
+from service.checkpoints import request_of, require_calibration, require_model
 from service.db.repositories import jobs
 from service.errors import Conflict, NotFound, Unprocessable
 from service.records import JobRecord, PlanRecord
@@ -59,6 +59,7 @@ def write_checkpoint(
     def create(session: Session) -> Answer:
         plan = find_plan(context, session, plan_id)
         assert plan.document is not None, "a plan without a document is refused before"
+        require_model(session, find_job(context, session, plan.job_id), context.tenant)
         require_calibration(session, plan_from_json(plan.document), context.tenant)
         return accepted(_job(context, session, plan, body))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from quant.geometry import CACHE_BITS
 from service.cli import options
 from service.cli.exits import exits
 from service.cli.output import console, interval, print_json
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from quant.plan import Plan
     from sensitivity.spec import ModelSource, SessionSpec
     from service.local_inputs import LocalData
+
+CacheTypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kv-cache",
+        help="Also measure the plan with such a key-value cache: int8, or LAYERS=int8 for some (repeat).",
+    ),
+]
 
 
 def evaluate(
@@ -35,6 +44,7 @@ def evaluate(
     device: options.Device = "cpu",
     batch_size: options.BatchSize = 8,
     calibration: options.PlanCalibration = None,
+    kv_cache: CacheTypes = None,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -60,8 +70,22 @@ def evaluate(
         spec = _spec(wanted, found, read, chosen)
         if wanted.reads_calibration:
             spec = _with_statistics(spec, wanted, calibration, force=force)
-        full, planned = measure(settings, spec, [{}, wanted.assignment], wanted.corrections or ())
-        _show(wanted, {"full_precision": full, "plan": planned}, as_json=as_json)
+        asked: dict[str, dict[str, str]] = {"full_precision": {}, "plan": wanted.assignment}
+        if kv_cache:
+            asked["plan_and_cache"] = wanted.assignment | _caches(kv_cache)
+        found_rows = measure(settings, spec, list(asked.values()), wanted.corrections or ())
+        _show(wanted, dict(zip(asked, found_rows, strict=True)), as_json=as_json)
+
+
+def _caches(texts: list[str]) -> dict[str, str]:
+    """Pattern of attention layers -> scheme of its cache. Raises ValueError for an unknown type."""
+    pairs = [text.rpartition("=")[::2] for text in texts]
+    for _, kind in pairs:
+        if kind not in CACHE_BITS:
+            raise ValueError(
+                f"--kv-cache must be one of {', '.join(CACHE_BITS)}, or LAYERS=TYPE. Got {kind!r}. Use int8."
+            )
+    return {pattern or "*": f"kv-{kind}" for pattern, kind in pairs}
 
 
 def _require_same_model(plan: Plan, model: ModelSource, *, force: bool) -> None:
@@ -106,7 +130,7 @@ def _show(plan: Plan, measured: dict[str, Any], *, as_json: bool) -> None:
     names = sorted(measured["plan"]["quality"])
     table = Table("", "bits/weight", "divergence", *names)
     for title, row in measured.items():
-        bits = f"{plan.totals.bits_per_weight:.3f}" if title == "plan" else ""
+        bits = "" if title == "full_precision" else f"{plan.totals.bits_per_weight:.3f}"
         cells = [interval(row["quality"][name]) for name in names]
         table.add_row(title.replace("_", " "), bits, interval(row["divergence"]), *cells)
     console().print(table)

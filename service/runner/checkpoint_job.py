@@ -19,8 +19,8 @@ from quant.digest import canonical_json
 from quant.plan import Plan, plan_from_json
 from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import WriteUnit
-from service.checkpoints import PLAN, RESULT, file_name, read_progress, require_calibration
-from service.db.repositories import jobs, models, plans
+from service.checkpoints import PLAN, RESULT, file_name, read_progress, require_calibration, require_model
+from service.db.repositories import jobs, plans
 from service.errors import InsufficientStorage
 from service.executors.protocol import Outcome
 from service.failpoints import failpoint
@@ -29,8 +29,9 @@ from service.runner.context import JobContext, JobFailed
 from service.runner.dispatch import run_alone
 from service.runner.inputs import data_source, model_source
 from service.runner.problems import problem_of_failure
-from service.states import InputState, Stage
+from service.states import Stage
 
+PREFIX = "checkpoint-"
 WRITER = "service.checkpoint_writer:CheckpointWriter"
 
 
@@ -69,14 +70,8 @@ def _inputs(context: JobContext, session: Session) -> tuple[Plan, ModelRecord, C
         raise JobFailed(
             "plan-not-usable", f"The plan must exist and fit its budget. Got {request['plan']}. Solve again."
         )
-    model = models.get(session, str(search.request["model"]), tenant)
-    if model is None or model.state == InputState.DELETED:
-        raise JobFailed(
-            "model-deleted",
-            f"The plan's model must still be there. Got {search.request['model']}, which"
-            " was deleted. Send it again.",
-        )
     plan = plan_from_json(record.document)
+    model = require_model(session, search, tenant)
     return plan, model, require_calibration(session, plan, tenant)
 
 
@@ -92,17 +87,24 @@ def _spec(
 
 @contextmanager
 def _own_folder(context: JobContext) -> Iterator[Path]:
-    """A new folder of this claim; those of earlier claims, whose runners died, are removed first."""
+    """A new folder of this claim; what claims left whose runners died is removed first."""
     temporary = context.settings.data_dir / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
-    for left in temporary.glob(f"checkpoint-{context.job.id}-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    folder = temporary / f"checkpoint-{context.job.id}-{context.epoch}"
+    for left in temporary.glob(f"{PREFIX}*"):
+        if _is_left(context, left.name.removeprefix(PREFIX).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = temporary / f"{PREFIX}{context.job.id}-{context.epoch}"
     folder.mkdir()
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(context: JobContext, job_id: str) -> bool:
+    """Whether nobody writes into the folders of a job: it is this claim's own, has ended, or is gone."""
+    job = context.read(lambda session: jobs.get(session, job_id))
+    return job is None or job.finished or job.id == context.job.id
 
 
 def _report(context: JobContext, folder: Path) -> None:

@@ -6,12 +6,17 @@ import sys
 
 import pytest
 
+from quant.activations import ACTIVATIONS
 from quant.catalog import EXPORTERS
-from quant.export.front import PROVENANCE_FILE, export
+from quant.export.front import PROVENANCE_FILE, export, lint
 from quant.export.protocol import Deployment, ExportRefused, ModelFacts
+from quant.formats import FORMATS
 from quant.layers import Excluded, Inventory, Layer
 from quant.plan import Certificate, Digests
 from quant.planning import build_plan
+from quant.runtime_rules import target_of
+from quant.runtimes import RUNTIMES
+from quant.schemes import Scheme, parse_scheme
 
 NAMES = tuple(f"model.layers.{n}.mlp.down_proj" for n in (0, 1, 10))
 CANDIDATES = ("w4-g64-asym", "w4-g64", "w4", "w8", "q8_0")
@@ -93,3 +98,39 @@ def test_a_quantizer_that_stores_more_than_the_format_is_refused(name):
     refused = deployment(f"{scheme.name}-lorc4")
     with pytest.raises(ExportRefused, match=r"down_proj: the format's tensors must be all that is stored"):
         export(name, refused)
+
+
+def menu():
+    """Every example format, and what activations can be had with the usual ones."""
+    schemes = [
+        Scheme(fmt) for family in FORMATS.values() for fmt in family.examples if family.name != "plain"
+    ]
+    with_inputs = ("w4", "w8", "w4-g128", "fp8", "fp8-tensor", "nvfp4", "mxfp4", "mxfp8")
+    schemes += [parse_scheme(f"{name}-a{inputs}") for name in with_inputs for inputs in ACTIVATIONS]
+    return [scheme for scheme in schemes if scheme.weight.refuses((256, 512)) is None]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPORTERS if name in RUNTIMES])
+def test_what_a_runtime_offers_can_be_exported_to_it(name):
+    """A plan that was solved for a runtime is never refused by the exporter of that name."""
+    layer = Layer(
+        "model.layers.0.mlp.down_proj", "linear", (256, 512), (256, 512), 131072, None, "other", (), "float32"
+    )
+    inventory = Inventory((layer,), (), 10**6, 1000)
+    config = {"model_type": "llama", "num_hidden_layers": 1}
+    offered = [scheme for scheme in menu() if RUNTIMES[name].refuses(target_of(layer), scheme) is None]
+    assert offered
+    refused = {}
+    for scheme in offered:
+        plan = build_plan(
+            inventory,
+            {layer.name: scheme},
+            digests=Digests(),
+            certificate=Certificate("feasible"),
+            source="test",
+            runtime=name,
+        )
+        violations = lint(name, Deployment(plan, ModelFacts.of(inventory, config)))
+        if violations:
+            refused[scheme.name] = violations[0].rule
+    assert refused == {}

@@ -33,6 +33,7 @@ def test_a_checkpoint_survives_kills(start, resnet, tmp_path):
     client = service.client()
     options = {"schemes": "w2,w4", "samples": 8, "batch_size": 4, "evaluations": 1}
     plan = client.submit(resnet.folder, resnet.calibration, ["3 bpw"], **options).wait().plan("3 bpw")
+    (service.folder / "data" / "tmp" / "checkpoint-job_gone-1").mkdir(parents=True)
     job, undisturbed = written(plan, tmp_path / "undisturbed")
     for place in PLACES:
         assert client.transport.send("DELETE", f"/v1/jobs/{job.id}").status_code == 204

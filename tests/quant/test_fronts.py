@@ -14,6 +14,7 @@ import quant
 FRONTS = (
     "activations",
     "catalog",
+    "checkpoints.compressed",
     "checkpoints.front",
     "checkpoints.gguf",
     "checkpoints.gguf_header",

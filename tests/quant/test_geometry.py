@@ -18,7 +18,10 @@ def test_a_cache_grows_with_context_and_batch():
     assert geometry.cache_bytes(8192, 1) == 2 * 32 * 8 * 128 * 8192 * 2 == 2**30
     assert geometry.cache_bytes(8192, 3) == 3 * 2**30
     assert geometry.cache_bytes(8192, 1, "fp8_e4m3") == 2**29
-    assert geometry.cache_bytes(8192, 1, "int4") == 2**28
+    scales = 2 * 32 * 8 * 8192 * 2
+    assert geometry.cache_bytes(8192, 1, "int4") == 2**28 + scales
+    assert geometry.cache_bytes(8192, 2, "int8") == 2 * (2**29 + scales)
+    assert geometry.layer_cache_bytes(3, 8192, 1, "int4") * 32 == 2**28 + scales
 
 
 def test_sliding_windows_bound_the_cache():
@@ -32,6 +35,7 @@ def test_sliding_windows_bound_the_cache():
 def test_latent_attention_keeps_one_vector_per_token():
     geometry = geometry_of(LLAMA | {"kv_lora_rank": 512, "qk_rope_head_dim": 64})
     assert geometry.cached == 576
+    assert geometry.layer_cache_bytes(0, 10, 1, "int8") == 10 * (576 + 2)
 
 
 def test_what_generates_nothing_has_no_cache():

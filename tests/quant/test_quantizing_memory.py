@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from quant import packing
+from quant.adjusted import dequantized
 from quant.catalog import QUANTIZERS
 from quant.formats import codec_of
 from quant.inputs import LayerInputs
-from quant.quantizers import adaround
+from quant.quantizers import adaround, awq, gptq, lorc
 from quant.schemes import parse_scheme
 
 SHAPE = (256, 3584)
@@ -33,7 +35,9 @@ CASES = [
     (name, quantizer.name)
     for name in SCHEMES
     for quantizer in QUANTIZERS.values()
-    if not quantizer.needs_inputs and parse_scheme(name).weight.family in quantizer.families
+    if not quantizer.needs_inputs
+    and not quantizer.adjusts
+    and parse_scheme(name).weight.family in quantizer.families
 ]
 
 
@@ -46,6 +50,27 @@ def test_quantizing_and_packing_take_less_than_twice_the_size(name, quantizer):
     most, packed = peak(lambda: codec_of(fmt).pack(encoded))
     assert most < 2 * matrix.nbytes
     assert packed.nbytes == fmt.storage(SHAPE).bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["w4-gptq", "w4-tensor-lorc8", "nvfp4-lorc8", "w4-awq", "w4-tensor-awq", "w4-smoothquant-aint8"]
+)
+def test_so_does_quantizing_with_more_than_one_pass(monkeypatch, name):
+    """Beside the moments. Rows that are taken at once are few here, as they are in a large matrix."""
+    monkeypatch.setattr(packing, "BLOCK", 1 << 16)
+    monkeypatch.setattr(gptq, "FEW", 1 << 14)
+    monkeypatch.setattr(awq, "ALPHAS", (0.5,))
+    monkeypatch.setattr(awq, "CLIPS", (0.8,))
+    monkeypatch.setattr(lorc, "ROUNDS", 2)
+    generator = torch.Generator().manual_seed(0)
+    matrix, samples = torch.randn(8192, 256, generator=generator), torch.randn(512, 256, generator=generator)
+    known = LayerInputs((samples.T @ samples / 512)[None], 512, samples.abs().amax(dim=0))
+    scheme = parse_scheme(name)
+    most, result = peak(lambda: scheme.load()(matrix, scheme.weight, known if scheme.needs_inputs else None))
+    assert matrix.nbytes / 8 < most < 2 * matrix.nbytes
+    most, _ = peak(lambda: dequantized(result))
+    assert most < 2 * matrix.nbytes
 
 
 @pytest.mark.parametrize("groups", [1, 8])

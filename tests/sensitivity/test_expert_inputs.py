@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quant.catalog import QUANTIZERS
 from quant.experts import expert_inputs, routed
 from quant.inventory import take_inventory
 from quant.ops import to_matrix
@@ -163,3 +164,19 @@ def test_a_router_that_takes_part_has_every_score(kind: str, tiny: Callable[[str
     (values,) = arrays.values()
     assert values.shape == (2, 1, 2)
     assert (values[:, 0, 0] > values[:, 0, 1]).all()
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_takes_experts(quantizer: str, tiny: Callable[[str], Any]) -> None:
+    session = Session(tiny("gpt_oss").spec())
+    name = "model.layers.0.mlp.experts.down_proj"
+    adjusts = QUANTIZERS[quantizer].adjusts
+    scheme = f"w3-{quantizer}{2 if adjusts is not None and adjusts.parameter else ''}"
+    assert session.weights.quantized(name, scheme).shape == session.weights.parameter(name).shape
+    known, layer = session.inputs(name), session.weights.layer(name)
+
+    def output_error(other: str) -> float:
+        error = session.weights.error(name, other).reshape(layer.weight_shape)
+        return float(known.output_errors(to_matrix(error, layer.op)).sum())
+
+    assert 0 < output_error(scheme) < output_error("w2-rtn")

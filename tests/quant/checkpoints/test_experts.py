@@ -8,10 +8,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralModel
 
 from quant.apply import fake_quantized
-from quant.checkpoints.front import apply_plan
+from quant.checkpoints import vllm as packed
+from quant.checkpoints.front import apply_plan, write
+from quant.checkpoints.loading import load_checkpoint
 from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.digest import folder_digest
+from quant.export import vllm
+from quant.export.protocol import Deployment, ModelFacts
 from quant.inventory import take_inventory
 from quant.plan import Certificate, Digests
 from quant.planning import build_plan
@@ -123,3 +127,71 @@ def test_a_model_that_transformers_does_not_know(tiny_experts, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
     with pytest.raises(CheckpointError, match="must describe a model of transformers"):
         apply_plan(folder, plan, tmp_path / "out", force=True)
+
+
+def deployed(folder, model, scheme_of):
+    """Source, deployment and inventory of a plan for the experts and the output projections of attention."""
+    everything = take_inventory(model).layers
+    left = [item.name for item in everything if item.experts == 1 and not item.name.endswith("o_proj")]
+    inventory, source = take_inventory(model, exclude=left), Source.open(folder)
+    plan = build_plan(
+        inventory,
+        {layer.name: scheme_of(layer) for layer in inventory.layers},
+        digests=Digests(model=source.digest),
+        certificate=Certificate("feasible"),
+        source="t",
+    )
+    return source, Deployment(plan, ModelFacts.of(inventory, source.config)), inventory
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_are_packed_one_by_one_for_vllm(kind, tiny_experts, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    tiny_experts(kind, **SIZES, moe_intermediate_size=32).save_pretrained(folder, max_shard_size="90KB")
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    schemes = {True: "w8-g32", False: "w4-float32"}
+    source, deployment, inventory = deployed(
+        folder, model, lambda layer: schemes[".1." in layer.name and layer.experts > 1]
+    )
+    written = write("vllm", source, deployment, out)
+    assert written.layout.planned_bytes == vllm.stored_bytes(deployment)
+    names = {name for file in out.glob("*.safetensors") for name in load_file(file)}
+    gate = "block_sparse_moe.experts.3.w1" if kind == "mixtral" else "mlp.experts.3.gate_proj"
+    assert f"model.layers.1.{gate}.weight_packed" in names
+    assert f"model.layers.1.{gate}.weight" not in names
+    back = dict(packed.read_back(out, deployment))
+    assert set(back) == set(deployment.plan.layers)
+    loaded = load_checkpoint(out).model
+    loaded.set_experts_implementation("eager")
+    with torch.no_grad(), fake_quantized(model, deployment.plan, inventory):
+        for name, measured in model.named_parameters():
+            torch.testing.assert_close(loaded.get_parameter(name), measured, rtol=1e-6, atol=1e-7)
+            layer = name.removesuffix(".weight")
+            torch.testing.assert_close(back.get(layer, measured), measured, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(loaded(TOKENS)[0], model(TOKENS)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_transformers_loads_packed_experts_of_one_scheme(kind, tiny_experts, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    model = tiny_experts(kind, **SIZES, moe_intermediate_size=32)
+    model.save_pretrained(folder)
+    source, deployment, inventory = deployed(folder, model, lambda layer: "w4-float32")
+    write("vllm", source, deployment, out)
+    loaded = AutoModelForCausalLM.from_pretrained(out, experts_implementation="eager").eval()
+    with torch.no_grad(), fake_quantized(model, deployment.plan, inventory):
+        torch.testing.assert_close(loaded(TOKENS)[0], model(TOKENS)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_fused_experts_in_a_file_are_not_packed_for_vllm(tiny_experts, tmp_path):
+    folder = tmp_path / "model"
+    model = tiny_experts("mixtral", **SIZES)
+    model.save_pretrained(folder, save_original_format=False)
+    source, deployment, _ = deployed(folder, model, lambda layer: "w4")
+    with pytest.raises(
+        CheckpointError, match=r"must be stored apart to be packed.*experts\.(gate_up|down)_proj"
+    ):
+        write("vllm", source, deployment, tmp_path / "out")

@@ -3,12 +3,16 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from quant.apply import fake_quantized
 from quant.checkpoints.front import apply_plan
 from quant.checkpoints.loading import load_checkpoint
 from quant.checkpoints.protocol import CheckpointError
+from quant.checkpoints.source import Source
+from quant.inventory import take_inventory
+from quant.plan import Certificate, Digests
+from quant.planning import build_plan
 
 
 @pytest.fixture
@@ -49,3 +53,22 @@ def test_spoiled_folders_are_refused(applied, tmp_path):
         (spoiled / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(CheckpointError, match=words):
             load_checkpoint(spoiled)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=16))
+    model.save_pretrained(tmp_path / "model")
+    inventory = take_inventory(model, include=["lm_head"])
+    plan = build_plan(
+        inventory,
+        {layer.name: "w4" for layer in inventory.layers},
+        digests=Digests(model=Source.open(tmp_path / "model").digest),
+        certificate=Certificate("feasible"),
+        source="test",
+    )
+    apply_plan(tmp_path / "model", plan, tmp_path / "out")
+    loaded = load_checkpoint(tmp_path / "out").model
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    with fake_quantized(model, plan, inventory):
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)

@@ -17,7 +17,6 @@ from quant.apply import NonFinite, fake_quantized
 from quant.checkpoints.front import apply_plan
 from quant.checkpoints.protocol import CheckpointError
 from quant.digest import folder_digest
-from quant.export.protocol import ExportRefused
 from quant.inventory import take_inventory
 from quant.plan import Certificate, Digests, parse_plan
 from quant.planning import build_plan
@@ -170,10 +169,14 @@ def test_layers_must_be_in_the_checkpoint(llama, tmp_path):
         apply_plan(llama, other, tmp_path / "out")
 
 
-def test_quantized_inputs_are_refused(llama, tmp_path):
-    plan, _ = plan_for(llama, LlamaForCausalLM.from_pretrained(llama), schemes=("w4", "w8-aint8"))
-    with pytest.raises(ExportRefused, match=r"k_proj: inputs must be left alone.* Got w8-aint8\."):
-        apply_plan(llama, plan, tmp_path / "out")
+def test_plans_that_round_inputs_store_the_same_weights(llama, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(llama)
+    rounding, _ = plan_for(llama, model, schemes=("w4", "w8-aint8"))
+    apply_plan(llama, rounding, tmp_path / "out")
+    plain, inventory = plan_for(llama, model, schemes=("w4", "w8"))
+    assert_loads_as(quantized_state(model, plain, inventory), tmp_path / "out", LlamaForCausalLM)
+    written = parse_plan((tmp_path / "out" / "bitplan_plan.json").read_text())
+    assert set(written.assignment.values()) == {"w4", "w8-aint8"}
 
 
 def test_the_output_must_be_free(llama, tmp_path):

@@ -1,12 +1,15 @@
 """Random plans come back from the consumer's own parser module by module."""
 
 import json
+import random
+import sys
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quant.catalog import EXPORTERS
 from quant.export import auto_round, llm_compressor, mlx, modelopt, onnxruntime, torchao, vllm
 from quant.export.front import export, lint
 from quant.export.protocol import Deployment, ExportError, ExportRefused, ModelFacts, Module
@@ -56,6 +59,41 @@ def test_random_plans_read_back_as_planned(consumer, module, menu, language_mode
     found = random_deployment(language_model, menu, seed)
     assert lint(consumer, found) == ()
     assert module.read_back(export(consumer, found), found.model) == found.expected
+
+
+BROKEN = ["w4-tensor", "w8-tensor", "nf4", "fp4", "fp8-e5m2", "w8-afp8"]
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+@quick
+@given(seed=st.integers(0, 10**6))
+def test_random_violations_are_refused_with_layer_and_rule(
+    consumer, module, menu, language_model, random_deployment, deploy, seed
+):
+    chance = random.Random(seed)
+    fine = random_deployment(language_model, menu, seed)
+    alone = [name for name in fine.quantized if name.endswith(("o_proj", "down_proj", "dense"))]
+    if not alone:
+        return
+    broken = {name: chance.choice(BROKEN) for name in chance.sample(alone, chance.randint(1, len(alone)))}
+    kept = {layer.name for layer in language_model.layers} - set(fine.quantized)
+    found = deploy(language_model, fine.plan.assignment | broken, kept)
+    with pytest.raises(ExportRefused) as refusal:
+        export(consumer, found)
+    assert {item.layer: item.got for item in refusal.value.violations} == broken
+    assert all(item.rule for item in refusal.value.violations)
+
+
+@pytest.mark.parametrize(("consumer", "module", "menu"), CASES, ids=[case[0] for case in CASES])
+def test_linear_layers_of_a_cnn_read_back_and_its_convolutions_are_refused(
+    consumer, module, menu, inventories, deploy
+):
+    for scheme in menu:
+        found = deploy(inventories["cnn"], {"head": scheme}, kept=("stem", "block.conv"))
+        assert module.read_back(export(consumer, found), found.model) == found.expected
+    convolutions = deploy(inventories["cnn"], {"stem": "w4", "block.conv": "w4", "head": menu[0]})
+    layers = {item.layer for item in lint(consumer, convolutions)}
+    assert layers == {"stem", "block.conv"}
 
 
 def test_vllm_groups_are_numbered_and_every_module_is_named(inventories, random_deployment):
@@ -155,6 +193,27 @@ def test_one_recipe_has_one_quantizer(inventories, deploy):
     assert [(item.layer, item.got) for item in violations] == [("model.layers.2.mlp.down_proj", "rtn")]
 
 
+def test_gptq_becomes_the_modifier_of_that_name(inventories, deploy):
+    import yaml
+
+    assignment = {layer.name: "w4-g128-gptq" for layer in inventories["llama"].layers}
+    found = deploy(inventories["llama"], assignment)
+    files = export("llm-compressor", found)
+    (modifier,) = yaml.safe_load(files["recipe.yaml"])["quant_stage"]["quant_modifiers"]
+    assert modifier == "GPTQModifier"
+    assert llm_compressor.read_back(files, found.model) == found.expected
+
+
+def test_a_missing_library_is_named(inventories, deploy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.core.config", None)
+    found = deploy(inventories["cnn"], {"head": "w4"}, kept=("stem", "block.conv"))
+    with pytest.raises(
+        ExportError, match=r"Exporting to torchao must have its library\. Got no module 'torchao"
+    ):
+        export("torchao", found)
+
+
 @pytest.mark.parametrize("scheme", AO_MENU)
 def test_bytes_in_torchao_are_those_of_its_tensors(scheme, inventories, deploy):
     import torch
@@ -214,6 +273,47 @@ def test_a_head_that_shares_a_kept_embedding_is_left_alone_by_name(consumer, mod
     files = export(consumer, found)
     assert module.read_back(files, found.model) == found.expected
     assert b"lm_head" in b"".join(files.values())
+
+
+@pytest.mark.parametrize(
+    ("consumer", "place"),
+    [
+        ("gptqmodel", lambda files: json.loads(files["quantize_config.json"])["dynamic"]),
+        ("auto-round", lambda files: json.loads(files["layer_config.json"])),
+        (
+            "modelopt",
+            lambda files: json.loads(files["hf_quant_config.json"])["quantization"]["exclude_modules"],
+        ),
+    ],
+)
+def test_fused_experts_that_are_kept_are_named_one_by_one(consumer, place, inventories):
+    experts = Excluded("model.layers.0.mlp.experts.gate_up_proj", "experts", 640, "left out")
+    inventory = replace(inventories["llama"], excluded=(experts,))
+    plan = build_plan(
+        inventory,
+        {layer.name: "w4-g128" for layer in inventory.layers},
+        digests=Digests(),
+        certificate=Certificate("feasible"),
+        source="test",
+    )
+    found = Deployment(plan, ModelFacts.of(inventory, MIXTURE))
+    named = [name.replace("\\", "").strip("^$-:") for name in place(export(consumer, found))]
+    wanted = {f"model.layers.0.mlp.experts.{n}.{part}_proj" for n in range(2) for part in ("gate", "up")}
+    assert wanted <= set(named)
+    if consumer != "gptqmodel":
+        module = EXPORTERS[consumer].load()
+        assert module.read_back(export(consumer, found), found.model) == found.expected
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_size": 128,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+}
 
 
 def test_a_shared_weight_keeps_its_precision_in_torchao(deploy):

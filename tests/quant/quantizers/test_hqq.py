@@ -44,7 +44,7 @@ def test_without_outliers_a_step_is_the_least_squares_fit(symmetric):
     """A penalty so small that no error is an outlier: numpy's least squares on the same integers."""
     matrix, fmt = weights(4, 600), IntegerFormat(3, symmetric)
     scan = Scan.of(matrix, fmt)
-    start = scan.measure(scan.low * 0.7, scan.high * 0.7)
+    start = scan.measure([(scan.low * 0.7, scan.high * 0.7)])[0]
     scale, point = _step(scan, start.scale.float() / scan.unit, start.point, 1e-9)
     for row in range(4):
         zero = 0 if symmetric else start.point[row].item()

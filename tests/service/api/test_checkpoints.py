@@ -125,6 +125,12 @@ def test_a_plan_that_fits_nothing_has_no_checkpoint(api, solve):
     assert "A plan must fit its budget" in response.json()["detail"]
 
 
+def test_a_deleted_model_has_no_new_checkpoints(api, ask, finished_job):
+    assert api.http.delete(f"/v1/models/{finished_job['request']['model']}").status_code == 204
+    response = ask()
+    assert (response.status_code, slug(response)) == (409, "model-deleted")
+
+
 def test_nothing_to_download_yet(api, runner, ask, fetch):
     none = fetch()
     assert (none.status_code, slug(none)) == (404, "checkpoint-not-found")
