@@ -6,7 +6,9 @@ Builds a Llama-type model with random weights (latency does not depend on them),
 real kernel of every layer's scheme into the model, and times whole forward passes. Prints one row per plan,
 then the largest and mean errors and Spearman's rank correlation for three predictions:
 
-  table            the layers' measured kernels, summed, and the rest of the model, measured once
+  table            the layers' measured kernels, summed, and the rest of the model: what a pass takes with w4
+                   everywhere, less the table's sum for that. Kernels are timed before and after the plans,
+                   because other work on the machine comes and goes
   layers alone     the same sum without the rest: what `latency_ns` of a plan holds
   roofline         the profile cpu-avx512, summed, and the same rest
 """
@@ -91,6 +93,13 @@ def with_kernels(
     return before
 
 
+def timed_plan(model: nn.Module, inventory: Inventory, plan: Mapping[str, str], batch: int) -> float:
+    modules = with_kernels(model, inventory, plan, batch)
+    found = end_to_end(model, batch)
+    restore(model, modules)
+    return found
+
+
 def restore(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
@@ -113,15 +122,6 @@ def spearman(one: Sequence[float], two: Sequence[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def time_kernels(inventory: Inventory, batch: int) -> tuple[dict[str, Timing], float]:
-    """Timings of all cases, and the sum of the dense ones: what the layers take at full precision."""
-    parameters = inventory.parameters
-    dense = [case_of(layer, None, batch, parameters) for layer in inventory.layers]
-    wanted = dict.fromkeys((*cases(inventory.layers, MENU, batch), *dense))
-    timings = {case.key: time_case(case) for case in wanted}
-    return timings, sum(timings[case.key].median_ns for case in dense)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--blocks", type=int, default=20)
@@ -133,21 +133,28 @@ def main() -> None:
     torch.set_num_threads(1)
     model = build(options)
     inventory = take_inventory(model)
-    timings, dense = time_kernels(inventory, options.batch)
+    wanted = cases(inventory.layers, MENU, options.batch)
+    print(f"{options.blocks} blocks, {len(inventory.layers)} layers, {inventory.parameters:,} weights")
+    cheapest = {layer.name: MENU[0].name for layer in inventory.layers}
+    plans = random_plans(inventory, options.plans)
+    found, uniform = [], []
+    before = [time_case(case) for case in wanted]
+    for plan in plans:
+        uniform.append(timed_plan(model, inventory, cheapest, options.batch))
+        found.append(timed_plan(model, inventory, plan, options.batch))
+    after = [time_case(case) for case in wanted]
+    timings = {
+        case.key: Timing((first.median_ns + last.median_ns) / 2, first.spread_ns, first.repeats)
+        for case, first, last in zip(wanted, before, after, strict=True)
+    }
     measured = measured_latency(inventory.layers, MENU, options.batch, timings)
     roofline = roofline_latency(inventory.layers, MENU, options.batch, DEVICES["cpu-avx512"])
-    print(f"{options.blocks} blocks, {len(inventory.layers)} layers, {inventory.parameters:,} weights")
-    rows, full = [], []
-    for plan in random_plans(inventory, options.plans):
-        full.append(end_to_end(model, options.batch))
-        modules = with_kernels(model, inventory, plan, options.batch)
-        found = end_to_end(model, options.batch)
-        restore(model, modules)
+    rows = []
+    for plan, taken in zip(plans, found, strict=True):
         layers = float(sum(measured[name][scheme] for name, scheme in plan.items()))
-        roof = float(sum(roofline[name][scheme] for name, scheme in plan.items()))
-        rows.append((found, layers, layers, roof))
-    rest = statistics.median(full) - dense
-    print(f"layers at full precision {dense / 1e6:.2f} ms, rest of the model {rest / 1e6:.2f} ms")
+        rows.append((taken, layers, layers, float(sum(roofline[n][s] for n, s in plan.items()))))
+    rest = statistics.median(uniform) - float(sum(measured[name][MENU[0].name] for name in cheapest))
+    print(f"rest of the model {rest / 1e6:.2f} ms")
     report(np.array(rows) + np.array([0, rest, 0, rest]))
 
 

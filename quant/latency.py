@@ -19,7 +19,7 @@ from quant.layers import DTYPE_BITS, Layer
 from quant.schemes import Scheme
 
 Kernel = Literal["dense", "embedding", "int8_dynamic", "int8_weight_only", "int4_weight_only"]
-KERNELS_VERSION = 1
+KERNELS_VERSION = 2
 """Raised when a kernel is timed in another way, so that old timings are not used."""
 GROUPS = (256, 128, 64, 32)
 """Group sizes of the 4-bit kernel, the largest first."""
@@ -128,7 +128,7 @@ def _copies(layer: Layer, parameters: int) -> int:
     """A power of two, so that layers of similar models share timings; at most `LARGEST_ROTATION` bytes."""
     fitting = max(1, LARGEST_ROTATION // layer.stored_bytes)
     wanted = min(fitting, max(1, parameters // layer.parameters))
-    return 1 << (wanted.bit_length() - 1)
+    return 1 << (wanted * wanted).bit_length() // 2
 
 
 def _kernel(layer: Layer, scheme: Scheme | None) -> tuple[Kernel, int]:

@@ -98,7 +98,12 @@ TORCHAO = Runtime(
     source="https://docs.pytorch.org/ao/stable/",
     rules=(
         Rule(
-            Integers((2, 3, 4, 5, 6, 7, 8), groups=(), symmetric=BOTH),
+            Integers(
+                (2, 3, 4, 5, 6, 7, 8),
+                groups=(),
+                symmetric=BOTH,
+                scale_types=("float16", "bfloat16", "float32"),
+            ),
             ops=("linear", "embedding"),
             whole_groups=True,
         ),
@@ -143,12 +148,17 @@ ONNXRUNTIME = Runtime(
     source="https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
     rules=(
         Rule(
-            Integers((4, 8), channel=False, groups=(16, 32, 64, 128, 256), symmetric=BOTH),
+            Integers(
+                (2, 4, 8),
+                channel=False,
+                groups=(16, 32, 64, 128, 256),
+                symmetric=BOTH,
+                scale_types=("float16", "bfloat16", "float32"),
+            ),
             ops=LINEARS,
         ),
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
-    fused=(Fused(("q_proj", "k_proj", "v_proj")),),
     heads=True,
     menu=("w4-g128-asym-gptq", "w4-g32-asym-gptq", "w4-g16-asym-gptq", "w8-g128-gptq", "bf16"),
 )

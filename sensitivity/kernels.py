@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ Run = Callable[[Tensor], Tensor]
 
 WARM_UP, FEWEST, MOST = 3, 15, 200
 ENOUGH_SECONDS = 0.15
-"""Repeats stop after this time, but not before `FEWEST` of them."""
+WIDTH, HEADS = 512, 8
+"""Sides of the code around a layer."""
 
 
 def dense(weight: Tensor) -> Run:
@@ -105,9 +106,34 @@ class KernelSession:
         return UnitResult((), {}, facts)
 
 
+class Around(torch.nn.Module):
+    """What stands between two linear layers of a transformer: a norm, a rotation, attention, a gate."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate = torch.nn.SiLU()
+        self.scale = torch.ones(WIDTH, dtype=dtype)
+        self.start = torch.linspace(-1, 1, WIDTH).to(dtype).reshape(1, WIDTH)
+
+    def forward(self) -> Tensor:
+        """One token."""
+        wide = self.start.float()
+        steady = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        hidden = steady.to(self.start.dtype) * self.scale
+        first, second = hidden.chunk(2, -1)
+        hidden = hidden + torch.cat((-second, first), -1) * self.scale
+        heads = hidden.view(1, 1, HEADS, -1).transpose(1, 2)
+        weights = torch.softmax((heads @ heads.transpose(2, 3)).float(), -1).to(hidden.dtype)
+        mixed: Tensor = self.gate((weights @ heads).transpose(1, 2).reshape(1, WIDTH))
+        return self.start + mixed
+
+
 def time_case(case: Case) -> Timing:
-    """Median and spread of repeats. The weights rotate through `case.copies` copies, so that they are as
-    far from the processor as they are between two passes over the whole model.
+    """What a kernel adds to the time of a model: its own, and what the code around it waits for because the
+    weights pushed it out of the caches. Median and spread of repeats.
+
+    The weights rotate through `case.copies` copies, so that they are as far from the processor as they are
+    between two passes over the whole model.
     """
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -115,11 +141,12 @@ def time_case(case: Case) -> Timing:
     for _ in range(case.copies):
         weight = torch.randn(case.rows, case.columns, generator=generator).to(dtype)
         runs.append(KERNELS[case.kernel](weight, case.group))
-    inputs = _inputs(case, dtype, generator)
+    inputs, around = _inputs(case, dtype, generator), Around(dtype)
     with torch.inference_mode():
         for turn in range(max(WARM_UP, len(runs))):
             runs[turn % len(runs)](inputs)
-        return _timed(runs, inputs)
+            around()
+        return _timed(runs, inputs, around)
 
 
 def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -128,16 +155,29 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tenso
     return torch.randn(case.batch, case.columns, generator=generator).to(dtype)
 
 
-def _timed(runs: list[Run], inputs: Tensor) -> Timing:
-    samples: list[int] = []
+def _timed(runs: list[Run], inputs: Tensor, around: Around) -> Timing:
+    """Each repeat times the code around a layer twice: after itself, and after a kernel.
+
+    One thread is timed by its own processor time, which other processes on the machine do not add to. What
+    timing takes by itself is taken off.
+    """
+    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+
+    def nanoseconds(call: Callable[..., object], *arguments: Tensor) -> int:
+        before = clock()
+        call(*arguments)
+        return clock() - before
+
+    nothing = median(nanoseconds(lambda: None) for _ in range(FEWEST))
+    own: list[float] = []
+    added: list[int] = []
     start = time.perf_counter()
-    while len(samples) < FEWEST or (len(samples) < MOST and time.perf_counter() - start < ENOUGH_SECONDS):
-        run = runs[len(samples) % len(runs)]
-        before = time.perf_counter_ns()
-        run(inputs)
-        samples.append(time.perf_counter_ns() - before)
-    first, median, third = quantiles(samples, n=4)
-    return Timing(median, (third - first) / 2, len(samples))
+    while len(own) < FEWEST or (len(own) < MOST and time.perf_counter() - start < ENOUGH_SECONDS):
+        alone = nanoseconds(around)
+        own.append(max(1.0, nanoseconds(runs[len(own) % len(runs)], inputs) - nothing))
+        added.append(nanoseconds(around) - alone)
+    low, middle, high = quantiles(own, n=4)
+    return Timing(middle + max(0, median(added)), (high - low) / 2, len(own))
 
 
 def _identity(threads: int) -> Mapping[str, Any]:

@@ -46,7 +46,7 @@ def decoded(quantizer, matrix, fmt):
 
 def examples(quantizer, family):
     """Every format for those that write all; for others some, which cover all parts of the grammar."""
-    step = 12 if quantizer.adjusts else 7 if quantizer.needs_inputs else 4
+    step = 12 if quantizer.adjusts else 17 if quantizer.needs_inputs else 4
     return FORMATS[family].examples[:: 1 if set(quantizer.families) == set(FORMATS) else step]
 
 

@@ -90,7 +90,7 @@ def test_unknown_kinds_and_static_blocks_are_refused():
     [
         ("w8-aint8", {"vllm", "torchao", "generic"}),
         ("w8-aint8s", {"vllm", "generic"}),
-        ("fp8-afp8", {"vllm", "torchao", "generic"}),
+        ("fp8-afp8", {"vllm", "generic"}),
         ("fp8-afp8s", {"vllm", "generic"}),
         ("nvfp4-anvfp4s", {"vllm", "generic"}),
         ("nvfp4-anvfp4", {"generic"}),
@@ -104,6 +104,6 @@ def test_runtimes_take_the_activations_they_have_kernels_for(scheme, runs_on):
 
 
 def test_a_refusal_names_the_activations_that_are_taken():
-    (violation,) = lint(plan_for("fp8-afp8s"), RUNTIMES["torchao"])
-    assert "(activations at full precision or fp8)" in violation.rule
-    assert "not fp8-afp8s" in violation.rule
+    (violation,) = lint(plan_for("w8-aint8s"), RUNTIMES["torchao"])
+    assert "(activations at full precision or int8)" in violation.rule
+    assert "not w8-aint8s" in violation.rule

@@ -130,11 +130,11 @@ def test_a_folder_of_another_class_is_refused(tmp_path):
         front.layout("torchao", source, deployment)
 
 
-def test_schemes_that_torchao_cannot_hold_are_refused(saved, tmp_path):
+def test_schemes_that_torchao_cannot_hold_are_refused(saved):
     folder = saved("llama")
     model = LlamaForCausalLM.from_pretrained(folder)
     path = "model.layers.0.mlp.up_proj"
     for scheme in ("w4-tensor", "nvfp4", "w4-g48", "w8-g32-aint8", "w8-aint8s", "fp8-afp8"):
         source, deployment, _ = deploy(folder, model, {path: scheme})
         with pytest.raises(ExportRefused, match=rf"{path}: .* Got {scheme}"):
-            front.write("torchao", source, deployment, tmp_path / "out")
+            front.layout("torchao", source, deployment)
