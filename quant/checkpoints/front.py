@@ -143,9 +143,9 @@ def write(
     """
     entry, place = checkpoint_of(consumer), Path(out)
     plan = deployment.plan
+    expected = layout(consumer, source, deployment, force=force)
     require_inputs(plan, given=inputs is not None)
     require_corrected(plan, given=corrected is not None)
-    expected = layout(consumer, source, deployment, force=force)
     _require_free(place, folder=entry.writes == "folder")
     place.parent.mkdir(parents=True, exist_ok=True)
     _require_space(place.parent, expected)

@@ -16,7 +16,7 @@ from torch import nn
 
 from quant.layers import Inventory
 from sensitivity import session as session_module
-from sensitivity.catalog import SCORERS, TASKS
+from sensitivity.catalog import SCORERS, TASKS, offered_metrics
 from sensitivity.errors import (
     BadCalibration,
     BadPattern,
@@ -32,7 +32,6 @@ from sensitivity.spec import DataSource, ModelSource, SessionSpec
 from sensitivity.units import BlockUnit, InspectUnit, MeasureUnit, ScoreUnit, Unit, UnitResult
 
 NAMES = ("llama", "bert", "resnet", "mlp", "gpt_oss")
-CHOICE_METRICS = tuple(name for name, metric in SCORERS.items() if metric.unit == "choice")
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +51,20 @@ def layer_names(session: Session) -> tuple[str, ...]:
     return tuple(layer.name for layer in session.inventory.layers)
 
 
+def choice_metrics(session: Session) -> tuple[str, ...]:
+    """What can be measured of one choice at a time on the session's task and data."""
+    offered = offered_metrics(session.task_name, has_labels=session.samples.labels is not None)
+    return tuple(name for name in offered if SCORERS[name].unit == "choice")
+
+
 def units_of(session: Session) -> list[Unit]:
     """Units of every kind."""
     first, second, *_ = layer_names(session)
     plan = tuple((name, "w3") for name in layer_names(session))
     units: list[Unit] = [
-        ScoreUnit(name, scheme, CHOICE_METRICS) for name in (first, second) for scheme in ("w2", "w4")
+        ScoreUnit(name, scheme, choice_metrics(session))
+        for name in (first, second)
+        for scheme in ("w2", "w4")
     ]
     units += [
         BlockUnit("fisher", f"samples:{a}:{b}", ("w2", "w4"), (first, second)) for a, b in ((0, 4), (4, 6))
@@ -177,7 +184,7 @@ def test_parts_are_measured_on_their_own_samples(session: Callable[[str], Sessio
 def test_forwards_are_counted(session: Callable[[str], Session]) -> None:
     kept = session("resnet")
     first, *_ = layer_names(kept)
-    assert kept.run(ScoreUnit(first, "w2", CHOICE_METRICS)).facts["forwards"] == 6
+    assert kept.run(ScoreUnit(first, "w2", choice_metrics(kept))).facts["forwards"] == 6
     assert kept.run(ScoreUnit(first, "w2", ("weight_error",))).facts["forwards"] == 0
     assert kept.run(MeasureUnit((), "choosing")).facts["forwards"] == 6
     assert kept.run(BlockUnit("fisher", "samples:0:4", ("w2",), (first,))).facts["forwards"] == 12

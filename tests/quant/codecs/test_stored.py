@@ -57,6 +57,8 @@ def test_stored_bytes_are_predicted_and_nothing_stored_is_lost(fmt, kind, shape,
     st.integers(0, 99),
 )
 def test_the_search_never_loses_to_round_to_nearest(fmt, kind, shape, unit, seed):
+    if fmt.family == "gguf":  # offered for whole blocks only
+        shape = (shape[0], -(-shape[1] // fmt.size) * fmt.size)
     codec, matrix = codec_of(fmt), weights(kind, shape, seed) * unit
     assert loss(codec.closest(matrix, fmt), matrix) <= loss(codec.nearest(matrix, fmt), matrix) * (1 + 1e-5)
 
