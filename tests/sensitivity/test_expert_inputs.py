@@ -166,7 +166,9 @@ def test_a_router_that_takes_part_has_every_score(kind: str, tiny: Callable[[str
     assert (values[:, 0, 0] > values[:, 0, 1]).all()
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(
+    "quantizer", [q.name for q in QUANTIZERS.values() if q.adjusts is None or not q.adjusts.divides_inputs]
+)
 def test_every_quantizer_takes_experts(quantizer: str, tiny: Callable[[str], Any]) -> None:
     session = Session(tiny("gpt_oss").spec())
     name = "model.layers.0.mlp.experts.down_proj"
