@@ -28,7 +28,7 @@ from service.cli.output import JobProgress, plans_table
 from service.cli.output import console as tall_console
 from service.client import Client, JobHandle
 
-BUDGETS = ("2.5 bpw", "3.5 bpw", "uniform w4")
+BUDGETS = ("2.5 bpw", "3.5 bpw", "uniform w4-asym-gptq")
 START_SECONDS = 60
 
 

@@ -66,7 +66,6 @@ VLLM = Runtime(
         "w4-g128-asym-bfloat16-gptq",
         "w4-g32-asym-bfloat16-gptq",
         "w8-bfloat16-gptq",
-        "bf16",
     ),
 )
 LLAMA_CPP = Runtime(
@@ -113,7 +112,7 @@ TORCHAO = Runtime(
     ),
     embeddings=True,
     heads=True,
-    menu=(*CHANNEL_MENU, "bf16"),
+    menu=CHANNEL_MENU,
 )
 MLX = Runtime(
     name="mlx",
@@ -139,7 +138,6 @@ MLX = Runtime(
         "w5-g64-asym-gptq",
         "w6-g64-asym-gptq",
         "w8-g64-asym-gptq",
-        "bf16",
     ),
 )
 ONNXRUNTIME = Runtime(
@@ -160,7 +158,7 @@ ONNXRUNTIME = Runtime(
         Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
     ),
     heads=True,
-    menu=("w4-g128-asym-gptq", "w4-g32-asym-gptq", "w4-g16-asym-gptq", "w8-g128-gptq", "bf16"),
+    menu=("w4-g128-asym-gptq", "w4-g32-asym-gptq", "w4-g16-asym-gptq", "w8-g128-gptq"),
 )
 OPENVINO = Runtime(
     name="openvino",
@@ -176,7 +174,7 @@ OPENVINO = Runtime(
     embeddings=True,
     heads=True,
     kv_cache=("float16", "bfloat16", "int8"),
-    menu=("w4-g128-asym-gptq", "w4-g64-asym-gptq", "w4-g32-asym-gptq", "w8-gptq", "bf16"),
+    menu=("w4-g128-asym-gptq", "w4-g64-asym-gptq", "w4-g32-asym-gptq", "w8-gptq"),
 )
 GENERIC = Runtime(
     name="generic",

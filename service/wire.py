@@ -13,7 +13,7 @@ from quant.devices import DeviceError, read_device
 from quant.geometry import CACHE_BITS
 from quant.runtimes import RUNTIMES, default_menu
 from quant.schemes import parse_scheme
-from search.budget import BudgetError, parse_budget
+from search.budget import BudgetError, parse_budget, parse_limits
 from search.choosers import CHOOSERS
 from sensitivity.catalog import SCORERS, TASKS, unseen_activations
 
@@ -263,6 +263,19 @@ class JobRequest(WireModel):
         runtime = members.get("runtime")
         known = runtime if isinstance(runtime, str) and runtime in RUNTIMES else None
         return {**members, "schemes": list(default_menu(known))}
+
+    @model_validator(mode="after")
+    def _uniform_schemes(self) -> JobRequest:
+        """A limit such as "uniform w4" must name a scheme that is measured."""
+        known = {*self.schemes, *self.pins.values()}
+        for limit in parse_limits((*self.budgets, *self.limits)):
+            if limit.uniform and _scheme(limit.uniform) not in known:
+                raise _problem(
+                    "unknown-scheme",
+                    f"A uniform limit must name a scheme of the menu: {', '.join(self.schemes)}."
+                    f" Got {limit.uniform!r:.80}. Pick one of them, or add it to the schemes.",
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_latency(self) -> JobRequest:

@@ -99,6 +99,13 @@ def _write(plans: Sequence[Mapping[str, Any]], output: Path | None, *, several: 
             file.write_text(canonical_json(plan["document"]), encoding="utf-8")
             if not as_json:
                 console().print(f"wrote {file}", markup=False)
+        elif output is not None and not as_json:
+            _say_unwritten(file_of(output, plan["budget"], several=several))
+
+
+def _say_unwritten(file: Path) -> None:
+    older = "; the one there is from an earlier run" if file.exists() else ""
+    console().print(f"did not write {file}{older}", markup=False)
 
 
 def show_preview(

@@ -26,7 +26,7 @@ def demo(tmp_path_factory):
 def test_the_plan_beats_every_uniform_scheme_that_fits(demo, model):
     out, _ = demo
     plans = json.loads((out / "plans" / f"{model}.json").read_text())
-    assert [plan["budget"] for plan in plans] == ["2.5 bpw", "3.5 bpw", "uniform w4"]
+    assert [plan["budget"] for plan in plans] == ["2.5 bpw", "3.5 bpw", "uniform w4-asym-gptq"]
     for plan in plans:
         entries = {entry["name"]: entry for entry in plan["evidence"]["entries"]}
         fitting = [entry for name, entry in entries.items() if name != "plan" and entry["within_limits"]]
@@ -34,15 +34,21 @@ def test_the_plan_beats_every_uniform_scheme_that_fits(demo, model):
         assert all(entry["bytes"] >= 0 and entry["difference"]["low"] > 0 for entry in fitting)
         assert plan["evidence"]["verdict"]["beats_all_uniform"]
         assert plan["evidence"]["part"] == "reporting"
-    assert entries["plan"]["bytes"] <= entries["uniform w4"]["bytes"]
+    assert entries["plan"]["bytes"] <= entries["uniform w4-asym-gptq"]["bytes"]
 
 
 @pytest.mark.slow
 def test_the_demo_shows_tables_files_and_the_way_to_the_docs(demo):
     out, shown = demo
-    for words in ("full precision", "uniform w2", "plan 2.5 bpw", "beats every uniform scheme", "/docs"):
+    for words in (
+        "full precision",
+        "uniform w2-asym-gptq",
+        "plan 2.5 bpw",
+        "beats every uniform scheme",
+        "/docs",
+    ):
         assert words in shown
     for model in MODELS:
-        for budget in ("2.5-bpw", "3.5-bpw", "uniform-w4"):
+        for budget in ("2.5-bpw", "3.5-bpw", "uniform-w4-asym-gptq"):
             assert (out / "plans" / f"{model}-{budget}.plan.json").is_file()
             assert (out / "plans" / f"{model}-{budget}" / "model.safetensors").is_file()

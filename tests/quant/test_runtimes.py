@@ -20,8 +20,9 @@ def test_the_default_menu_of_a_runtime_is_one_that_it_runs(runtime: Runtime) -> 
         assert scheme.weight.refuses(ROUND.matrix) is None, scheme.name
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
+@pytest.mark.parametrize("runtime", [RUNTIMES[name] for name in RUNTIMES if name not in ("vllm", "mlx")])
 def test_a_layer_of_any_shape_gets_a_scheme(runtime: Runtime) -> None:
+    """vLLM and MLX have no kernel at all for sides like these."""
     offered = [
         scheme
         for scheme in parse_schemes(runtime.menu)
