@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -87,6 +88,11 @@ class ColumnScales:
         return replace(
             inputs, second_moments=inputs.second_moments / torch.outer(scales, scales), largest=largest
         )
+
+
+def addition_of(tensors: Mapping[str, Tensor]) -> Addition:
+    """The addition with these fields, as `Adjustment.shapes` names them: the inverse of `vars`."""
+    return LowRank(**tensors) if "left" in tensors else ColumnScales(**tensors)
 
 
 def dequantized(quantized: Encoded | Adjusted) -> Tensor:

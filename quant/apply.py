@@ -48,7 +48,15 @@ def quantize_dequantize(
     `op` is a key of OPS, `name` the layer's for messages and for `inputs`. Raises NonFinite, and ApplyError
     when the quantizer needs statistics and there are none.
     """
-    matrix = dequantized(encode_weight(weight, op, name, scheme, inputs)).to(weight)
+    return decode_weight(encode_weight(weight, op, name, scheme, inputs), weight, op, name, scheme)
+
+
+def decode_weight(stored: Encoded | Adjusted, weight: Tensor, op: str, name: str, scheme: Scheme) -> Tensor:
+    """The weight that a stored one stands for, in the shape, dtype and on the device of `weight`.
+
+    Raises NonFinite where its dtype does not hold the values.
+    """
+    matrix = dequantized(stored).to(weight)
     if not torch.isfinite(matrix).all():
         raise NonFinite(name, scheme.name, f"in {weight.dtype} after quantizing the weight")
     return from_matrix(matrix, op, tuple(weight.shape)).contiguous()
@@ -205,7 +213,7 @@ def _known(chosen: list[tuple[Layer, Scheme]], inputs: InputsOf | None) -> Input
 
 def _resolve(plan: Assignment, inventory: Inventory) -> list[tuple[Layer, Scheme]]:
     """Layers with schemes, each tensor once."""
-    assignment = plan.assignment if isinstance(plan, Plan) else plan
+    assignment = plan.weights if isinstance(plan, Plan) else plan
     chosen: dict[str, tuple[Layer, Scheme]] = {}
     for name, value in assignment.items():
         layer, scheme = _layer(name, inventory), scheme_of(value)

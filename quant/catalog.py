@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from quant.storage import Matrix
@@ -48,19 +49,24 @@ class Adjust(Protocol):
 class Adjustment:
     """What is special about a quantizer that lets another one round.
 
-    `bits` tells what it stores beside the format for a matrix and a parameter; `parameter` names the number
-    that its spelling ends with, None where there is none; `default` is the number where it is left out, 0
-    where it must be given, and `most` the largest. `refuses` says why it is not offered for a matrix and a
-    parameter, or None. `divides_inputs`: the layer's input is divided by the stored scales before it is
-    rounded, so the scheme must round activations.
+    `shapes` tells the float16 tensors that it stores beside the format for a matrix and a parameter, by the
+    names of its addition's fields (quant/adjusted.py); `parameter` names the number that its spelling ends
+    with, None where there is none; `default` is the number where it is left out, 0 where it must be given,
+    and `most` the largest. `refuses` says why it is not offered for a matrix and a parameter, or None.
+    `divides_inputs`: the layer's input is divided by the stored scales before it is rounded, so the scheme
+    must round activations.
     """
 
-    bits: Callable[[Matrix, int], int]
+    shapes: Callable[[Matrix, int], dict[str, tuple[int, ...]]]
     parameter: str | None = None
     default: int = 0
     most: int = 10**9
     refuses: Callable[[Matrix, int], str | None] = lambda matrix, parameter: None
     divides_inputs: bool = False
+
+    def bits(self, matrix: Matrix, parameter: int) -> int:
+        """What is stored beside the format."""
+        return 16 * sum(prod(shape) for shape in self.shapes(matrix, parameter).values())
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,10 @@ class Quantizer:
     def load(self) -> Any:
         """Import the module (and with it torch) and return its `quantize`: a Quantize, or an Adjust."""
         return import_module(self.module).quantize
+
+
+def _column_scales(matrix: Matrix, _: int) -> dict[str, tuple[int, ...]]:
+    return {"scales": (matrix[1],)}
 
 
 def _low_rank_refusal(matrix: Matrix, rank: int) -> str | None:
@@ -132,7 +142,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         summary="Columns with large inputs are multiplied before rounding and divided after it.",
         source="Lin et al. 2023, arXiv:2306.00978, section 3.2",
         needs_inputs=True,
-        adjusts=Adjustment(bits=lambda matrix, _: 16 * matrix[1]),
+        adjusts=Adjustment(shapes=_column_scales),
     ),
     "gptq": Quantizer(
         name="gptq",
@@ -159,7 +169,9 @@ QUANTIZERS: dict[str, Quantizer] = {
         summary="Two thin float16 matrices beside the rounded one; their product is what rounding lost.",
         source="Yao et al. 2023, arXiv:2303.08302, section 4; in turns as Li et al. 2023, arXiv:2310.08659",
         adjusts=Adjustment(
-            bits=lambda matrix, rank: 16 * rank * sum(matrix), parameter="rank", refuses=_low_rank_refusal
+            shapes=lambda matrix, rank: {"left": (matrix[0], rank), "right": (rank, matrix[1])},
+            parameter="rank",
+            refuses=_low_rank_refusal,
         ),
     ),
     "mse_clip": Quantizer(
@@ -188,7 +200,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         source="Xiao et al. 2022, arXiv:2211.10438, section 4",
         needs_inputs=True,
         adjusts=Adjustment(
-            bits=lambda matrix, _: 16 * matrix[1],
+            shapes=_column_scales,
             parameter="percent",
             default=50,
             most=99,
@@ -234,7 +246,9 @@ class Exporter:
     """One line of EXPORTERS. `module` holds `lint`, `files`, `stored_bytes` and `read_back`.
 
     `library` is the consumer's package that `read_back` parses with; writing needs it only where the
-    summary says so. `separate`: it cannot be installed beside our torch.
+    summary says so. `separate`: it cannot be installed beside our torch. `caches` are the types of key-value
+    cache that the files can ask for, one for all layers; `cache_switches` tell for the other types that the
+    consumer keeps which switches of its command ask for them.
     """
 
     name: str
@@ -243,6 +257,8 @@ class Exporter:
     summary: str
     source: str
     separate: bool = False
+    caches: tuple[str, ...] = ()
+    cache_switches: Mapping[str, str] = field(default_factory=dict)
 
     def load(self) -> ExporterModule:
         """Import the module."""
@@ -256,6 +272,7 @@ EXPORTERS: dict[str, Exporter] = {
         library="compressed_tensors",
         summary="config.json with a compressed-tensors quantization_config of mixed precision.",
         source="vLLM, scheme CompressedTensorsWNA16; compressed-tensors 0.20",
+        caches=("fp8_e4m3",),
     ),
     "llm-compressor": Exporter(
         name="llm-compressor",
@@ -285,13 +302,18 @@ EXPORTERS: dict[str, Exporter] = {
         library="modelopt",
         summary="hf_quant_config.json of mixed precision, as TensorRT-LLM, vLLM and SGLang read it.",
         source="NVIDIA Model Optimizer 0.47, convert_hf_quant_config_format",
+        caches=("fp8_e4m3",),
     ),
     "mlx": Exporter(
         name="mlx",
         module="quant.export.mlx",
         library="mlx",
         summary="config.json with a quantization entry for every module.",
-        source="mlx-lm 0.32, load_model; mlx.nn.quantize",
+        source="mlx-lm 0.32, load_model and generate; mlx.nn.quantize",
+        cache_switches={
+            "int8": "--kv-bits 8 --quantized-kv-start 0",
+            "int4": "--kv-bits 4 --quantized-kv-start 0",
+        },
     ),
     "llama.cpp": Exporter(
         name="llama.cpp",
@@ -346,6 +368,14 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         summary="safetensors with dequantized weights in their own types, for transformers as it is.",
         source="safetensors 0.6, format of the header; transformers 5, from_pretrained",
     ),
+    "pytorch-packed": Checkpoint(
+        name="pytorch-packed",
+        module="quant.checkpoints.packed",
+        library=None,
+        writes="folder",
+        summary="safetensors with packed codes and scales, the plan's bytes, for load_checkpoint.",
+        source="safetensors 0.6, format of the header; quant/packing.py and quant/codecs",
+    ),
     "vllm": Checkpoint(
         name="vllm",
         module="quant.checkpoints.vllm",
@@ -360,7 +390,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         library="gguf",
         writes="file",
         summary="One GGUF file for llama.cpp: tensors packed in the planned types, tokenizer, provenance.",
-        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3, qwen3moe",
+        source="gguf 0.19, GGUFWriter; llama.cpp, architectures llama, qwen2, qwen3, qwen3moe, bert",
     ),
     "onnxruntime": Checkpoint(
         name="onnxruntime",
@@ -379,3 +409,19 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         source="torchao 0.18, safetensors_support; transformers 5.23, TorchAoHfQuantizer",
     ),
 }
+
+
+def consumer_fault(name: str, offered: Mapping[str, Any]) -> str | None:
+    """Why a name is no consumer of EXPORTERS or CHECKPOINTS, whichever is `offered`; None where it is one.
+
+    >>> consumer_fault("gguf", EXPORTERS).partition("Got ")[2]
+    "'gguf'. It takes weights."
+    """
+    if name in offered:
+        return None
+    advice = "Pick one of them"
+    if name in CHECKPOINTS:
+        advice = "It takes weights"
+    elif name in EXPORTERS:
+        advice = "It takes configuration"
+    return f"Consumer must be one of {', '.join(offered)}. Got {name[:60]!r}. {advice}."

@@ -8,6 +8,7 @@ from math import ceil
 
 from quant.costs import Cell, CostError, Grid
 from quant.geometry import CACHE_BITS, Geometry
+from quant.kv_cache import FULL_TYPES, Caches, extended
 from quant.layers import DTYPE_BITS, Inventory, Layer
 from quant.schemes import Scheme
 
@@ -31,14 +32,19 @@ class Deployment:
 
 
 def deployment_resources(
-    inventory: Inventory, schemes: Sequence[Scheme], deployment: Deployment, geometry: Geometry | None
+    inventory: Inventory,
+    schemes: Sequence[Scheme],
+    deployment: Deployment,
+    geometry: Geometry | None,
+    caches: Caches | None = None,
 ) -> dict[str, Grid]:
     """Layers x schemes grids; None where a format refuses the layer.
 
     "checkpoint_bytes" are all stored bytes of the model, "kv_cache_bytes" the cache of the deployment,
     "memory_bytes" both together, "active_bytes" what one decoding step of `batch` tokens reads: the weights
     that take part (the expected share of the experts, one row per token of an embedding) and the cache.
-    What no choice changes is counted in the first layer, so that sums over layers are the whole.
+    What no choice changes is counted in the first layer, so that sums over layers are the whole. Where
+    `caches` are decided, their layers and schemes come after those of the weights, each with its own cache.
     """
     if geometry is None:
         raise CostError(
@@ -46,17 +52,34 @@ def deployment_resources(
             "num_hidden_layers, num_attention_heads. Leave the deployment out."
         )
     stored = tuple(tuple(_bytes(layer, scheme) for scheme in schemes) for layer in inventory.layers)
-    cache = geometry.cache_bytes(deployment.context_length, deployment.batch, deployment.kv_cache)
+    context, batch, kind = deployment.context_length, deployment.batch, deployment.kv_cache
+    cache = 0 if caches is not None else geometry.cache_bytes(context, batch, kind)
     shares = [
         _active(layer, row, deployment, geometry) for layer, row in zip(inventory.layers, stored, strict=True)
     ]
     idle = _idle_bytes(inventory, deployment, geometry)
-    return {
+    weights = {
         "checkpoint_bytes": _with_constant(stored, inventory.other_bytes),
         "kv_cache_bytes": _with_constant(_zeros(stored), cache),
         "memory_bytes": _with_constant(stored, inventory.other_bytes + cache),
         "active_bytes": _with_constant(shares, inventory.other_bytes - idle + cache),
     }
+    if caches is None:
+        return weights
+    _require_full(kind)
+    sizes = caches.bytes(geometry, context, batch, kind)
+    return {
+        name: extended(grid, caches.nothing if name == "checkpoint_bytes" else sizes)
+        for name, grid in weights.items()
+    }
+
+
+def _require_full(kind: str) -> None:
+    if kind not in FULL_TYPES:
+        raise CostError(
+            f"A cache that a menu leaves full must be one of {', '.join(FULL_TYPES)}. Got {kind!r} as the"
+            " deployment's kv_cache. Put it into the menu, and leave the deployment's out."
+        )
 
 
 def _bytes(layer: Layer, scheme: Scheme) -> int | None:

@@ -11,11 +11,15 @@ from typing import Any, TypedDict
 
 CHUNK = 1 << 20
 CONFIG = "config.json"
+DIFFUSERS_CLASS = "_class_name"
+"""The member of config.json that names a class of diffusers; transformers' configurations have none."""
 INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""Names of a single weight file: those of transformers and of diffusers."""
+INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)
 COMPANIONS = (
     CONFIG,
-    INDEX,
+    *INDEXES,
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -123,20 +127,23 @@ def weight_files(folder: Path) -> tuple[str, ...]:
 
 def _indexed(folder: Path) -> tuple[str, ...]:
     """Shards named by the index; () where there is no index, or a single file wins over it."""
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file() or not index.is_file():
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if _single(folder) or index is None:
         return ()
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FolderError(f"{INDEX} must be JSON with a weight_map. Got {error!r}. Save it again.") from error
+        raise FolderError(
+            f"{index.name} must be JSON with a weight_map. Got {error!r}. Save it again."
+        ) from error
     for name in names:
         if not isinstance(name, str) or not _is_plain(name) or not name.endswith(".safetensors"):
             raise FolderError(
-                f"{INDEX} must name plain *.safetensors files of its own folder. Got {name!r}. Save it again."
+                f"{index.name} must name plain *.safetensors files of its own folder. Got {name!r}. Save it"
+                " again."
             )
     if not names:
-        raise FolderError(f"{INDEX} must name at least one weight file. Got none. Save it again.")
+        raise FolderError(f"{index.name} must name at least one weight file. Got none. Save it again.")
     return tuple(names)
 
 
@@ -144,9 +151,14 @@ def _is_plain(name: str) -> bool:
     return PurePosixPath(name).name == name and "\\" not in name and name not in ("", ".", "..")
 
 
+def _single(folder: Path) -> tuple[str, ...]:
+    """The one weight file that wins over all others; () where there is none."""
+    return tuple(name for name in WEIGHTS if (folder / name).is_file())[:1]
+
+
 def _unindexed(folder: Path) -> tuple[str, ...]:
-    if (folder / WEIGHTS).is_file():
-        return (WEIGHTS,)
+    if single := _single(folder):
+        return single
     names = tuple(sorted(file.name for file in folder.glob("*.safetensors")))
     if names:
         return names

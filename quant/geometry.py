@@ -23,8 +23,9 @@ class Geometry:
     `cached` are the numbers one token leaves in one layer's cache: 2 * heads * head size, or the latent
     vector of multi-head latent attention; `vectors` are the pieces of them that share a scale: 2 * heads, or
     1; 0 where that is not known. `windows` has one entry per layer, None where attention is full;
-    it is empty for a model that generates nothing. `hidden` is the length of a token's vector. `experts`
-    of each block, `active` of them per token; 0 without experts.
+    it is empty for a model that generates nothing. `attention` are the module paths of the attention layers,
+    by their number in the cache; empty where they are not known. `hidden` is the length of a token's vector.
+    `experts` of each block, `active` of them per token; 0 without experts.
     """
 
     cached: int
@@ -34,6 +35,7 @@ class Geometry:
     hidden: int = 0
     tied_embeddings: bool = False
     vectors: int = 0
+    attention: tuple[str, ...] = ()
 
     def cache_bytes(self, context_length: int, batch: int, kind: str = "float16") -> int:
         """Bytes of keys and values of `batch` sequences of `context_length` tokens, with their scales.
@@ -67,12 +69,13 @@ class Geometry:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; `geometry_from_json` reads them back."""
-        return {**asdict(self), "windows": list(self.windows)}
+        return {**asdict(self), "windows": list(self.windows), "attention": list(self.attention)}
 
 
 def geometry_from_json(value: Mapping[str, Any]) -> Geometry:
-    """Inverse of `Geometry.as_json`, for values that were written by it."""
-    return Geometry(**{**value, "windows": tuple(value["windows"])})
+    """Inverse of `Geometry.as_json`, for values that it wrote; older ones name no attention layers."""
+    lists = {"windows": tuple(value["windows"]), "attention": tuple(value.get("attention", ()))}
+    return Geometry(**{**value, **lists})
 
 
 def geometry_of(config: Mapping[str, Any]) -> Geometry | None:

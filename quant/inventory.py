@@ -16,7 +16,7 @@ from quant.layers import DTYPE_BITS, EXPERT_OPS, Excluded, Inventory, Layer, Op
 from quant.ops import call_macs, matrix_shape, op_of
 from quant.patterns import matches, select
 from quant.quantized_models import quantized_reason
-from quant.roles import output_heads, role_of
+from quant.roles import cross_attention_paths, output_heads, role_of
 from quant.shared import Shared, Use, shared_parameters, stored_tensors
 
 VERSION_LACKS = "this version does not offer it"
@@ -34,6 +34,15 @@ class NothingToQuantize(InventoryError):  # noqa: N818 - says what the model is
     """A model without a layer that takes part."""
 
 
+@dataclass(frozen=True)
+class Places:
+    """Paths of the modules whose place in the model says what they are for."""
+
+    heads: frozenset[str]
+    routers: frozenset[str]
+    cross_attention: frozenset[str]
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """A tensor that could be a layer: its first use by a known module type, and all other uses' paths."""
@@ -43,6 +52,7 @@ class Found:
     op: Op
     head: bool
     router: bool
+    cross: bool
 
     @property
     def name(self) -> str:
@@ -86,8 +96,8 @@ def take_inventory(
             " Start from the original checkpoint."
         )
     tensors = shared_parameters(model)
-    heads, routers = output_heads(model), router_paths(model)
-    found = [_find(shared, heads, routers) for shared in tensors]
+    places = Places(output_heads(model), router_paths(model), cross_attention_paths(model))
+    found = [_find(shared, places) for shared in tensors]
     reasons = _reasons([item for item in found if isinstance(item, Found)], include, exclude)
     chosen = [item for item in found if isinstance(item, Found) and item.name not in reasons]
     excluded = [_excluded(item, reasons) for item in found if item is not None and item not in chosen]
@@ -104,7 +114,7 @@ def take_inventory(
     )
 
 
-def _find(shared: Shared, heads: frozenset[str], routers: frozenset[str]) -> Found | Excluded | None:
+def _find(shared: Shared, places: Places) -> Found | Excluded | None:
     """A candidate layer, a weight with the reason why it is none, or None for biases, norms and the like."""
     paths = {use.path for use in shared.uses}
     for use in shared.uses:
@@ -115,7 +125,12 @@ def _find(shared: Shared, heads: frozenset[str], routers: frozenset[str]) -> Fou
                 others = _other_users(shared, use)
                 return Excluded(use.layer or use.name, op, _size(shared.tensor), reason, others)
             return Found(
-                shared, use, cast(Op, op), not paths.isdisjoint(heads), not paths.isdisjoint(routers)
+                shared,
+                use,
+                cast(Op, op),
+                head=not paths.isdisjoint(places.heads),
+                router=not paths.isdisjoint(places.routers),
+                cross=not paths.isdisjoint(places.cross_attention),
             )
     use = shared.uses[0]
     bias = use.attribute.endswith("bias") and bool(fused_projections(use.module))
@@ -212,7 +227,7 @@ def _layer(item: Found, macs: int | None) -> Layer:
         matrix=matrix_shape(shape, item.op),
         parameters=item.shared.tensor.numel(),
         macs=macs,
-        role=role_of(item.name, item.op, item.head),
+        role=role_of(item.name, item.op, head=item.head, router=item.router, cross=item.cross),
         aliases=item.aliases,
         dtype=str(item.shared.tensor.dtype).removeprefix("torch."),
     )

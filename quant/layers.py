@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, cast, get_args
 
+from quant.patterns import matches, select
 from quant.reading import Node
 from quant.storage import Matrix
 
@@ -14,7 +16,19 @@ Op = Literal[
 ]
 EXPERT_OPS = ("experts", "experts_transposed")
 """Weights of all experts of a block in one parameter, (experts, out, in) or (experts, in, out)."""
-Role = Literal["attention", "feed_forward", "convolution", "embedding", "head", "other"]
+Role = Literal[
+    "cross_attention",
+    "self_attention",
+    "feed_forward",
+    "convolution",
+    "embedding",
+    "head",
+    "router",
+    "expert",
+    "other",
+]
+FORMER_ROLES = {"attention": "self_attention"}
+"""What documents of earlier versions call a role, and its name now."""
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
 
 
@@ -118,6 +132,14 @@ class Inventory:
         """Layers under their names and under every alias."""
         return {name: layer for layer in self.layers for name in layer.names}
 
+    def with_roles(self, roles: Mapping[str, str]) -> Inventory:
+        """The same layers with other roles, by name or pattern; of several that match the last one counts.
+
+        Raises PatternError for a pattern that matches nothing.
+        """
+        select(roles, self.by_name)
+        return replace(self, layers=tuple(_with_role(layer, roles) for layer in self.layers))
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; `Inventory.from_json` reads them back."""
         return {
@@ -139,6 +161,11 @@ class Inventory:
         )
 
 
+def _with_role(layer: Layer, roles: Mapping[str, str]) -> Layer:
+    found = [role for key, role in roles.items() if any(matches(key, name) for name in layer.names)]
+    return replace(layer, role=cast(Role, found[-1])) if found else layer
+
+
 def parameter_name(layer: str, op: str) -> str:
     """The full name of the parameter of a layer.
 
@@ -152,6 +179,7 @@ def layer_from_json(node: Node) -> Layer:
     """Inverse of `Layer.as_json`. Raises ReadError that names the place."""
     fields = node.fields(*Layer.__dataclass_fields__)
     op, role, dtype = fields["op"].text(), fields["role"].text(), fields["dtype"].text()
+    role = FORMER_ROLES.get(role, role)
     if op not in get_args(Op):
         raise fields["op"].error(f"one of {', '.join(get_args(Op))}")
     if role not in get_args(Role):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from quant.kv_cache import Caches, cache_faults, cache_type_of, is_cache
 from quant.layers import Inventory, Layer
 from quant.plan import Plan
 from quant.runtime_rules import Runtime, Target, planned_target, target_of
@@ -34,7 +35,12 @@ def lint(plan: Plan, runtime: Runtime) -> tuple[Violation, ...]:
         rule = runtime.refuses(planned_target(name, layer), parse_scheme(layer.scheme))
         if rule is not None:
             found.append(Violation(name, rule))
-    return (*found, *_disagreements(plan.assignment, runtime))
+    return (*found, *_disagreements(plan.weights, runtime), *_cache_faults(plan.kv_cache or {}, runtime))
+
+
+def _cache_faults(caches: Mapping[str, str], runtime: Runtime) -> Iterator[Violation]:
+    for name, rule, step in cache_faults(caches, runtime.smaller_caches, one=runtime.one_cache):
+        yield Violation(name, f"{rule}, not {caches[name]}: {step}")
 
 
 def _disagreements(assignment: Mapping[str, str], runtime: Runtime) -> list[Violation]:
@@ -68,6 +74,73 @@ def forbidden_schemes(
     return {name: refused for name, refused in found.items() if refused}
 
 
+def forbidding_rules(
+    layers: Sequence[Layer], schemes: Sequence[Scheme], runtime: Runtime
+) -> dict[str, dict[str, list[str]]]:
+    """Rule -> layer -> names of the schemes that it forbids there: `forbidden_schemes` by reason."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for layer in layers:
+        target = target_of(layer)
+        for scheme in schemes:
+            rule = runtime.refuses(target, scheme)
+            if rule is not None:
+                found.setdefault(rule, {}).setdefault(layer.name, []).append(scheme.name)
+    return found
+
+
+def forbidden_caches(caches: Caches, runtime: Runtime) -> dict[str, tuple[str, ...]]:
+    """The same for attention layers."""
+    refused = tuple(name for name in caches.schemes if not runtime.keeps(cache_type_of(name)))
+    return dict.fromkeys(caches.layers, refused) if refused else {}
+
+
+def require_cache_choices(caches: Caches, pins: Mapping[str, str], runtime: Runtime) -> None:
+    """Raise RuntimeRefuses where a menu holds nothing that the runtime runs beside full caches, or a pin
+    something that it does not run, or pins differ where all caches have one type.
+    """
+    smaller = [cache_type_of(name) for name in caches.menu[1:]]
+    keeps = ", ".join(runtime.smaller_caches)
+    if not keeps:
+        raise RuntimeRefuses(
+            f"{runtime.name} keeps no type of cache that can be decided. Got {', '.join(smaller)}."
+            " Leave kv_cache out."
+        )
+    if not any(map(runtime.keeps, smaller)):
+        raise RuntimeRefuses(
+            f"A menu of cache types must hold one that {runtime.name} keeps: {keeps}. Got"
+            f" {', '.join(smaller)}. Change the menu, or leave kv_cache out."
+        )
+    pinned = {name: scheme for name, scheme in pins.items() if name in caches.layers}
+    for name, scheme in pinned.items():
+        if not runtime.keeps(cache_type_of(scheme)):
+            raise RuntimeRefuses(
+                f"A pin of a cache must be full or a type that {runtime.name} keeps: {keeps}."
+                f" Got {scheme} for {name}. Change the pin."
+            )
+    if runtime.one_cache and len(set(pinned.values())) > 1:
+        shown = ", ".join(f"{name}: {scheme}" for name, scheme in pinned.items())
+        raise RuntimeRefuses(
+            f"All caches must have one type under {runtime.name}. Got pins to several: {shown:.300}."
+            " Change the pins."
+        )
+
+
+def rules_below(
+    layers: Sequence[Layer], schemes: Sequence[Scheme], runtime: Runtime
+) -> dict[str, tuple[str, ...]]:
+    """Rule -> the layers on which it forbids a scheme of fewer bytes than any that the runtime runs."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        target = target_of(layer)
+        size = {s: s.storage(layer.matrix).bytes for s in schemes if s.refuses(layer) is None}
+        rules = {scheme: runtime.refuses(target, scheme) for scheme in size}
+        least = min((size[scheme] for scheme, rule in rules.items() if rule is None), default=0)
+        for scheme, rule in rules.items():
+            if rule is not None and size[scheme] < least:
+                found.setdefault(rule, []).append(layer.name)
+    return {rule: tuple(names) for rule, names in found.items()}
+
+
 def require_choices(
     inventory: Inventory, menu: Sequence[str], pins: Mapping[str, str], runtime: Runtime
 ) -> None:
@@ -96,7 +169,7 @@ def require_choices(
 
 def _left(layer: Layer, menu: Sequence[str], pins: Mapping[str, str], runtime: Runtime) -> tuple[str, ...]:
     target = target_of(layer)
-    names = (pins[layer.name],) if layer.name in pins else tuple(menu)
+    names = (pins[layer.name],) if layer.name in pins else tuple(s for s in menu if not is_cache(s))
     faults = {name: _fault(target, parse_scheme(name), runtime) for name in names}
     left = tuple(name for name, fault in faults.items() if fault is None)
     if not left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from math import prod
@@ -13,14 +13,15 @@ from typing import Any
 from quant.catalog import CORRECTIONS
 from quant.costs import bits_per_weight
 from quant.digest import canonical_json, digest
-from quant.layers import read_matrix
+from quant.kv_cache import FULL, SMALLER_TYPES, cache_scheme
+from quant.layers import DTYPE_BITS, read_matrix
 from quant.reading import Node, ReadError
 from quant.schemes import SchemeError, parse_scheme
 from quant.storage import Matrix
 
 SCHEMA = "bitplan.plan/1"
 STATUSES = ("optimal", "feasible")
-OPTIONAL = ("runtime", "latency", "calibration", "corrections")
+OPTIONAL = ("runtime", "latency", "calibration", "corrections", "decided_by", "kv_cache", "objective")
 """Fields that a document leaves out where there is nothing to say."""
 
 
@@ -30,7 +31,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class PlanLayer:
-    """The decision for one layer. `shape` is the weight's, `matrix` what the format saw."""
+    """The decision for one layer. `shape` is the weight's, `matrix` what the format saw.
+
+    `dtype` is the type that the model stores the weight in, None in documents that do not say.
+    """
 
     scheme: str
     spelled: str
@@ -41,6 +45,7 @@ class PlanLayer:
     matrix: Matrix
     op: str
     aliases: tuple[str, ...]
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,10 @@ class Plan:
     model expects, `source` how the plan was found, `budget` the limits it was solved under, as written.
     `runtime` names the rules that the plan keeps, `latency` says where its latencies came from ("table",
     "measured", "roofline:h100"), `calibration` how the data were read if anything needs any, `corrections`
-    the versions of those that change other tensors than the layers' weights; a document leaves out what it
-    has not.
+    the versions of those that change other tensors than the layers' weights, `decided_by` the metric of each
+    layer where metrics differ from layer to layer, `kv_cache` the type of each attention layer's cache where
+    these were decided, `objective` what the certificate is about if not the metric's sum, as written; a
+    document leaves out what it has not.
     """
 
     layers: Mapping[str, PlanLayer]
@@ -121,15 +128,28 @@ class Plan:
     latency: str | None = None
     calibration: Calibration | None = None
     corrections: Mapping[str, int] | None = None
+    decided_by: Mapping[str, str] | None = None
+    kv_cache: Mapping[str, str] | None = None
+    objective: str | None = None
 
     @property
-    def assignment(self) -> dict[str, str]:
+    def weights(self) -> dict[str, str]:
         """Layer name -> scheme name."""
         return {name: layer.scheme for name, layer in self.layers.items()}
 
+    @property
+    def assignment(self) -> dict[str, str]:
+        """Every decision: layer name -> scheme name, attention layers with those of their caches too."""
+        caches = {name: cache_scheme(kind) for name, kind in (self.kv_cache or {}).items()}
+        return self.weights | caches
+
     def as_json(self) -> dict[str, Any]:
         """The document as plain values."""
-        fields = _plain(asdict(self))
+        rest = asdict(replace(self, layers={}))
+        fields = _plain(rest | {"layers": {name: dict(vars(layer)) for name, layer in self.layers.items()}})
+        for layer in fields["layers"].values():
+            if layer["dtype"] is None:
+                del layer["dtype"]
         given = {name: value for name, value in fields.items() if name not in OPTIONAL or value is not None}
         return {"schema": SCHEMA, **given}
 
@@ -227,13 +247,17 @@ def plan_from_json(value: Any) -> Plan:
         latency=fields["latency"].text() if "latency" in fields else None,
         calibration=_read_calibration(fields["calibration"]) if "calibration" in fields else None,
         corrections=_read_corrections(fields["corrections"]) if "corrections" in fields else None,
+        decided_by=_read_deciding(fields["decided_by"]) if "decided_by" in fields else None,
+        kv_cache=_read_kv_cache(fields["kv_cache"]) if "kv_cache" in fields else None,
+        objective=fields["objective"].text() if "objective" in fields else None,
     )
     _check_totals(plan)
     return plan
 
 
 def _read_layer(node: Node) -> PlanLayer:
-    fields = node.fields(*PlanLayer.__dataclass_fields__)
+    told = "dtype" in node.mapping()
+    fields = node.fields(*(name for name in PlanLayer.__dataclass_fields__ if told or name != "dtype"))
     layer = PlanLayer(
         scheme=fields["scheme"].text(),
         spelled=fields["spelled"].text(),
@@ -244,7 +268,10 @@ def _read_layer(node: Node) -> PlanLayer:
         matrix=read_matrix(fields["matrix"]),
         op=fields["op"].text(),
         aliases=tuple(item.text() for item in fields["aliases"].items()),
+        dtype=fields["dtype"].text() if told else None,
     )
+    if told and layer.dtype not in DTYPE_BITS:
+        raise fields["dtype"].error(f"one of {', '.join(DTYPE_BITS)}")
     scheme = parse_scheme(layer.scheme)
     expected = {
         "scheme": scheme.name,
@@ -313,9 +340,25 @@ def _read_corrections(node: Node) -> dict[str, int]:
     return found
 
 
+def _read_deciding(node: Node) -> dict[str, str]:
+    return {layer: metric.text() for layer, metric in node.members()}
+
+
+def _read_kv_cache(node: Node) -> dict[str, str]:
+    found = {name: kind.text() for name, kind in node.members()}
+    if not found:
+        raise node.error("the type of some attention layer's cache, or left out")
+    for name, kind in node.members():
+        if found[name] not in (FULL, *SMALLER_TYPES):
+            raise kind.error(f"one of {', '.join((FULL, *SMALLER_TYPES))}")
+    return found
+
+
 def _check_totals(plan: Plan) -> None:
     if not plan.layers:
         raise PlanError("Plan must hold at least one layer. Got none. Export the plan again.")
+    if plan.decided_by is not None and plan.decided_by.keys() != plan.layers.keys():
+        raise PlanError("Plan decided_by must name every layer once. Got others. Export the plan again.")
     totals, layers = plan.totals, plan.layers.values()
     parameters = sum(layer.parameters for layer in layers)
     stored = sum(layer.bytes for layer in layers)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from quant.catalog import CORRECTIONS
 from quant.costs import bits_per_weight, bops
+from quant.kv_cache import FULL, SMALLER_TYPES, cache_type
 from quant.layers import Inventory, Layer
 from quant.lint import lint
 from quant.plan import Calibration, Certificate, Digests, Plan, PlanError, PlanLayer, Totals
@@ -29,12 +30,15 @@ def build_plan(
     latency: str | None = None,
     calibration: Calibration | None = None,
     corrections: Collection[str] = (),
+    decided_by: Mapping[str, str] | None = None,
+    kv_cache: Mapping[str, str] | None = None,
+    objective: str | None = None,
 ) -> Plan:
     """A plan that gives every layer of the inventory its scheme, with all sizes counted.
 
     Raises PlanError when a layer has no scheme, a name is no layer, a format refuses a layer, or `runtime`
     (a key of RUNTIMES) cannot run the plan. `calibration` is kept if a quantizer or one of the
-    `corrections` (keys of CORRECTIONS) needs it.
+    `corrections` (keys of CORRECTIONS) needs it. `kv_cache` are types by attention layer.
     """
     schemes = _complete(inventory, assignment)
     layers = {layer.name: _decide(layer, schemes[layer.name]) for layer in inventory.layers}
@@ -66,6 +70,10 @@ def build_plan(
         if corrections or any(s.needs_calibration for s in schemes.values())
         else None,
         corrections={n: CORRECTIONS[n].version for n in sorted(corrections)} or None,
+        decided_by=decided_by or None,
+        kv_cache={name: cache_type(kind, (FULL, *SMALLER_TYPES)) for name, kind in (kv_cache or {}).items()}
+        or None,
+        objective=objective,
     )
     if runtime is not None:
         _require_runnable(plan, RUNTIMES[runtime])
@@ -96,7 +104,8 @@ def _complete(inventory: Inventory, assignment: Mapping[str, str | Scheme]) -> d
             f"Plan must give every layer a scheme. Got none for {', '.join(missing[:3])}"
             f" ({len(missing)} in all). Add them, or exclude them from the inventory."
         )
-    return {name: scheme_of(assignment[name]) for name in names}
+    read = {value: scheme_of(value) for value in dict.fromkeys(assignment.values())}
+    return {name: read[assignment[name]] for name in names}
 
 
 def scheme_of(value: str | Scheme) -> Scheme:
@@ -120,6 +129,7 @@ def _decide(layer: Layer, scheme: Scheme) -> PlanLayer:
         matrix=layer.matrix,
         op=layer.op,
         aliases=layer.aliases,
+        dtype=layer.dtype,
     )
 
 

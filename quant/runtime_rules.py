@@ -7,39 +7,49 @@ from dataclasses import dataclass
 from typing import Any
 
 from quant.integer import IntegerFormat, ScaleType
+from quant.kv_cache import FULL, SMALLER_TYPES
 from quant.layers import EXPERT_OPS, Layer
 from quant.patterns import matches
 from quant.plan import PlanLayer
 from quant.schemes import Scheme
 from quant.storage import Format, Matrix
 
+OWN_TYPES = {"bfloat16": "bf16", "float16": "fp16"}
+"""Type of stored weights -> the format that leaves them as they are."""
+HELD_SCALES: dict[str | None, tuple[ScaleType, ...]] = {"float16": ("float16",), "bfloat16": ("bfloat16",)}
+"""Type of stored weights -> the types of scales that it holds exactly; other types hold all."""
 HEADS = ("lm_head", "embed_out", "classifier", "score")
 """Last parts of module paths that name an output head, where a document does not say what a layer is."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a rule sees of a layer; the matrix of fused experts is that of one expert, as kernels see it."""
+    """What a rule sees of a layer; the matrix of fused experts is that of one expert, as kernels see it.
+
+    `dtype` is the type that the model stores the weight in, None where that is not known.
+    """
 
     name: str
     op: str
     matrix: Matrix
     embedding: bool
     head: bool
+    dtype: str | None = None
 
 
 def target_of(layer: Layer) -> Target:
     """The target of an inventory's layer; a tensor shared by embedding and head is both."""
     head = layer.role == "head" or _named_head(layer.aliases)
     matrix = (layer.matrix[0] // layer.experts, layer.matrix[1])
-    return Target(layer.name, layer.op, matrix, layer.op == "embedding", head)
+    return Target(layer.name, layer.op, matrix, layer.op == "embedding", head, layer.dtype)
 
 
 def planned_target(name: str, layer: PlanLayer) -> Target:
     """The target of a plan's layer; heads are told by name."""
     experts = layer.shape[0] if layer.op in EXPERT_OPS else 1
     matrix = (layer.matrix[0] // experts, layer.matrix[1])
-    return Target(name, layer.op, matrix, layer.op == "embedding", _named_head((name, *layer.aliases)))
+    head = _named_head((name, *layer.aliases))
+    return Target(name, layer.op, matrix, layer.op == "embedding", head, layer.dtype)
 
 
 def _named_head(names: Iterable[str]) -> bool:
@@ -48,7 +58,7 @@ def _named_head(names: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Integers:
-    """Integer formats that a kernel takes. Empty `group_sizes` means any.
+    """Integer formats that a kernel takes. Empty `groups` means any of 2 columns or more.
 
     >>> Integers((4, 8), groups=(32, 128)).text
     'w4, w8 per channel or in groups of 32, 128, symmetric'
@@ -73,7 +83,9 @@ class Integers:
     def _granular(self, fmt: IntegerFormat) -> bool:
         if fmt.granularity != "group":
             return self.channel and fmt.granularity == "channel"
-        return self.groups is not None and (not self.groups or fmt.group_size in self.groups)
+        if self.groups is None or fmt.group_size is None:
+            return False
+        return fmt.group_size in self.groups if self.groups else fmt.group_size > 1
 
     @property
     def text(self) -> str:
@@ -81,7 +93,7 @@ class Integers:
         widths = ", ".join(f"w{bits}" for bits in self.bits)
         parts = ["per channel"] if self.channel else []
         if self.groups is not None:
-            parts.append(f"in groups of {', '.join(map(str, self.groups)) or 'any size'}")
+            parts.append(f"in groups of {', '.join(map(str, self.groups)) or '2 or more'}")
         signs = " or ".join("symmetric" if sign else "asymmetric" for sign in self.symmetric)
         return f"{widths} {' or '.join(parts)}, {signs}"
 
@@ -109,7 +121,8 @@ class Rule:
     `columns` and `rows` must divide the matrix's columns and output channels; with `whole_groups` the group
     size must divide the columns too. `activations` are patterns over the names of activation formats;
     activations at full precision are always taken. `additions` are patterns over the names of quantizers
-    whose tensors beside the format's the runtime loads too.
+    whose tensors beside the format's the runtime loads too. With `own_type` the format must be the type that
+    the model stores the weight in, with `own_scales` that type must hold the scales exactly.
     """
 
     formats: Integers | Named
@@ -119,6 +132,8 @@ class Rule:
     whole_groups: bool = False
     activations: tuple[str, ...] = ()
     additions: tuple[str, ...] = ()
+    own_type: bool = False
+    own_scales: bool = False
 
     def takes(self, scheme: Scheme) -> bool:
         """Whether the rule is about this scheme."""
@@ -136,8 +151,21 @@ class Rule:
         """Whether the scheme stores tensors beside the format's that the runtime does not load."""
         return scheme.adds and not any(matches(p, scheme.quantizer) for p in self.additions)
 
-    def shape_fault(self, matrix: Matrix, scheme: Scheme) -> str | None:
-        """Why the kernel does not run a matrix of (output channels, columns), or None."""
+    def fault(self, target: Target, scheme: Scheme) -> str | None:
+        """Why the kernel does not run a layer in a scheme that the rule is about, or None."""
+        return self._type_fault(target.dtype, scheme) or self._shape_fault(target.matrix, scheme)
+
+    def _type_fault(self, dtype: str | None, scheme: Scheme) -> str | None:
+        if dtype is None:
+            return None
+        if self.own_type and OWN_TYPES.get(dtype) != scheme.weight.short:
+            return f"16-bit weights must have the model's own type, which is {dtype}"
+        scales, held = getattr(scheme.weight, "scale_type", None), HELD_SCALES.get(dtype)
+        if self.own_scales and held is not None and scales not in held:
+            return f"scales are loaded in the model's type, so they must be {' or '.join(held)}, not {scales}"
+        return None
+
+    def _shape_fault(self, matrix: Matrix, scheme: Scheme) -> str | None:
         rows, columns = matrix
         if rows % self.rows:
             return f"output channels must be a multiple of {self.rows}, not {rows}"
@@ -158,6 +186,8 @@ class Rule:
             "whole_groups": self.whole_groups,
             "activations": list(self.activations),
             "additions": list(self.additions),
+            "own_type": self.own_type,
+            "own_scales": self.own_scales,
         }
 
 
@@ -200,8 +230,9 @@ class Fused:
 class Runtime:
     """A runtime as data: what it can load and run.
 
-    `kv_cache` are the types it keeps keys and values in, `menu` the schemes that a search for it tries unless
-    it names others.
+    `kv_cache` are the types it keeps keys and values in, one for all layers if `one_cache`; `menu` are the
+    schemes that a search for it tries unless it names others. `without` are patterns over the names of layers
+    that it has no tensor for.
     """
 
     name: str
@@ -212,25 +243,44 @@ class Runtime:
     embeddings: bool = False
     heads: bool = False
     kv_cache: tuple[str, ...] = ("float16", "bfloat16")
+    one_cache: bool = True
     menu: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def refuses(self, target: Target, scheme: Scheme) -> str | None:
         """The rule that a scheme breaks on a layer, in words; None when the runtime runs it."""
-        if target.embedding and not self.embeddings:
-            return "embeddings keep their precision"
-        if target.head and not self.heads:
-            return "output heads keep their precision"
         offered = [rule for rule in self.rules if target.op in rule.ops]
         if not offered:
             return f"{target.op} layers keep their precision"
+        left_alone = self._left_alone(target)
+        if left_alone is not None:
+            return left_alone
         fitting = [rule for rule in offered if rule.takes(scheme)]
         if not fitting and all(rule.lacks(scheme) for rule in offered):
             return f"{target.op} layers take no tensors beside the format's, which {scheme.quantizer} stores"
         if not fitting:
             menu = "; ".join(rule.text for rule in offered)
             return f"{target.op} layers take {menu}; not {scheme.name}"
-        faults = [rule.shape_fault(target.matrix, scheme) for rule in fitting]
+        faults = [rule.fault(target, scheme) for rule in fitting]
         return None if None in faults else f"{scheme.name}: {faults[0]}"
+
+    @property
+    def smaller_caches(self) -> tuple[str, ...]:
+        """The types of `kv_cache` that a menu may hold."""
+        return tuple(kind for kind in self.kv_cache if kind in SMALLER_TYPES)
+
+    def keeps(self, kind: str) -> bool:
+        """Whether a cache may have this type; full ones always may."""
+        return kind == FULL or kind in self.kv_cache
+
+    def _left_alone(self, target: Target) -> str | None:
+        if any(matches(pattern, target.name) for pattern in self.without):
+            return f"{self.name} does without this layer"
+        if target.embedding and not self.embeddings:
+            return "embeddings keep their precision"
+        if target.head and not self.heads:
+            return "output heads keep their precision"
+        return None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for catalogs."""
@@ -243,5 +293,7 @@ class Runtime:
             "embeddings": self.embeddings,
             "heads": self.heads,
             "kv_cache": list(self.kv_cache),
+            "one_cache": self.one_cache,
             "default_schemes": list(self.menu),
+            "without": list(self.without),
         }

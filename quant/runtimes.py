@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+from quant.geometry import CACHE_BITS
 from quant.layers import EXPERT_OPS, Op
 from quant.runtime_rules import Fused, Integers, Named, Rule, Runtime
 
@@ -27,7 +28,17 @@ BOTH = (True, False)
 FP8 = ("fp8", "fp8-float16", "fp8-bfloat16", "fp8-tensor*")
 """e4m3 with one scale per output channel or tensor."""
 
-CHANNEL_MENU = ("w2-asym-gptq", "w3-asym-gptq", "w4-asym-gptq", "w5-asym-gptq", "w6-gptq", "w8-gptq")
+OWN_16_BITS = Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS, own_type=True)
+"""Layers may keep their precision."""
+
+CHANNEL_MENU = (
+    "w2-asym-adaround",
+    "w3-asym-gptq",
+    "w4-asym-gptq",
+    "w5-asym-gptq",
+    "w6-gptq",
+    "w8-gptq",
+)
 """What measures best at equal bytes of what was tried: docs/decisions/default-menu.md."""
 
 VLLM = Runtime(
@@ -41,12 +52,14 @@ VLLM = Runtime(
             rows=64,
             columns=128,
             whole_groups=True,
+            own_scales=True,
         ),
         Rule(
             Integers((4,), groups=(32, 64, 128), symmetric=(False,)),
             rows=64,
             columns=128,
             whole_groups=True,
+            own_scales=True,
         ),
         Rule(
             Integers((8,)),
@@ -56,10 +69,10 @@ VLLM = Runtime(
         ),
         Rule(Named(FP8), rows=16, columns=16, activations=("fp8*",)),
         Rule(Named(("nvfp4*",)), rows=32, columns=32, activations=("nvfp4s",)),
-        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+        OWN_16_BITS,
     ),
     fused=(*LLAMA_FUSED, Fused(("query", "key", "value")), *BLOCK_EXPERTS),
-    kv_cache=("float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+    kv_cache=("float16", "bfloat16", "fp8_e4m3"),
     menu=(
         "w4-bfloat16-gptq",
         "w4-g128-bfloat16-gptq",
@@ -90,6 +103,7 @@ LLAMA_CPP = Runtime(
     heads=True,
     kv_cache=("float16", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
     menu=("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0", "q4_0", "q5_0", "bf16"),
+    without=("pooler.dense", "*.pooler.dense"),
 )
 TORCHAO = Runtime(
     name="torchao",
@@ -108,7 +122,7 @@ TORCHAO = Runtime(
         ),
         Rule(Integers((8,)), activations=("int8",)),
         Rule(Named(FP8)),
-        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+        OWN_16_BITS,
     ),
     embeddings=True,
     heads=True,
@@ -125,7 +139,7 @@ MLX = Runtime(
             whole_groups=True,
         ),
         Rule(Named(("mxfp4*", "mxfp8*")), ops=("linear", "embedding"), columns=32),
-        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+        OWN_16_BITS,
     ),
     fused=STACKED_EXPERTS,
     embeddings=True,
@@ -155,7 +169,7 @@ ONNXRUNTIME = Runtime(
             ),
             ops=LINEARS,
         ),
-        Rule(Named(("bf16*", "fp16*")), ops=ALL_OPS),
+        OWN_16_BITS,
     ),
     heads=True,
     menu=("w4-g128-asym-gptq", "w4-g32-asym-gptq", "w4-g16-asym-gptq", "w8-g128-gptq"),
@@ -183,6 +197,8 @@ GENERIC = Runtime(
     rules=(Rule(Named(("*",)), ops=ALL_OPS, activations=("*",), additions=("*",)),),
     embeddings=True,
     heads=True,
+    kv_cache=tuple(CACHE_BITS),
+    one_cache=False,
     menu=CHANNEL_MENU,
 )
 

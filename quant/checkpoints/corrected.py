@@ -39,12 +39,11 @@ def corrected_source(
     folder = Path(tempfile.mkdtemp(prefix=".corrected-", dir=beside))
     try:
         changed = {file for file, _ in places.values()}
-        for entry in source.manifest:
-            own, copy = source.folder / entry["path"], folder / entry["path"]
-            if entry["path"] in changed:
-                shutil.copyfile(own, copy)
+        for own in source.folder.iterdir():
+            if own.name in changed:
+                shutil.copyfile(own, folder / own.name)
             else:
-                copy.symlink_to(own.absolute())
+                (folder / own.name).symlink_to(own.absolute())
         for name, (file, entry_of) in places.items():
             if entry_of.dtype not in FLOATS or entry_of.shape != tuple(tensors[name].shape):
                 raise CheckpointError(

@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.catalog import CHECKPOINTS, CORRECTIONS, QUANTIZERS, Checkpoint
+from quant.catalog import CHECKPOINTS, CORRECTIONS, QUANTIZERS, Checkpoint, consumer_fault
 from quant.checkpoints.corrected import corrected_source
 from quant.checkpoints.protocol import (
     PLAN_FILE,
@@ -67,10 +67,9 @@ def plan_deployment(plan: Plan, source: Source) -> Deployment:
 
 def checkpoint_of(consumer: str) -> Checkpoint:
     """The catalog entry. Raises CheckpointError for an unknown consumer."""
-    if consumer not in CHECKPOINTS:
-        raise CheckpointError(
-            f"Consumer must be one of {', '.join(CHECKPOINTS)}. Got {consumer[:60]!r}. Pick one of them."
-        )
+    fault = consumer_fault(consumer, CHECKPOINTS)
+    if fault:
+        raise CheckpointError(fault)
     return CHECKPOINTS[consumer]
 
 
@@ -95,6 +94,7 @@ def provenance(consumer: str, source: Source, deployment: Deployment) -> Provena
         activations=plan.activations,
         forced=bool(found),
         mismatches=found,
+        kv_cache=plan.kv_cache,
     )
 
 
@@ -196,7 +196,7 @@ def _beside(consumer: str, source: Source, deployment: Deployment) -> dict[str, 
     told = provenance(consumer, source, deployment)
     return {
         PLAN_FILE: plan_json(deployment.plan).encode(),
-        PROVENANCE_FILE: canonical_json(asdict(told)).encode(),
+        PROVENANCE_FILE: canonical_json(told.as_json()).encode(),
     }
 
 

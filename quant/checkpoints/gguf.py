@@ -1,25 +1,27 @@
 """A GGUF file with the plan's types, its tensors packed with the very scales that were measured.
 
-For causal language models of the Llama type, mixtures of experts among them. Tensors that the plan leaves
-alone keep their float type; vectors (norms, biases) and routers are float32, as llama.cpp wants them. The
-file holds plan and provenance.
+For causal language models of the Llama type, mixtures of experts among them, and for BERT encoders. Tensors
+that the plan leaves alone keep their float type; vectors (norms, biases), routers and tables of positions and
+token types are float32, as llama.cpp wants them. The file holds plan and provenance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import log, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from quant.checkpoints.gguf_header import describe, head_width
+from quant.checkpoints.joined import transformers_config
 from quant.checkpoints.protocol import CheckpointError, Layout, OutputFile, Wrote
 from quant.checkpoints.source import Source, StoredTensor
 from quant.export.gguf_names import architecture, gguf_library, module_names, tensor_names
 from quant.export.llama_cpp import FLOATS, gguf_types, model_faults, named
 from quant.export.protocol import Deployment, Violation
+from quant.export.rules import no_additions, one_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from quant.apply import InputsOf
 
 MODELS = {
+    "bert": "BertModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -37,11 +40,15 @@ MODELS = {
 """`model_type` -> the class whose tensors can be written."""
 EXPERTS = ("mixtral", "qwen3_moe")
 """Of these, models whose experts are joined parameters."""
-ROPES = ("default", "linear", "llama3")
+ROPES = ("default", "linear", "llama3", "yarn")
 OWN = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 """Type of a stored tensor -> GGML's for one that the plan leaves alone."""
-NOT_WRITTEN = ("rotary_emb.inv_freq",)
-"""Ends of the names of stored tensors that are computed from the configuration."""
+NOT_WRITTEN = ("rotary_emb.inv_freq", "embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+"""Ends of the names of stored tensors that llama.cpp computes, or does without."""
+FLOAT32 = (".ffn_gate_inp.", "position_embd.", "token_types.")
+"""Parts of the names of matrices that are float32 unless they are planned."""
+GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+"""What llama.cpp takes for its own, which is the one with tanh."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,19 @@ def lint(deployment: Deployment) -> tuple[Violation, ...]:
     return (
         *faults,
         *_model(deployment.model.config),
+        *no_additions(deployment),
+        *one_cache(deployment, ()),
         *gguf_types(deployment),
         *(() if faults else named(deployment)),
+        *(() if faults else _read_as_float32(deployment)),
     )
+
+
+def _read_as_float32(deployment: Deployment) -> Iterator[Violation]:
+    names = tensor_names(deployment.model.config, deployment.quantized)
+    for module, told in names.items():
+        if told[0].startswith(FLOAT32[1:]):
+            yield Violation(module, "llama.cpp reads this table as float32", deployment.layers[module].scheme)
 
 
 def _model(config: Any) -> Iterator[Violation]:
@@ -90,6 +107,9 @@ def _model(config: Any) -> Iterator[Violation]:
         yield Violation("config.json", rule, repr(kind))
     elif MODELS[kind] not in classes:
         yield Violation("config.json", f"architectures must name {MODELS[kind]}", repr(classes))
+    if kind == "bert":
+        yield from _encoder(config)
+        return
     if kind == "qwen3_moe" and not config.get("norm_topk_prob"):
         yield Violation("config.json", "norm_topk_prob must be true, as in llama.cpp", "not true")
     if kind == "qwen3_moe" and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
@@ -102,11 +122,40 @@ def _model(config: Any) -> Iterator[Violation]:
     turned = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if turned not in ROPES:
         yield Violation("config.json", f"the rope type must be one of {', '.join(ROPES)}", repr(turned))
+    elif turned == "yarn":
+        yield from _yarn(rope)
+
+
+def _yarn(rope: Mapping[str, Any]) -> Iterator[Violation]:
+    """llama.cpp takes the paper's factor of attention, and whole dimensions as bounds of the ramp."""
+    factor, attention = rope.get("factor"), rope.get("attention_factor")
+    if not isinstance(factor, int | float) or factor < 1:
+        yield Violation("config.json", "yarn's factor must be a number of at least 1", repr(factor))
+        return
+    usual = 0.1 * log(factor) + 1
+    if attention is not None and (not isinstance(attention, int | float) or abs(attention - usual) > 1e-6):
+        yield Violation("config.json", f"yarn's attention_factor must be {usual:.6g}", repr(attention))
+    for key, wanted in (("mscale", False), ("mscale_all_dim", False), ("truncate", True)):
+        if bool(rope.get(key, wanted)) is not wanted:
+            must = "be true" if wanted else "not be given"
+            yield Violation("config.json", f"yarn's {key} must {must}", repr(rope[key]))
+
+
+def _encoder(config: Mapping[str, Any]) -> Iterator[Violation]:
+    if config.get("hidden_act", "gelu") not in GELU:
+        yield Violation(
+            "config.json", f"hidden_act must be one of {', '.join(GELU)}", repr(config["hidden_act"])
+        )
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        rule, got = "position_embedding_type must be 'absolute'", repr(config["position_embedding_type"])
+        yield Violation("config.json", rule, got)
+    if config.get("is_decoder"):
+        yield Violation("config.json", "is_decoder must be false: an encoder sees all tokens", "true")
 
 
 def layout(source: Source, deployment: Deployment) -> Layout:
     """Header, metadata and tensor table are written to a temporary file, tensors are counted."""
-    config = _config(source)
+    config = transformers_config(source.folder)
     parameters = file_parameters(source, deployment, config)
     with TemporaryDirectory() as folder:
         place = Path(folder) / "header"
@@ -126,7 +175,7 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
     """Write the file `out`, one parameter in memory at a time."""
     import numpy as np
 
-    config = _config(source)
+    config = transformers_config(source.folder)
     parameters = file_parameters(source, deployment, config)
     writer, extra = _begun(out, source, deployment, config, parameters)
     try:
@@ -157,18 +206,6 @@ def _values(source: Source, parameters: list[Parameter]) -> Iterator[tuple[Param
         yield from zip(run, (weight for _, weight in values), strict=True)
 
 
-def _config(source: Source) -> Any:
-    """The configuration with transformers' own defaults. Raises CheckpointError for one it cannot read."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(
-            f"config.json must be one that transformers reads. Got {error}. Save the model again."
-        ) from error
-
-
 def _begun(
     place: Path, source: Source, deployment: Deployment, config: Any, parameters: list[Parameter]
 ) -> tuple[Any, list[tuple[str, bytes]]]:
@@ -193,7 +230,7 @@ def _begun(
 
 def _rope_factors(config: Any) -> Iterator[tuple[str, bytes]]:
     """What llama.cpp divides rotation frequencies by, float32 (head width / 2,), from transformers' own."""
-    if config.rope_parameters["rope_type"] != "llama3":
+    if getattr(config, "rope_parameters", None) is None or config.rope_parameters["rope_type"] != "llama3":
         return
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -277,7 +314,8 @@ def _parameter(
     deployment: Deployment,
     config: Any,
 ) -> Parameter:
-    kind = "f32" if len(shape) < 2 or ".ffn_gate_inp." in names[0] else OWN[stored[0].entry.dtype]
+    plain = len(shape) < 2 or any(part in names[0] for part in FLOAT32)
+    kind = "f32" if plain else OWN[stored[0].entry.dtype]
     if layer is not None:
         short = deployment.schemes[layer].weight.short
         kind = FLOATS.get(short, short)

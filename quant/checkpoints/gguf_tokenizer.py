@@ -1,8 +1,8 @@
 """A `tokenizer.json` as the vocabulary of a GGUF file, where llama.cpp can tokenize as it does. No torch.
 
-Two kinds can be said: byte-level BPE ("gpt2" there), told apart by how text is split before merging, and BPE
-over characters with bytes as a last resort ("llama" there, SentencePiece's). Whatever else a tokenizer
-does is refused, because llama.cpp would make other tokens of the same text.
+Three kinds can be said: byte-level BPE ("gpt2" there), told apart by how text is split before merging; BPE
+over characters with bytes as a last resort ("llama" there, SentencePiece's); BERT's WordPiece ("bert").
+Whatever else a tokenizer does is refused, because llama.cpp would make other tokens of the same text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer's part of a GGUF header. `scores` are SentencePiece's; None for byte-level BPE."""
+    """The tokenizer's part of a GGUF header.
+
+    `scores` and `space_prefix` are SentencePiece's, `lowercase`, `strip_accents` and `unknown` (a token)
+    WordPiece's; None for the other kinds. `first` and `last` stand before and after a text.
+    """
 
     model: str
     pre: str
@@ -45,6 +49,9 @@ class Vocabulary:
     space_prefix: bool | None
     first: int | None
     last: int | None
+    lowercase: bool | None = None
+    strip_accents: bool | None = None
+    unknown: int | None = None
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary | None:
@@ -70,16 +77,17 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary | None:
 def _refusal(must: str, got: str) -> CheckpointError:
     return CheckpointError(
         f"Tokenizer must {must} to be written for llama.cpp. Got {got:.200}."
-        " Use a tokenizer of the kind of Llama or Qwen, or write the checkpoint without tokenizer files."
+        " Use a tokenizer like Llama's, Qwen's or BERT's, or write the checkpoint without tokenizer files."
     )
 
 
 def _read(content: Mapping[str, Any], place: Path, size: int) -> Vocabulary:
     model = content["model"]
-    if model["type"] != "BPE":
-        raise _refusal("be BPE", str(model["type"]))
+    if model["type"] not in ("BPE", "WordPiece"):
+        raise _refusal("be BPE or WordPiece", str(model["type"]))
+    pieces = model["type"] == "WordPiece"
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
+        if model.get(key) and not pieces:
             raise _refusal(f"have no {key}", str(model[key]))
     added = content.get("added_tokens") or []
     ids: dict[str, int] = {**model["vocab"], **{item["content"]: item["id"] for item in added}}
@@ -93,6 +101,8 @@ def _read(content: Mapping[str, Any], place: Path, size: int) -> Vocabulary:
     for item in added:
         types[item["id"]] = CONTROL if item["special"] else USER_DEFINED
     first, last = _ends(place)
+    if pieces:
+        return _word_pieces(content, tokens, types, first, last)
     if not model.get("byte_fallback"):
         told = ("gpt2", _split_name(content), tuple(tokens), tuple(types), None, None)
         return Vocabulary(*told, first, last)
@@ -114,6 +124,8 @@ def _ends(place: Path) -> tuple[int | None, int | None]:
         tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:
         raise _refusal("be a tokenizer.json of the tokenizers library", str(error)) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a").ids
     for first in (0, 1):
@@ -121,6 +133,39 @@ def _ends(place: Path) -> tuple[int | None, int | None]:
             if full[first : len(full) - last] == bare:
                 return full[0] if first else None, full[-1] if last else None
     raise _refusal("add at most one token before and one after a text", str(full))
+
+
+def _word_pieces(
+    content: Mapping[str, Any], tokens: list[str], types: list[int], first: int | None, last: int | None
+) -> Vocabulary:
+    """llama.cpp spells a token that begins a word with `▁`, and one that goes on without BERT's `##`."""
+    model, normalizer = content["model"], content.get("normalizer") or {}
+    kinds = (normalizer.get("type"), (content.get("pre_tokenizer") or {}).get("type"))
+    if kinds != ("BertNormalizer", "BertPreTokenizer"):
+        raise _refusal("have a BertNormalizer and a BertPreTokenizer", str(kinds))
+    for key in ("clean_text", "handle_chinese_chars"):
+        if not normalizer.get(key):
+            raise _refusal(f"have {key}", json.dumps(normalizer))
+    if model.get("continuing_subword_prefix") != "##" or model["unk_token"] not in model["vocab"]:
+        raise _refusal(
+            "mark tokens that go on with ## and know its unk_token", json.dumps(model["unk_token"])
+        )
+    if first is None or last is None:
+        raise _refusal("put one token before and one after a text", str((first, last)))
+    if USER_DEFINED in types:
+        raise _refusal("have no added tokens but special ones", tokens[types.index(USER_DEFINED)])
+    unknown = model["vocab"][model["unk_token"]]
+    types[unknown] = CONTROL
+    spelled = tuple(
+        token.removeprefix("##") if token.startswith("##") else SPACE + token if kind == NORMAL else token
+        for token, kind in zip(tokens, types, strict=True)
+    )
+    if len(set(spelled)) < len(spelled):
+        raise _refusal("have tokens that differ without ##", "two alike")
+    lowercase, accents = bool(normalizer.get("lowercase")), normalizer.get("strip_accents")
+    strips = lowercase if accents is None else bool(accents)
+    ends = (first, last, lowercase, strips, unknown)
+    return Vocabulary("bert", "default", spelled, tuple(types), None, None, *ends)
 
 
 def _split_name(content: Mapping[str, Any]) -> str:

@@ -118,19 +118,30 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _empty_model(folder: Path) -> Any:
-    import torch
-    import transformers
+def transformers_config(folder: Path) -> Any:
+    """The configuration of a folder, of which no code is run. Raises CheckpointError."""
+    from transformers import AutoConfig
 
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
-            return kind(config) if isinstance(kind, type) else transformers.AutoModel.from_config(config)
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
             f"config.json must describe a model of transformers. Got {type(error).__name__}: {error!s:.200}."
             " Save the model again with save_pretrained()."
+        ) from error
+
+
+def _empty_model(folder: Path) -> Any:
+    import torch
+    import transformers
+
+    config = transformers_config(folder)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    try:
+        with torch.device("meta"):
+            return kind(config) if isinstance(kind, type) else transformers.AutoModel.from_config(config)
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json must describe a model that can be built. Got {type(error).__name__}:"
+            f" {error!s:.200}. Save the model again with save_pretrained()."
         ) from error

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quant.checkpoints import torchao, vllm
+from quant.checkpoints import packed, torchao, vllm
+from quant.checkpoints.joined import transformers_config
 from quant.checkpoints.protocol import PLAN_FILE, CheckpointError
 from quant.checkpoints.source import Source
+from quant.digest import DIFFUSERS_CLASS
 from quant.plan import Plan, parse_plan
 
 
@@ -28,14 +30,15 @@ class LoadedCheckpoint:
 def load_checkpoint(folder: Path | str) -> LoadedCheckpoint:
     """The model of a folder that `bitplan checkpoint` or `bitplan apply` wrote, by the class it was saved as.
 
-    Packed weights are dequantized by the consumer's own library, into the type the model is stored in; no
-    code of the folder is run. Raises CheckpointError where the folder was not written here, or its tensors
-    are not those of the model; PlanError where its plan is not valid.
+    Packed weights are dequantized by the consumer's own library, into the type the model is stored in, those
+    of `pytorch-packed` into the very tensors that `pytorch` holds. No code of the folder is run. Raises
+    CheckpointError where the folder was not written here, or its tensors are not those of the model, and
+    PlanError where its plan is not valid.
     """
     source = Source.open(folder)
     plan = _plan(source.folder)
     state = _state(source, plan)
-    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
+    dtype = next((state[name].dtype for name in sorted(state) if state[name].is_floating_point()), None)
     return LoadedCheckpoint(_model(source, state, dtype).eval(), plan)
 
 
@@ -55,8 +58,11 @@ def _state(source: Source, plan: Plan) -> dict[str, Tensor]:
         for file in source.headers:
             state |= load_file(source.folder / file)
         return state
+    told = source.config["quantization_config"]
+    method = told.get("quant_method") if isinstance(told, dict) else None
+    if method == packed.METHOD:
+        return {name: tensor for name, _, tensor in packed.unpacked(source, plan)}
     own = getattr(torch, str(source.config.get("dtype", source.config.get("torch_dtype", "float32"))))
-    method = source.config["quantization_config"].get("quant_method")
     unpacked = torchao.unpacked if method == "torchao" else vllm.unpacked
     return {
         name: tensor if layer is None else tensor.to(own) for name, layer, tensor in unpacked(source, plan)
@@ -65,22 +71,48 @@ def _state(source: Source, plan: Plan) -> dict[str, Tensor]:
 
 def _model(source: Source, state: dict[str, Tensor], dtype: Any) -> nn.Module:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import transformers
-
     if "auto_map" in source.config:
         raise CheckpointError("config.json must not hold auto_map. Got remote code, which is never run.")
-    config = transformers.AutoConfig.from_pretrained(str(source.folder), local_files_only=True)
+    build = _of_diffusers if DIFFUSERS_CLASS in source.config else _of_transformers
+    model, wrong = build(source, state, dtype)
+    if wrong:
+        raise CheckpointError(
+            f"Tensors must be those of {type(model).__name__}. Got {', '.join(sorted(wrong)[:3])} otherwise"
+            f" ({len(wrong)} in all). Write the checkpoint again."
+        )
+    return model
+
+
+def _of_transformers(source: Source, state: dict[str, Tensor], dtype: Any) -> tuple[nn.Module, set[str]]:
+    """The model, and the tensors that are missing or unexpected."""
+    import transformers
+
+    config = transformers_config(source.folder)
     config.quantization_config = None
-    name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, transformers.AutoModel)
+    kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
     model, report = kind.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
-    if wrong:
+    return model, {*report["missing_keys"], *report["unexpected_keys"]}
+
+
+def _of_diffusers(source: Source, state: dict[str, Tensor], dtype: Any) -> tuple[nn.Module, set[str]]:
+    """The same by the class that a diffusers config.json names."""
+    try:
+        import diffusers
+    except ImportError as error:
         raise CheckpointError(
-            f"Tensors must be those of {name}. Got {', '.join(wrong[:3])} otherwise ({len(wrong)} in all)."
-            " Write the checkpoint again."
+            "A model of diffusers must be loaded by that library. Got none installed. Install"
+            " bitplan[diffusion]."
+        ) from error
+    name = str(source.config[DIFFUSERS_CLASS])
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise CheckpointError(
+            f"{DIFFUSERS_CLASS} must name a model of diffusers. Got {name[:60]!r}. Save the model again with"
+            " save_pretrained()."
         )
-    found: nn.Module = model
-    return found
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    model: Any = getattr(diffusers, name).from_config(config)
+    report = model.to(dtype).load_state_dict(state, strict=False)
+    return model, {*report.missing_keys, *report.unexpected_keys}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quant.checkpoints.protocol import Layout, OutputFile, Wrote
 from quant.export.protocol import Deployment, Violation
-from quant.export.rules import Takes, no_additions, only_formats, only_ops
+from quant.export.rules import Takes, no_additions, one_cache, only_formats, only_ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,12 @@ TAKES = (Takes("int", symmetric=WIDTHS, asymmetric=WIDTHS, scales=BLOCKS, whole_
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
     """Every violation of the rules of MatMulNBits on a CPU."""
-    return (*no_additions(deployment), *only_ops(deployment, OPS), *only_formats(deployment, *TAKES))
+    return (
+        *no_additions(deployment),
+        *one_cache(deployment, ()),
+        *only_ops(deployment, OPS),
+        *only_formats(deployment, *TAKES),
+    )
 
 
 def layout(source: Source, deployment: Deployment) -> Layout:

@@ -77,7 +77,8 @@ class Provenance:
     plan's digests. `mismatches` say in words what was overridden: another model of the same shapes (a
     fine-tune, say) or other versions of quantizers; `forced` says that there were some. `tensors` counts the
     stored tensors that the plan changed. `activations` names the format of each layer whose inputs the plan
-    rounds: weights alone do not say so, and whoever loads only them leaves activations as they are.
+    rounds, `kv_cache` the type of each attention layer's cache where the plan decides these: weights alone do
+    not say so, and whoever loads only them leaves both as they are.
     """
 
     schema: str
@@ -91,6 +92,11 @@ class Provenance:
     activations: Mapping[str, str]
     forced: bool
     mismatches: tuple[str, ...]
+    kv_cache: Mapping[str, str] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values. `kv_cache` is left out where the plan decides no caches."""
+        return {name: value for name, value in asdict(self).items() if name != "kv_cache" or value}
 
 
 class CheckpointModule(Protocol):

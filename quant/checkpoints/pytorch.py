@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
-    """None: any weight can be stored dequantized. Provenance says which inputs the plan rounds."""
+    """None: any weight can be stored dequantized. Provenance says which inputs and caches the plan rounds."""
     return ()
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from quant.checkpoints.protocol import Layout, OutputFile, Wrote
 from quant.checkpoints.source import Source, StoredTensor
-from quant.digest import CHUNK, CONFIG, INDEX
+from quant.digest import CHUNK, CONFIG, INDEXES
 from quant.safetensors_header import DTYPE_BYTES, LENGTH_BYTES, TensorEntry
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a file: safetensors type name and shape; `copied` is the source's that fills it."""
+    """One tensor of a file: safetensors type name and shape; `copied` is the source's that fills it,
+    `content` its bytes where they are known from the start.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     copied: TensorEntry | None = None
+    content: bytes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,8 +46,8 @@ class Slot:
 
 Slots = Mapping[str, Slot]
 """Tensor name -> slot."""
-Stored = Callable[[StoredTensor], Slots]
-"""The slots that store a planned tensor; none for one that keeps its precision."""
+Stored = Callable[[StoredTensor], Slots | None]
+"""The slots that take the place of a planned tensor, none where another's hold it too; None keeps it."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,14 @@ class Repacked:
 
     source: Source
     shards: tuple[Shard, ...]
-    replaced: Mapping[StoredTensor, Slots]
+    replaced: Mapping[StoredTensor, Slots | None]
     config: bytes
 
     @cached_property
     def written(self) -> dict[str, bytes]:
         """Small files that differ from the source's: name -> content."""
         named = {entry["path"] for entry in self.source.manifest}
-        return {CONFIG: self.config, **({INDEX: self._index()} if INDEX in named else {})}
+        return {CONFIG: self.config, **{name: self._index() for name in INDEXES if name in named}}
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
@@ -117,7 +120,7 @@ class Repacked:
         files += [OutputFile(name, len(content)) for name, content in self.written.items()]
         files += [OutputFile(name, sizes[name]) for name in self.kept]
         planned = sum(
-            sum(slot.nbytes for slot in slots.values()) if slots else item.entry.nbytes
+            item.entry.nbytes if slots is None else sum(slot.nbytes for slot in slots.values())
             for item, slots in self.replaced.items()
         )
         return Layout(tuple(sorted(files, key=lambda file: file.name)), planned)
@@ -149,11 +152,14 @@ class Repacked:
                 wrote(item.layer)
 
     def _copy(self, shard: Shard, stream: BinaryIO) -> None:
-        """Write the header and every tensor that stays what it was."""
+        """Write the header and every tensor that needs no quantizing."""
         stream.truncate(shard.file.bytes)
         stream.write(shard.header)
         with (self.source.folder / shard.name).open("rb") as source:
             for name, slot in shard.slots.items():
+                if slot.content is not None:
+                    stream.seek(len(shard.header) + shard.offsets[name])
+                    stream.write(slot.content)
                 if slot.copied is not None:
                     stream.seek(len(shard.header) + shard.offsets[name])
                     source.seek(slot.copied.start)
@@ -161,13 +167,15 @@ class Repacked:
                         stream.write(piece)
 
 
-def repack(source: Source, stored: tuple[StoredTensor, ...], slots: Stored, config: bytes) -> Repacked:
-    """The folder in which `slots` of each planned tensor take its place."""
+def repack(
+    source: Source, stored: tuple[StoredTensor, ...], slots: Stored, config: bytes, added: Slots | None = None
+) -> Repacked:
+    """The folder in which `slots` of each planned tensor take its place; `added` stand in the first file."""
     replaced = {item: slots(item) for item in stored}
-    by_name = {(item.file, item.tensor): new for item, new in replaced.items() if new}
-    shards = []
+    by_name = {(item.file, item.tensor): new for item, new in replaced.items() if new is not None}
+    shards: list[Shard] = []
     for file, header in source.headers.items():
-        placed: dict[str, Slot] = {}
+        placed: dict[str, Slot] = {} if shards else dict(added or {})
         for name, entry in header.tensors.items():
             placed |= by_name.get((file, name), {name: Slot(entry.dtype, entry.shape, entry)})
         shards.append(Shard(file, header.metadata, placed))

@@ -70,8 +70,8 @@ class Source:
         Raises CheckpointError for a layer without a tensor, or one of another shape or type.
         """
         found = [
-            StoredTensor(self._entries[tensor][0], tensor, layer, self._entries[tensor][1], part_of)
-            for tensor, (layer, part_of) in holders(plan, self._entries, lambda: self.joined).items()
+            StoredTensor(self.entries[tensor][0], tensor, layer, self.entries[tensor][1], part_of)
+            for tensor, (layer, part_of) in self.places(plan).holders.items()
         ]
         for name, layer in plan.layers.items():
             _check(name, layer, [item for item in found if item.layer == name])
@@ -83,24 +83,28 @@ class Source:
         Raises CheckpointError when it is not stored as it is.
         """
         try:
-            name = renaming(plan, {entry.removesuffix(".weight") for entry in self._entries})(tensor)
+            name = renaming(plan, _own_places(self.entries))(tensor)
         except CheckpointError:
             parts = self.joined.parts.get(tensor, ())
             name = parts[0].tensor if len(parts) == 1 and not self.joined.converted(tensor) else tensor
-        if name not in self._entries:
+        if name not in self.entries:
             raise CheckpointError(
                 f"Checkpoint must hold the tensor {tensor!r}, which the plan corrects. Got none of that name."
                 " Save the model again with save_pretrained(), and plan for that folder."
             )
-        return self._entries[name]
+        return self.entries[name]
+
+    def places(self, plan: Plan) -> Places:
+        """Where the plan's weights are stored. Raises CheckpointError for a layer without a tensor."""
+        return Places.of(plan, self.entries, lambda: self.joined)
 
     @cached_property
     def joined(self) -> Joined:
         """Which stored tensors make up which parameter, as transformers reads them."""
-        return Joined.of(self.folder, self._entries)
+        return Joined.of(self.folder, self.entries)
 
     @cached_property
-    def _entries(self) -> dict[str, tuple[str, TensorEntry]]:
+    def entries(self) -> dict[str, tuple[str, TensorEntry]]:
         """Tensor name -> its file and entry."""
         return {
             tensor: (file, entry)
@@ -109,32 +113,48 @@ class Source:
         }
 
 
-def holders(
-    plan: Plan, tensors: Iterable[str], joined: Callable[[], Joined]
-) -> dict[str, tuple[str, str | None]]:
-    """Tensor name -> the layer whose weight it holds, and the parameter that it is joined into, if any.
-
-    `joined` is asked when a layer has no tensor of its own name. Raises CheckpointError where that does not
-    help.
+@dataclass(frozen=True)
+class Places:
+    """Where the weights of a plan are stored: how paths are spelled there, the tensors of each spelled path,
+    and the parameter that a tensor is joined into, if any.
     """
-    places: dict[str, tuple[str, ...]] = {name.removesuffix(".weight"): (name,) for name in tensors}
-    parts: dict[str, str] = {}
-    try:
-        rename = renaming(plan, places)
-    except CheckpointError:
-        known = joined()
+
+    plan: Plan
+    rename: Renaming
+    tensors: Mapping[str, tuple[str, ...]]
+    joined: Mapping[str, str]
+
+    @classmethod
+    def of(cls, plan: Plan, names: Iterable[str], joined: Callable[[], Joined]) -> Places:
+        """Of stored tensors by their names; `joined` is asked when a layer has no tensor of its own name.
+
+        Raises CheckpointError where that does not help.
+        """
+        tensors, parts = _own_places(names), dict[str, str]()
+        try:
+            return cls(plan, renaming(plan, tensors), tensors, parts)
+        except CheckpointError:
+            known = joined()
         for parameter, members in known.parts.items():
-            names = tuple(part.tensor for part in members)
-            places.setdefault(parameter.removesuffix(".weight"), names)
+            found = tuple(part.tensor for part in members)
+            tensors.setdefault(parameter.removesuffix(".weight"), found)
             if known.converted(parameter):
-                parts |= dict.fromkeys(names, parameter)
-        rename = renaming(plan, places)
-    return {
-        tensor: (name, parts.get(tensor))
-        for name, layer in plan.layers.items()
-        for path in (name, *layer.aliases)
-        for tensor in places.get(rename(path), ())
-    }
+                parts |= dict.fromkeys(found, parameter)
+        return cls(plan, renaming(plan, tensors), tensors, parts)
+
+    @property
+    def holders(self) -> dict[str, tuple[str, str | None]]:
+        """Tensor name -> the layer whose weight it holds, and the parameter that it is joined into."""
+        return {
+            tensor: (name, self.joined.get(tensor))
+            for name, layer in self.plan.layers.items()
+            for path in (name, *layer.aliases)
+            for tensor in self.tensors.get(self.rename(path), ())
+        }
+
+
+def _own_places(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    return {name.removesuffix(".weight"): (name,) for name in names}
 
 
 @dataclass(frozen=True)

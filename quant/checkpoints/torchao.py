@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant.checkpoints.compressed import SCALES
 from quant.checkpoints.protocol import CheckpointError, Layout, Wrote
 from quant.checkpoints.shards import Repacked, Slot, Slots, repack
 from quant.checkpoints.source import FLOATS, Source, StoredTensor
 from quant.export import front, torchao
 from quant.export.protocol import Deployment, Violation
-from quant.integer import IntegerFormat, ScaleType
+from quant.integer import IntegerFormat
 from quant.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from quant.apply import InputsOf
 
-SCALES: dict[ScaleType, str] = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
 
 
@@ -56,9 +56,9 @@ def write(source: Source, deployment: Deployment, out: Path, inputs: InputsOf | 
 
 def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor]]:
     """Put together and dequantized by torchao."""
-    for _, layer, weight in unpacked(Source.open(place), deployment.plan):
-        if layer is not None:
-            yield layer, weight
+    from quant.checkpoints.tensors import planned_weights
+
+    return planned_weights(unpacked(Source.open(place), deployment.plan))
 
 
 def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tensor]]:
@@ -116,9 +116,9 @@ def _repacked(source: Source, deployment: Deployment) -> Repacked:
     return replace(found, shards=shards)
 
 
-def _named_slots(item: StoredTensor, deployment: Deployment) -> Slots:
+def _named_slots(item: StoredTensor, deployment: Deployment) -> Slots | None:
     if item.layer not in deployment.quantized:
-        return {}
+        return None
     return {_part(item.layer, part): slot for part, slot in _slots(item, deployment).items()}
 
 

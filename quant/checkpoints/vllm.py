@@ -7,7 +7,7 @@ format that is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from quant.checkpoints import compressed
 from quant.checkpoints.joined import Joined
 from quant.checkpoints.protocol import CheckpointError, Layout, Wrote
-from quant.checkpoints.shards import Repacked, Slots, repack
-from quant.checkpoints.source import Source, StoredTensor, holders
+from quant.checkpoints.shards import Repacked, Slot, Slots, repack
+from quant.checkpoints.source import Places, Source, StoredTensor
 from quant.export import front, vllm
 from quant.export.compressed_config import tensor_format
 from quant.export.experts import linears
@@ -25,6 +25,7 @@ from quant.export.protocol import Deployment, Violation
 from quant.integer import IntegerFormat
 from quant.layers import EXPERT_OPS
 from quant.plan import Plan
+from quant.runtime_rules import HELD_SCALES
 from quant.storage import Matrix
 
 if TYPE_CHECKING:
@@ -35,13 +36,13 @@ if TYPE_CHECKING:
 
 SCALE = ".weight_scale"
 PART = re.compile(r"\.weight_\w+$")
-EXACT = {
-    "float16": ("float16",),
-    "bfloat16": ("bfloat16",),
-    "float32": ("float16", "bfloat16", "float32"),
+CACHE_SCALES = ("k_scale", "v_scale")
+ONES = {
+    "float16": ("F16", b"\x00\x3c"),
+    "bfloat16": ("BF16", b"\x80\x3f"),
+    "float32": ("F32", b"\x00\x00\x80\x3f"),
 }
-"""Type of the model's weights, which scales of packed integers are loaded in -> types of scales that it holds
-exactly."""
+"""Type of the model's weights -> its name in safetensors, and the bytes of 1."""
 
 
 def lint(deployment: Deployment) -> tuple[Violation, ...]:
@@ -62,14 +63,20 @@ def _scales_at_run_time(deployment: Deployment) -> Iterator[Violation]:
 
 
 def _exact_scales(deployment: Deployment) -> Iterator[Violation]:
-    config = deployment.model.config
-    own = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
-    exact = EXACT.get(own, EXACT["float32"])
+    held = HELD_SCALES.get(_own_type(deployment))
+    if held is None:
+        return
     for name in deployment.quantized:
         fmt = deployment.schemes[name].weight
-        if isinstance(fmt, IntegerFormat) and fmt.scale_type not in exact and _packs(deployment, name):
-            rule = f"scales are loaded in the model's type, so they must be {' or '.join(exact)}"
+        if isinstance(fmt, IntegerFormat) and fmt.scale_type not in held and _packs(deployment, name):
+            rule = f"scales are loaded in the model's type, so they must be {' or '.join(held)}"
             yield Violation(name, rule, deployment.schemes[name].name)
+
+
+def _own_type(deployment: Deployment) -> str:
+    """The type that the configuration gives the model's weights."""
+    config = deployment.model.config
+    return str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
 
 
 def _packs(deployment: Deployment, name: str) -> bool:
@@ -135,26 +142,33 @@ def read_back(place: Path, deployment: Deployment) -> Iterator[tuple[str, Tensor
 
 
 def unpacked(source: Source, plan: Plan) -> Iterator[tuple[str, str | None, Tensor]]:
-    """Every tensor of a written folder: its name in the model, the planned layer whose weight it is, values.
+    """Every tensor of a written folder that is the model's: its name there, the planned layer whose weight it
+    is, values.
 
     Packed ones are decompressed to float32; one is in memory at a time.
     """
-    files = {tensor: file for file, header in source.headers.items() for tensor in header.tensors}
-    packed = {name.removesuffix(SCALE) for name in files if name.endswith(SCALE)}
+    from quant.checkpoints.tensors import reading
+
+    names = source.entries
+    packed = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
     parts: dict[str, list[str]] = {key: [] for key in packed}
-    for name in files:
+    for name in names:
         key, _, part = name.rpartition(".")
         if key in packed and "weight" in part:
             parts[key].append(part)
-    layers = _layers_by_key(source, plan, files)
-    schemes = _schemes(source, plan)
-    for name in files:
-        key, _, part = name.rpartition(".")
-        if key not in packed or not part.startswith("weight"):
-            yield name, layers.get(key) if part == "weight" else None, _read(source, files, name)
-        elif name.endswith(SCALE):
-            state = {part: _read(source, files, f"{key}.{part}") for part in parts[key]}
-            yield f"{key}.weight", layers[key], _decompressed(state, schemes[layers[key]])
+    places = _places(source, plan)
+    layers = {tensor.removesuffix(".weight"): layer for tensor, (layer, _) in places.holders.items()}
+    schemes, scales = _schemes(source, plan), _cache_scales(plan, places)
+    with reading(source) as read:
+        for name in names:
+            key, _, part = name.rpartition(".")
+            if name in scales:
+                continue
+            if key not in packed or not part.startswith("weight"):
+                yield name, layers.get(key) if part == "weight" else None, read(name)
+            elif name.endswith(SCALE):
+                state = {part: read(f"{key}.{part}") for part in parts[key]}
+                yield f"{key}.weight", layers[key], _decompressed(state, schemes[layers[key]])
 
 
 def _decompressed(state: dict[str, Tensor], scheme: Any) -> Tensor:
@@ -167,11 +181,10 @@ def _decompressed(state: dict[str, Tensor], scheme: Any) -> Tensor:
     return weight.float()
 
 
-def _layers_by_key(source: Source, plan: Plan, tensors: Iterable[str]) -> dict[str, str]:
-    """The beginning of a stored tensor's name -> layer."""
-    names = list(dict.fromkeys(PART.sub(".weight", name) for name in tensors))
-    found = holders(plan, names, lambda: Joined.of(source.folder, names))
-    return {name.removesuffix(".weight"): layer for name, (layer, _) in found.items()}
+def _places(source: Source, plan: Plan) -> Places:
+    """Of a written folder, in which the parts of a packed weight stand for it."""
+    names = list(dict.fromkeys(PART.sub(".weight", name) for name in source.entries))
+    return Places.of(plan, names, lambda: Joined.of(source.folder, names))
 
 
 def _schemes(source: Source, plan: Plan) -> dict[str, Any]:
@@ -189,18 +202,10 @@ def _schemes(source: Source, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def _read(source: Source, files: Mapping[str, str], name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(source.folder / files[name], framework="pt") as tensors:
-        tensor: Tensor = tensors.get_tensor(name)
-    return tensor
-
-
 def _repacked(source: Source, deployment: Deployment) -> Repacked:
-    def slots(item: StoredTensor) -> Slots:
+    def slots(item: StoredTensor) -> Slots | None:
         if item.layer not in deployment.quantized:
-            return {}
+            return None
         fmt, matrix = deployment.schemes[item.layer].weight, deployment.plan.layers[item.layer].matrix
         if deployment.plan.layers[item.layer].op in EXPERT_OPS:
             matrix = _expert_matrix(item)
@@ -208,7 +213,23 @@ def _repacked(source: Source, deployment: Deployment) -> Repacked:
         return {f"{_key(item)}.{name}": slot for name, slot in found.items()}
 
     config = vllm.files(deployment)[vllm.FILE]
-    return repack(source, source.stored(deployment.plan), slots, config)
+    return repack(source, source.stored(deployment.plan), slots, config, _ones(source, deployment))
+
+
+def _ones(source: Source, deployment: Deployment) -> Slots:
+    """Scales of 1 for keys and values, which caches were measured with; transformers leaves missing ones to
+    chance.
+    """
+    if deployment.cache is None:
+        return {}
+    dtype, one = ONES.get(_own_type(deployment), ONES["float32"])
+    names = _cache_scales(deployment.plan, source.places(deployment.plan))
+    return {name: Slot(dtype, (1,), content=one) for name in names}
+
+
+def _cache_scales(plan: Plan, places: Places) -> list[str]:
+    """Names of the scales of all caches, spelled as the weights are."""
+    return [f"{places.rename(name)}.{part}" for name in plan.kv_cache or {} for part in CACHE_SCALES]
 
 
 def _expert_matrix(item: StoredTensor) -> Matrix:

@@ -78,6 +78,12 @@ def _weights(facts: WeightFacts) -> dict[str, Any]:
     return found | ({"scale_dtype": SCALES[facts.kind]} if facts.kind in SCALES else {})
 
 
+CACHES = {
+    "fp8_e4m3": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+}
+"""Without scales in the checkpoint they are 1, as measured."""
+
+
 def quantization_config(deployment: Deployment) -> dict[str, Any]:
     """The value of `quantization_config`: every quantizable module is in a group or in `ignore`."""
     return {
@@ -86,7 +92,7 @@ def quantization_config(deployment: Deployment) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": config_groups(deployment),
         "ignore": ignored(deployment),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if deployment.cache is None else dict(CACHES[deployment.cache]),
     }
 
 

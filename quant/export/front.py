@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from quant.catalog import EXPORTERS, Exporter
+from quant.catalog import EXPORTERS, Exporter, consumer_fault
 from quant.digest import canonical_json
 from quant.export.protocol import Deployment, ExportError, ExportRefused, Violation
-from quant.export.rules import no_additions
+from quant.export.rules import no_additions, one_cache
+from quant.kv_cache import FULL
 
 PROVENANCE_FILE = "bitplan_provenance.json"
 
@@ -24,7 +26,8 @@ class ExportProvenance:
 
     `model` is the digest of the weights it is for; `planned_for`, `calibration` and `scores` are the plan's
     digests. `mismatches` say in words what was overridden: another model of the same shapes, a fine-tune
-    say; `forced` says that there were some.
+    say; `forced` says that there were some. `switches` are what the consumer's command must be given besides,
+    None where the files say all.
     """
 
     schema: str
@@ -38,28 +41,36 @@ class ExportProvenance:
     consumer_bytes: int
     forced: bool
     mismatches: tuple[str, ...]
+    switches: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values. `switches` is left out where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "switches" or value}
 
 
 def exporter_of(consumer: str) -> Exporter:
     """The catalog entry. Raises ExportError for an unknown consumer."""
-    if consumer not in EXPORTERS:
-        raise ExportError(
-            f"Consumer must be one of {', '.join(EXPORTERS)}. Got {consumer[:60]!r}. Pick one of them."
-        )
+    fault = consumer_fault(consumer, EXPORTERS)
+    if fault:
+        raise ExportError(fault)
     return EXPORTERS[consumer]
 
 
 def lint(consumer: str, deployment: Deployment) -> tuple[Violation, ...]:
     """Every violation of the consumer's rules, in the order of rules and layers.
 
-    No consumer's files have a place for what a quantizer stores beside its format.
+    No consumer's files have a place for what a quantizer stores beside its format, or for caches that differ.
     """
     if not deployment.quantized:
         name, layer = next(iter(deployment.plan.layers.items()))
         return (Violation(name, "at least one module must be quantized", f"{layer.scheme} everywhere"),)
     entry = exporter_of(consumer)
     with _library_of(entry):
-        return (*no_additions(deployment), *entry.load().lint(deployment))
+        return (
+            *no_additions(deployment),
+            *one_cache(deployment, (*entry.caches, *entry.cache_switches)),
+            *entry.load().lint(deployment),
+        )
 
 
 def export(consumer: str, deployment: Deployment, *, force: bool = False) -> dict[str, bytes]:
@@ -91,10 +102,11 @@ def export(consumer: str, deployment: Deployment, *, force: bool = False) -> dic
         consumer_bytes=module.stored_bytes(deployment),
         forced=other is not None,
         mismatches=() if other is None else (other,),
+        switches=entry.cache_switches.get(deployment.cache or FULL),
     )
     with _library_of(entry):
         files = module.files(deployment)
-    return {**files, PROVENANCE_FILE: canonical_json(asdict(provenance)).encode()}
+    return {**files, PROVENANCE_FILE: canonical_json(provenance.as_json()).encode()}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -88,13 +89,20 @@ def _paths(module: str) -> tuple[str, ...]:
 
 def module_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
     """Module path -> what the names of its tensors start with in GGUF ("blk.0.ffn_down")."""
-    library, wanted, blocks = gguf_library(), architecture(config), block_count(config)
-    kinds = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
-    if wanted not in kinds or blocks is None:
+    wanted, blocks = architecture(config), block_count(config)
+    if wanted is None or blocks is None:
         return {}
-    table = library.get_tensor_name_map(kinds[wanted], blocks)
+    table = _table(wanted, blocks)
     found = {module: _first(table, module) for module in modules}
     return {module: name for module, name in found.items() if name is not None}
+
+
+@lru_cache(maxsize=8)
+def _table(wanted: str, blocks: int) -> Any:
+    """The library's map of tensor names for an architecture and a number of blocks."""
+    library = gguf_library()
+    kinds = {name: kind for kind, name in library.MODEL_ARCH_NAMES.items()}
+    return library.get_tensor_name_map(kinds[wanted], blocks)
 
 
 def _first(table: Any, module: str) -> str | None:

@@ -89,7 +89,9 @@ def named(deployment: Deployment) -> Iterator[Violation]:
     for module in deployment.quantized:
         if module not in names:
             kind = architecture(deployment.model.config)
-            yield Violation(module, f"it must have a tensor in GGUF's table of {kind}", "no name there")
+            yield Violation(
+                module, f"it must have a tensor in GGUF's table of {kind}, or be excluded", "no name there"
+            )
 
 
 def _quantized_tensors(deployment: Deployment) -> Iterator[Violation]:

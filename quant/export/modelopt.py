@@ -20,6 +20,8 @@ ALGORITHMS = {
     "W8A16": WeightFacts("int", 8, True, CHANNEL, None),
 }
 """What each algorithm stores, as Model Optimizer's exporter writes it."""
+CACHES = {"fp8_e4m3": "FP8"}
+"""Without scales in the checkpoint they are 1, as measured."""
 AWQ, AWQ_SIZES = "W4A16_AWQ", (64, 128)
 TAKES = (
     Takes("int", symmetric=(8,), scales=(CHANNEL,)),
@@ -44,7 +46,7 @@ def files(deployment: Deployment) -> dict[str, bytes]:
     """The algorithm of every planned module; all others are excluded by name."""
     quantization = {
         "quant_algo": "MIXED_PRECISION",
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": None if deployment.cache is None else CACHES[deployment.cache],
         "exclude_modules": deployment.kept_names,
         "quantized_layers": {name: _entry(facts) for name, facts in deployment.quantized.items()},
     }

@@ -9,8 +9,10 @@ from typing import Any, Protocol, get_args
 
 from quant.export.experts import linears
 from quant.formats import BlockFormat, FloatFormat, GgufFormat, IntegerFormat
+from quant.kv_cache import FULL
 from quant.layers import Inventory, Op
 from quant.plan import Plan, PlanLayer
+from quant.runtime_rules import OWN_TYPES
 from quant.schemes import Scheme, parse_scheme
 
 QUANTIZABLE = get_args(Op)
@@ -91,7 +93,6 @@ class WeightFacts:
 
 
 FLOAT_KINDS = {"fp8": "fp8_e4m3", "fp8-e5m2": "fp8_e5m2"}
-OWN_TYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 ReadBack = Mapping[str, WeightFacts | None]
@@ -198,6 +199,14 @@ class Deployment:
     def kept_bytes(self) -> int:
         """Bytes of the layers that the plan leaves in the model's own type."""
         return sum(layer.bytes for name, layer in self.plan.layers.items() if name not in self.quantized)
+
+    @property
+    def cache(self) -> str | None:
+        """The type of key-value cache that all attention layers have; None where they are full, or differ, or
+        were not decided.
+        """
+        kinds = set((self.plan.kv_cache or {}).values())
+        return next(iter(kinds)) if len(kinds) == 1 and kinds != {FULL} else None
 
     @cached_property
     def untouched(self) -> tuple[Module, ...]:

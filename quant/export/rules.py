@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from quant.export.protocol import Deployment, Violation, WeightFacts
+from quant.kv_cache import cache_faults
 from quant.layers import EXPERT_OPS
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
@@ -42,6 +43,8 @@ class Takes:
                 f"one per {item}" if isinstance(item, str) else f"groups of {item}" for item in self.scales
             )
             return 1, f"scales must be {', '.join(shown)}"
+        if facts.group_size == 1:
+            return 1, "a group must hold at least 2 columns"
         if self.whole_groups and facts.group_size is not None and columns % facts.group_size:
             return 2, f"the group size must divide the {columns} columns"
         return None
@@ -60,8 +63,18 @@ def no_additions(deployment: Deployment) -> Iterator[Violation]:
     for name in deployment.quantized:
         scheme = deployment.schemes[name]
         if scheme.adds:
-            rule = f"the format's tensors must be all that is stored; {scheme.quantizer} stores others beside"
+            rule = (
+                f"the format's tensors must be all that is stored, and {scheme.quantizer} stores others:"
+                " plan without it, or write pytorch-packed, which holds them"
+            )
             yield Violation(name, rule, scheme.name)
+
+
+def one_cache(deployment: Deployment, kinds: Collection[str]) -> Iterator[Violation]:
+    """All key-value caches must be full, or all of one of these types: there is one setting for them."""
+    caches = deployment.plan.kv_cache or {}
+    for name, rule, step in cache_faults(caches, kinds):
+        yield Violation(name, f"{rule}: {step}", caches[name])
 
 
 def only_formats(deployment: Deployment, *takes: Takes) -> Iterator[Violation]:

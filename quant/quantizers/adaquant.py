@@ -7,6 +7,7 @@ moments H, so there are no mini-batches and no random numbers, and every step is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,10 +16,11 @@ from torch.nn.functional import pad
 
 from quant.inputs import LayerInputs, required
 from quant.integer import IntegerFormat
-from quant.packing import Encoded, stored_scale
+from quant.packing import Encoded, some_rows, stored_scale
 from quant.quantizers import gptq, mse_clip
-from quant.quantizers.best_rows import best_rows
-from quant.quantizers.learning import Piece, learned
+from quant.quantizers.best_rows import best_of_parts
+from quant.quantizers.grid import Stored
+from quant.quantizers.learning import Piece, learned, parts
 
 STEPS = 150
 RATE = 0.05
@@ -36,10 +38,18 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | No
     """
     rows, columns = weight_matrix.shape
     known = required(inputs, (rows, columns), "adaquant")
-    starts = [gptq.quantize(weight_matrix, fmt, known), mse_clip.quantize(weight_matrix, fmt)]
+    fed_back = gptq.quantize(weight_matrix, fmt, known)
+    nearest = Stored.of(mse_clip.quantize(weight_matrix, fmt))
+
+    def candidates(part: slice, groups: slice) -> Iterator[Encoded]:
+        starts = some_rows(fed_back, part), nearest.rounded(weight_matrix, part)
+        yield starts[0]
+        for start in starts:
+            yield learned(weight_matrix[part], start, known.of(groups), partial(_learn, fmt=fmt))
+
     with torch.no_grad():
-        found = [learned(weight_matrix, start, known, partial(_learn, fmt=fmt)) for start in starts]
-    return best_rows(weight_matrix, [starts[0], *found], known)
+        pieces = parts(rows, columns, known.groups)
+        return best_of_parts(weight_matrix, fmt, known, pieces, candidates, into=fed_back.values)
 
 
 def _learn(piece: Piece, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ second moments H of the inputs; its gradient is exact: there are no mini-batches
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from quant.inputs import LayerInputs, required
 from quant.integer import IntegerFormat
 from quant.packing import Encoded
 from quant.quantizers import mse_clip, rtn
-from quant.quantizers.best_rows import best_rows
-from quant.quantizers.learning import Piece, learned
+from quant.quantizers.best_rows import best_of_parts
+from quant.quantizers.grid import Stored
+from quant.quantizers.learning import Piece, learned, parts
 
 STEPS = 200
 RATE = 0.6
@@ -39,10 +41,15 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | No
     """
     rows, columns = weight_matrix.shape
     known = required(inputs, (rows, columns), "adaround")
-    plain = [quantizer.quantize(weight_matrix, fmt) for quantizer in (mse_clip, rtn)]
+    starts = [Stored.of(quantizer.quantize(weight_matrix, fmt)) for quantizer in (mse_clip, rtn)]
+
+    def candidates(part: slice, groups: slice) -> Iterator[Encoded]:
+        plain = [start.rounded(weight_matrix, part) for start in starts]
+        yield from plain
+        yield learned(weight_matrix[part], plain[0], known.of(groups), _learn)
+
     with torch.no_grad():
-        found = learned(weight_matrix, plain[0], known, _learn)
-    return best_rows(weight_matrix, [*plain, found], known)
+        return best_of_parts(weight_matrix, fmt, known, parts(rows, columns, known.groups), candidates)
 
 
 def _learn(piece: Piece) -> tuple[Tensor, Tensor]:

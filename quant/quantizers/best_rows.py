@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from quant.adjusted import dequantized
 from quant.inputs import LayerInputs
+from quant.integer import IntegerFormat
 from quant.packing import Encoded, some_rows
 from quant.quantizers.runs import runs
 
@@ -66,4 +68,75 @@ def _merged(first: Encoded, second: Encoded, wins: Tensor) -> Encoded:
         values=torch.where(wins[:, None, None], second.values, first.values),
         scales=torch.where(wins[:, None], second.scales, first.scales),
         zero_points=points,
+    )
+
+
+Candidates = Callable[[slice, slice], Iterable[Encoded]]
+"""Some rows, and the groups of inputs they belong to -> what there is for them, in the same order for all."""
+
+
+def best_of_parts(
+    matrix: Tensor,
+    fmt: IntegerFormat,
+    inputs: LayerInputs,
+    parts: Sequence[tuple[slice, slice]],
+    candidates: Candidates,
+    into: Tensor | None = None,
+) -> Encoded:
+    """As `best_rows` for integer formats, where candidates are made and compared a few rows at a time.
+
+    Only the best is held whole, its values in the memory of `into` if given: rows are written after they
+    were asked for. Where all rows share a scale the winner is known at the end, and made again.
+    """
+    if fmt.granularity == "tensor":
+        winner = _least_error(matrix, inputs, parts, candidates)
+        found = (next(islice(candidates(part, groups), winner, None)) for part, groups in parts)
+    else:
+        found = (
+            best_rows(matrix[part], list(candidates(part, groups)), inputs.of(groups))
+            for part, groups in parts
+        )
+    return _joined(found, parts, (matrix.shape[0], matrix.shape[1]), into)
+
+
+def _least_error(
+    matrix: Tensor, inputs: LayerInputs, parts: Sequence[tuple[slice, slice]], candidates: Candidates
+) -> int:
+    unit = torch.linalg.vector_norm(matrix, torch.inf).float().clamp(min=torch.finfo(torch.float32).tiny)
+    totals: dict[int, float] = {}
+    for part, groups in parts:
+        known = inputs.of(groups)
+        for index, candidate in enumerate(candidates(part, groups)):
+            misses = dequantized(candidate).sub_(matrix[part]).div_(unit)
+            totals[index] = totals.get(index, 0.0) + known.output_errors(misses).double().sum().item()
+    best = 0
+    for index, total in totals.items():
+        if total < totals[best] * (1 - MARGIN):
+            best = index
+    return best
+
+
+def _joined(
+    pieces: Iterable[Encoded],
+    parts: Sequence[tuple[slice, slice]],
+    matrix: tuple[int, int],
+    whole: Tensor | None,
+) -> Encoded:
+    """Runs of rows, one after the other, as one matrix; one scale of all rows is that of each."""
+    scales, points = [], []
+    for (part, _), piece in zip(parts, pieces, strict=True):
+        if whole is None:
+            whole = piece.values.new_empty(piece.fmt.grouped_shape(matrix))
+        whole[part] = piece.values
+        scales.append(piece.scales)
+        if piece.zero_points is not None:
+            points.append(piece.zero_points)
+    assert whole is not None, "a matrix has rows"
+    shared = piece.fmt.granularity == "tensor"
+    return replace(
+        piece,
+        values=whole,
+        scales=scales[0] if shared else torch.cat(scales),
+        zero_points=None if not points else points[0] if shared else torch.cat(points),
+        matrix=matrix,
     )

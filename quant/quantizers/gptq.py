@@ -7,7 +7,9 @@ before, per tensor, channel or group of the stored columns, so that the stored f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,16 +18,17 @@ from quant.inputs import LayerInputs, required
 from quant.integer import IntegerFormat
 from quant.packing import Encoded, encode, some_rows
 from quant.quantizers import mse_clip, rtn
-from quant.quantizers.best_rows import best_rows
-from quant.quantizers.grid import Grid
+from quant.quantizers.best_rows import best_of_parts
+from quant.quantizers.grid import Grid, Stored
+from quant.quantizers.runs import runs
 
 DAMPING = 0.01
 """Share of the mean second moment that is added to each, as in the paper."""
 MOST_DAMPING = 10.0
 BLOCK = 128
 """Columns whose errors are gathered before they reach the columns behind them."""
-FEW, SHARE = 1 << 20, 8
-"""Weights that are taken at once; more where an eighth of the rows is more."""
+FEW, SHARE = 1 << 20, 16
+"""Weights that are taken at once; more where a sixteenth of the rows is more."""
 
 
 def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | None = None) -> Encoded:
@@ -37,46 +40,53 @@ def quantize(weight_matrix: Tensor, fmt: IntegerFormat, inputs: LayerInputs | No
     """
     rows, columns = weight_matrix.shape
     known = required(inputs, (rows, columns), "gptq")
-    plain = [quantizer.quantize(weight_matrix, fmt) for quantizer in (mse_clip, rtn)]
-    return best_rows(weight_matrix, [*plain, *_fed_back(weight_matrix, plain, known)], known)
+    starts = [Stored.of(quantizer.quantize(weight_matrix, fmt)) for quantizer in (mse_clip, rtn)]
 
-
-def _fed_back(matrix: Tensor, starts: list[Encoded], inputs: LayerInputs) -> list[Encoded]:
-    """The matrix on the grid of each start, with error feedback; the factor of the moments serves them all.
-
-    Rows do not depend on each other, so a few are taken at a time, which bounds the temporary memory.
-    """
-    height = matrix.shape[0] // inputs.groups
-    step = max(1, FEW // matrix.shape[1], -(-height // SHARE))
-    found = [(start, Grid.of(start), torch.empty_like(start.values)) for start in starts]
-    for index, moments in enumerate(inputs.second_moments):
+    @lru_cache(maxsize=1)
+    def solved(index: int) -> tuple[Tensor, Tensor]:
+        """The order of the columns, and the factor of the moments of one group."""
+        moments = known.second_moments[index]
         order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-        factor = inverse_factor(moments[order][:, order])
-        end = (index + 1) * height
-        for at in range(index * height, end, step):
-            part = slice(at, min(at + step, end))
-            rows = matrix[part, order].float()
-            for start, grid, values in found:
-                rounded = torch.empty_like(rows)
-                rounded[:, order] = round_with_feedback(rows, order, grid.rows(part), factor)
-                own = some_rows(start, part)
-                values[part] = encode(rounded, own.fmt, own.scales, own.zero_points).values
-    return [replace(start, values=values) for start, _, values in found]
+        return order, inverse_factor(moments[order][:, order])
+
+    def candidates(part: slice, groups: slice) -> Iterator[Encoded]:
+        plain = [start.rounded(weight_matrix, part) for start in starts]
+        yield from plain
+        yield from _fed_back(weight_matrix[part], plain, groups, solved)
+
+    parts = list(runs(rows, columns, known.groups, few=FEW, share=SHARE))
+    return best_of_parts(weight_matrix, fmt, known, parts, candidates)
 
 
-def round_with_feedback(matrix: Tensor, columns: Tensor, grid: Grid, factor: Tensor) -> Tensor:
-    """Algorithm 1 of the paper on `matrix` (rows, n), whose column i is stored as columns[i]."""
-    left = matrix.clone()
-    done = torch.empty_like(matrix)
-    for start in range(0, matrix.shape[1], BLOCK):
-        end = min(start + BLOCK, matrix.shape[1])
-        errors = left.new_empty(matrix.shape[0], end - start)
+def _fed_back(
+    rows: Tensor, starts: Sequence[Encoded], groups: slice, solved: Callable[[int], tuple[Tensor, Tensor]]
+) -> list[Encoded]:
+    """Some rows on the grid of each start with error feedback, equal runs of them for each group."""
+    found = [replace(start, values=torch.empty_like(start.values)) for start in starts]
+    height = len(rows) // (groups.stop - groups.start)
+    for at, index in enumerate(range(groups.start, groups.stop)):
+        run, (order, factor) = slice(at * height, (at + 1) * height), solved(index)
+        for start, whole in zip(starts, found, strict=True):
+            own = some_rows(start, run)
+            done = round_with_feedback(rows[run, order].float(), order, Grid.of(own), factor)
+            rounded = torch.empty_like(done)
+            rounded[:, order] = done
+            whole.values[run] = encode(rounded, own.fmt, own.scales, own.zero_points).values
+    return found
+
+
+def round_with_feedback(left: Tensor, columns: Tensor, grid: Grid, factor: Tensor) -> Tensor:
+    """Algorithm 1 of the paper on `left` (rows, n), whose column i is stored as columns[i]; in its memory."""
+    for start in range(0, left.shape[1], BLOCK):
+        end = min(start + BLOCK, left.shape[1])
+        errors = left.new_empty(left.shape[0], end - start)
         for at in range(start, end):
-            done[:, at : at + 1] = grid.rounded(left[:, at : at + 1], columns[at : at + 1])
-            errors[:, at - start] = (left[:, at] - done[:, at]) / factor[at, at]
+            done = grid.rounded(left[:, at : at + 1], columns[at : at + 1])
+            errors[:, at - start] = (left[:, at] - done[:, 0]) / factor[at, at]
+            left[:, at : at + 1] = done
             left[:, at + 1 : end] -= torch.outer(errors[:, at - start], factor[at, at + 1 : end])
         left[:, end:] -= errors @ factor[start:end, end:]
-    return done
+    return left
 
 
 def inverse_factor(moments: Tensor) -> Tensor:
@@ -89,13 +99,26 @@ def inverse_factor(moments: Tensor) -> Tensor:
     diagonal = exact.diagonal().clone()
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if not bool(dead.all()) else torch.ones_like(diagonal[0])
-    exact = exact / mean + torch.diag(dead.to(exact.dtype))
-    eye = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+    exact /= mean
+    exact.diagonal().add_(dead)
     damping = DAMPING
     while damping <= MOST_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(exact + damping * eye)
-        if not int(failed):
-            upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-            return upper.float()
+        upper = _inverse_factor(exact, damping)
+        if upper is not None:
+            return upper
         damping *= 10
-    return eye.float()
+    return torch.eye(len(exact), device=exact.device)
+
+
+def _inverse_factor(exact: Tensor, damping: float) -> Tensor | None:
+    """The factor of the damped matrix; None where it is not positive. Holds three copies at most."""
+    damped = exact.clone()
+    damped.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    if int(failed):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper.float()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from quant.packing import Encoded
+from quant.integer import IntegerFormat
+from quant.packing import Encoded, encode
 
 
 class Grid:
@@ -24,10 +27,6 @@ class Grid:
             points = encoded.zero_points.float().expand(rows, groups)
         return cls(scales, encoded.fmt.lowest - points, encoded.fmt.highest - points, size)
 
-    def rows(self, part: slice) -> Grid:
-        """The grid of some rows."""
-        return Grid(self.scales[part], self.low[part], self.high[part], self.size)
-
     def wide(self, values: Tensor, columns: int) -> Tensor:
         """(rows, groups) -> (rows, columns): each weight's own."""
         return values.repeat_interleave(self.size, dim=1)[:, :columns]
@@ -38,3 +37,23 @@ class Grid:
         scales = self.scales[:, at]
         levels = (values / scales).round_()
         return torch.maximum(torch.minimum(levels, self.high[:, at]), self.low[:, at]) * scales
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Scales and zero points of a whole matrix, from which the nearest values of any rows follow."""
+
+    fmt: IntegerFormat
+    scales: Tensor
+    zero_points: Tensor | None
+
+    @classmethod
+    def of(cls, encoded: Encoded) -> Stored:
+        """Without the values."""
+        return cls(encoded.fmt, encoded.scales, encoded.zero_points)
+
+    def rounded(self, matrix: Tensor, part: slice) -> Encoded:
+        """Some rows of the matrix (rows, columns), rounded to nearest."""
+        own = slice(None) if self.fmt.granularity == "tensor" else part
+        points = None if self.zero_points is None else self.zero_points[own]
+        return encode(matrix[part], self.fmt, self.scales[own], points)

@@ -13,6 +13,9 @@ from quant.packing import Encoded
 from quant.quantizers.grid import Grid
 from quant.quantizers.runs import runs
 
+SHARE = 48
+"""Of the rows, where that is more than a few weights: learning holds a dozen copies of its rows."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -56,21 +59,23 @@ Learn = Callable[[Piece], tuple[Tensor, Tensor]]
 """Piece -> integers less the zero point (rows, columns), and scales (rows, groups) in the piece's unit."""
 
 
-def learned(matrix: Tensor, start: Encoded, inputs: LayerInputs, learn: Learn) -> Encoded:
-    """What `learn` makes of `start`, piece by piece of the matrix; zero points stay.
+def learned(rows: Tensor, start: Encoded, inputs: LayerInputs, learn: Learn) -> Encoded:
+    """What `learn` makes of `start`, which encodes all these rows; zero points stay.
 
-    Scales of a whole tensor must stay too, because they belong to all pieces.
+    Scales of a whole tensor must stay too, because they belong to other rows as well.
     """
-    rows, columns = matrix.shape
-    grid, values, scales = Grid.of(start), start.values.clone(), start.scales.clone()
-    flat = values.view(rows, -1)
-    for part, groups in runs(rows, columns, inputs.groups):
-        own = grid.rows(part)
-        points = start.fmt.lowest - own.wide(own.low, columns)
-        levels = flat[part, :columns] - points
-        piece = Piece.of(matrix[part].float(), levels, own, inputs.second_moments[groups])
-        levels, found = learn(piece)
-        flat[part, :columns] = (levels + points).to(values.dtype)
-        if start.fmt.granularity != "tensor":
-            scales[part] = (found * piece.unit).to(scales.dtype)
+    columns, grid = rows.shape[1], Grid.of(start)
+    values, scales = start.values.clone(), start.scales
+    flat = values.view(len(rows), -1)[:, :columns]
+    points = start.fmt.lowest - grid.wide(grid.low, columns)
+    piece = Piece.of(rows.float(), flat - points, grid, inputs.second_moments)
+    levels, found = learn(piece)
+    flat.copy_((levels + points).to(values.dtype))
+    if start.fmt.granularity != "tensor":
+        scales = (found * piece.unit).to(scales.dtype)
     return replace(start, values=values, scales=scales)
+
+
+def parts(rows: int, columns: int, groups: int) -> list[tuple[slice, slice]]:
+    """Rows that are learned together, with the groups of inputs they belong to."""
+    return list(runs(rows, columns, groups, share=SHARE))

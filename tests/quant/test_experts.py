@@ -34,7 +34,7 @@ def test_every_projection_is_a_layer_with_the_input_as_its_columns(model):
         {"up_proj": (4 * wide, 16), "down_proj": (4 * 16, 12)},
     )
     assert {layer.op for layer in layers} == {op}
-    assert {layer.role for layer in layers} == {"feed_forward"}
+    assert {layer.role for layer in layers} == {"expert"}
     assert {layer.experts for layer in layers} == {4}
     for layer in layers:
         assert parameter_of(model, layer) is model.get_parameter(layer.name)

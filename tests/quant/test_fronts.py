@@ -53,6 +53,7 @@ FRONTS = (
     "geometry",
     "gguf_blocks",
     "integer",
+    "kv_cache",
     "latency",
     "layers",
     "lint",

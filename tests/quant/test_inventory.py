@@ -40,7 +40,7 @@ def test_shapes_roles_and_macs():
     assert {name: (item.op, item.matrix, item.role) for name, item in layers.items()} == {
         "conv": ("conv2d", (6, 18), "convolution"),
         "line": ("conv1d", (5, 12), "convolution"),
-        "attn.q_proj": ("linear", (8, 5), "attention"),
+        "attn.q_proj": ("linear", (8, 5), "self_attention"),
         "mlp.c_fc": ("transformers_conv1d", (10, 8), "feed_forward"),
     }
     assert {name: item.macs for name, item in layers.items()} == {
@@ -223,8 +223,8 @@ def test_nothing_to_quantize_says_why(model, exclude, message):
 @pytest.mark.parametrize(
     ("name", "roles", "heads"),
     [
-        ("llama", {"attention": 8, "feed_forward": 6}, ["lm_head"]),
-        ("bert", {"attention": 8, "feed_forward": 4, "other": 1}, []),
+        ("llama", {"self_attention": 8, "feed_forward": 6}, ["lm_head"]),
+        ("bert", {"self_attention": 8, "feed_forward": 4, "other": 1}, []),
         ("resnet", None, ["classifier.1"]),
     ],
 )

@@ -21,6 +21,12 @@ def test_documents_from_before_excluded_weights_had_aliases_are_read():
     assert Inventory.from_json(document).excluded == (replace(EMBED, aliases=()),)
 
 
+def test_documents_from_before_attention_was_told_apart_are_read():
+    document = json.loads(json.dumps(INVENTORY.as_json()))
+    document["layers"][0]["role"] = "attention"
+    assert Inventory.from_json(document).layers[0].role == "self_attention"
+
+
 def test_layers_are_found_by_every_name():
     assert INVENTORY.by_name == {"conv": LAYER, "again": LAYER}
     assert LAYER.stored_bytes == 432

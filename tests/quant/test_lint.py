@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from quant.digest import canonical_json
 from quant.layers import Excluded, Inventory, Layer
 from quant.lint import RuntimeRefuses, Violation, forbidden_schemes, fused_sets, lint, require_choices
 from quant.plan import Certificate, Digests, PlanError, parse_plan, plan_json
@@ -17,8 +18,8 @@ VLLM = RUNTIMES["vllm"]
 ATTENTION = ("m.0.q_proj", "m.0.k_proj", "m.0.v_proj")
 
 
-def layer(name, matrix=(128, 256), op="linear", role="other", aliases=()):
-    return Layer(name, op, matrix, matrix, matrix[0] * matrix[1], None, role, aliases, "float32")
+def layer(name, matrix=(128, 256), op="linear", role="other", aliases=(), dtype="float32"):
+    return Layer(name, op, matrix, matrix, matrix[0] * matrix[1], None, role, aliases, dtype)
 
 
 def inventory(*layers, excluded=()):
@@ -51,7 +52,18 @@ def attention():
         ("vllm", "w4", layer("lm_head", role="head"), "output heads keep their precision"),
         ("vllm", "w4", layer("e", op="embedding", role="embedding"), "embeddings keep their precision"),
         ("vllm", "w4", layer("c", op="conv2d"), "conv2d layers take bf16*, fp16*; not w4"),
+        ("vllm", "bf16", layer("a"), "16-bit weights must have the model's own type, which is float32"),
+        ("mlx", "fp16", layer("a", dtype="bfloat16"), "own type, which is bfloat16"),
+        ("vllm", "w4", layer("a", dtype="bfloat16"), "so they must be bfloat16, not float16"),
+        (
+            "vllm",
+            "w4-g32-asym-bfloat16",
+            layer("a", dtype="float16"),
+            "so they must be float16, not bfloat16",
+        ),
         ("llama.cpp", "w4", layer("a"), "q4_k"),
+        ("llama.cpp", "q8_0", layer("pooler.dense"), "llama.cpp does without this layer"),
+        ("llama.cpp", "bf16", layer("bert.pooler.dense"), "llama.cpp does without this layer"),
         ("torchao", "w4-g96", layer("a"), "columns must be a multiple of the group size 96, not 256"),
         ("mlx", "w4", layer("a"), "w8 in groups of 32, 64, 128"),
         ("mlx", "w4-g32", layer("a"), "not w4-g32"),
@@ -71,6 +83,11 @@ def test_a_runtime_refuses_by_rule(runtime, scheme, target, words):
         ("vllm", "w4-g128", layer("a")),
         ("vllm", "w4-g32-asym", layer("a")),
         ("vllm", "w8", layer("a")),
+        ("vllm", "w4-bfloat16", layer("a")),
+        ("vllm", "w4-bfloat16", layer("a", dtype="bfloat16")),
+        ("vllm", "w8-float16-aint8", layer("a", dtype="bfloat16")),
+        ("vllm", "bf16", layer("a", dtype="bfloat16")),
+        ("llama.cpp", "bf16", layer("a")),
         ("torchao", "w3-asym", layer("e", op="embedding")),
         ("mlx", "w6-g64-asym", layer("lm_head", role="head")),
         ("onnxruntime", "w4-g32", layer("a", (10, 33))),
@@ -214,7 +231,7 @@ def test_fused_layers_take_part_together(attention):
         ("nf4", {"openvino"}),
         ("q4_0", {"llama.cpp"}),
         ("q6_k", {"llama.cpp"}),
-        ("bf16", set(RUNTIMES) - {"generic"}),
+        ("bf16", {"llama.cpp", "openvino"}),
     ],
 )
 def test_formats_beyond_integers_go_to_the_runtimes_that_have_them(scheme, runtimes):
@@ -235,3 +252,18 @@ def test_block_types_need_whole_blocks():
 def test_tensors_beside_the_format_are_for_runtimes_that_load_them(name):
     refusal = RUNTIMES[name].refuses(target_of(layer("fc", (256, 256))), parse_scheme("w4-lorc8"))
     assert refusal is None if name == "generic" else "take no tensors beside the format's" in refusal
+
+
+def test_a_plan_says_what_type_its_layers_are_stored_in():
+    """So a plan alone is enough to know that the export would refuse it."""
+    plan = plan_of(inventory(layer("a", dtype="bfloat16"), layer("b")), {"a": "bf16", "b": "bf16"})
+    assert [found.layer for found in lint(parse_plan(plan_json(plan)), VLLM)] == ["b"]
+    document = json.loads(plan_json(plan))
+    for told in document["layers"].values():
+        del told["dtype"]
+    silent = parse_plan(json.dumps(document))
+    assert lint(silent, VLLM) == ()
+    assert plan_json(silent) == canonical_json(document)
+    document["layers"]["a"]["dtype"] = "int8"
+    with pytest.raises(PlanError, match="/layers/a/dtype must be one of float64"):
+        parse_plan(json.dumps(document))

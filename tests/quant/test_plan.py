@@ -74,7 +74,7 @@ def test_schema_and_reader_name_the_same_fields(inventory):
     document, schema = json.loads(plan_json(make(inventory))), plan_schema()
     assert set(schema["required"]) == set(document)
     assert set(schema["properties"]) == set(document) | set(OPTIONAL)
-    assert set(schema["$defs"]["layer"]["required"]) == set(document["layers"]["b.up"])
+    assert {*schema["$defs"]["layer"]["required"], "dtype"} == set(document["layers"]["b.up"])
 
 
 @pytest.mark.parametrize(

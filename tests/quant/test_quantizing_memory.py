@@ -7,9 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 from quant import packing
 from quant.adjusted import dequantized
 from quant.catalog import QUANTIZERS
+from quant.codecs import stored
 from quant.formats import codec_of
 from quant.inputs import LayerInputs
-from quant.quantizers import adaround, awq, gptq, lorc
+from quant.quantizers import adaquant, adaround, awq, gptq, hqq, lorc, mse_clip, runs
 from quant.schemes import parse_scheme
 
 SHAPE = (256, 3584)
@@ -31,8 +32,17 @@ def peak(work):
     return highest, result
 
 
+QUICK = {"mse_clip": ("w4", "w4-tensor", "fp8", "nf4", "mxfp4", "q4_0", "q4_k"), "hqq": ("w4-tensor",)}
+"""One scheme for each way to search; the others take their turn with the slow tests."""
+
+
+def case(name, quantizer):
+    quick = name in QUICK.get(quantizer, SCHEMES)
+    return pytest.param(name, quantizer, marks=() if quick else pytest.mark.slow)
+
+
 CASES = [
-    (name, quantizer.name)
+    case(name, quantizer.name)
     for name in SCHEMES
     for quantizer in QUANTIZERS.values()
     if not quantizer.needs_inputs
@@ -52,14 +62,24 @@ def test_quantizing_and_packing_take_less_than_twice_the_size(name, quantizer):
     assert packed.nbytes == fmt.storage(SHAPE).bytes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["w4-gptq", "w4-tensor-lorc8", "nvfp4-lorc8", "w4-awq", "w4-tensor-awq", "w4-smoothquant-aint8"]
+TWICE = (
+    *("w4-gptq", "w4-tensor-lorc8", "nvfp4-lorc8", "w4-awq", "w4-tensor-awq", "w4-smoothquant-aint8"),
+    *("w4-gptq-lorc2", "w4-tensor-gptq-lorc2", "w4-gptq-awq", "w4-gptq-smoothquant-aint8"),
+    *("w4-adaround-awq", "w4-adaquant", "w4-adaquant-lorc2", "w4-tensor-hqq-lorc2", "nvfp4-awq"),
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWICE)
 def test_so_does_quantizing_with_more_than_one_pass(monkeypatch, name):
     """Beside the moments. Rows that are taken at once are few here, as they are in a large matrix."""
     monkeypatch.setattr(packing, "BLOCK", 1 << 16)
+    monkeypatch.setattr(stored, "BLOCK", 1 << 14)
     monkeypatch.setattr(gptq, "FEW", 1 << 14)
+    monkeypatch.setattr(runs, "FEW", 1 << 14)
+    monkeypatch.setattr(adaround, "STEPS", 2)
+    monkeypatch.setattr(adaquant, "STEPS", 1)
+    monkeypatch.setattr(hqq, "STEPS", 2)
     monkeypatch.setattr(awq, "ALPHAS", (0.5,))
     monkeypatch.setattr(awq, "CLIPS", (0.8,))
     monkeypatch.setattr(lorc, "ROUNDS", 2)
@@ -75,8 +95,12 @@ def test_so_does_quantizing_with_more_than_one_pass(monkeypatch, name):
 
 @pytest.mark.parametrize("groups", [1, 8])
 def test_learning_takes_less_than_twice_the_size_beside_the_moments(monkeypatch, groups):
+    """Rows that are taken at once are few here, as they are in a large matrix."""
     monkeypatch.setattr(adaround, "STEPS", 6)
-    matrix = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    known = LayerInputs(torch.eye(1024).expand(groups, -1, -1).contiguous(), 1)
+    monkeypatch.setattr(packing, "BLOCK", 1 << 14)
+    monkeypatch.setattr(mse_clip, "BLOCK", 1 << 13)
+    monkeypatch.setattr(runs, "FEW", 1 << 13)
+    matrix = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    known = LayerInputs(torch.eye(512).expand(groups, -1, -1).contiguous(), 1)
     most, _ = peak(lambda: adaround.quantize(matrix, parse_scheme("w4").weight, known))
     assert matrix.nbytes / 8 < most < 2 * matrix.nbytes

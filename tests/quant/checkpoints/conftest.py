@@ -7,14 +7,10 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from quant.checkpoints.source import Source
-from quant.export.protocol import Deployment, ModelFacts
 from quant.inventory import take_inventory
-from quant.plan import Certificate, Digests
-from quant.planning import build_plan
+from tests.deployments import alike, deployment_of
 
 SIDES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-FUSED |= dict.fromkeys(("query", "key", "value"), "qkv")
 
 
 def _llama():
@@ -55,24 +51,11 @@ def deployed():
     """
 
     def build(folder, model, menu, seed=0):
-        chance, source, chosen = random.Random(seed), Source.open(folder), {}
-        every = take_inventory(model)
-        for layer in every.layers:
-            parent, _, last = layer.name.rpartition(".")
-            chosen.setdefault((parent, FUSED.get(last, last)), chance.choice(menu))
-        schemes = {}
-        for layer in every.layers:
-            parent, _, last = layer.name.rpartition(".")
-            schemes[layer.name] = chosen[parent, FUSED.get(last, last)]
+        chance, source, every = random.Random(seed), Source.open(folder), take_inventory(model)
+        schemes = alike([layer.name for layer in every.layers], lambda: chance.choice(menu))
         kept = [name for name, scheme in schemes.items() if scheme is None]
         inventory = take_inventory(model, exclude=kept)
-        plan = build_plan(
-            inventory,
-            {name: scheme for name, scheme in schemes.items() if scheme is not None},
-            digests=Digests(model=source.digest),
-            certificate=Certificate("feasible"),
-            source="test",
-        )
-        return source, Deployment(plan, ModelFacts.of(every, source.config)), inventory
+        planned = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+        return source, deployment_of(source, inventory, planned, every), inventory
 
     return build

@@ -15,10 +15,8 @@ from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.digest import folder_digest
 from quant.export import vllm
-from quant.export.protocol import Deployment, ModelFacts
 from quant.inventory import take_inventory
-from quant.plan import Certificate, Digests
-from quant.planning import build_plan
+from tests.deployments import deployment_of, plan_of
 
 TOKENS = torch.arange(3, 33).reshape(3, 10)
 SCHEMES = ("w3", "w4-g4-asym", "w8-tensor", "w2")
@@ -28,9 +26,7 @@ FUSED = ("gpt_oss", "llama4_text")
 def plan_for(folder, model, include=()):
     inventory = take_inventory(model, include=include)
     assignment = {layer.name: SCHEMES[at % 4] for at, layer in enumerate(inventory.layers)}
-    digests = Digests(model=folder_digest(folder)[0])
-    certificate = Certificate("feasible")
-    return build_plan(inventory, assignment, digests=digests, certificate=certificate, source="t"), inventory
+    return plan_of(inventory, assignment, model=folder_digest(folder)[0]), inventory
 
 
 def assert_written_as_measured(folder, out, kind, include=()):
@@ -134,14 +130,8 @@ def deployed(folder, model, scheme_of):
     everything = take_inventory(model).layers
     left = [item.name for item in everything if item.experts == 1 and not item.name.endswith("o_proj")]
     inventory, source = take_inventory(model, exclude=left), Source.open(folder)
-    plan = build_plan(
-        inventory,
-        {layer.name: scheme_of(layer) for layer in inventory.layers},
-        digests=Digests(model=source.digest),
-        certificate=Certificate("feasible"),
-        source="t",
-    )
-    return source, Deployment(plan, ModelFacts.of(inventory, source.config)), inventory
+    assignment = {layer.name: scheme_of(layer) for layer in inventory.layers}
+    return source, deployment_of(source, inventory, assignment), inventory
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 32}

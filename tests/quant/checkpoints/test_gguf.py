@@ -11,7 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -32,16 +35,17 @@ from quant.checkpoints import gguf as gguf_checkpoint
 from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.export.gguf_names import tensor_names
-from quant.export.protocol import Deployment, ExportRefused, ModelFacts
+from quant.export.protocol import Deployment, ExportRefused
 from quant.gguf_blocks import GGUF_TYPES
 from quant.inventory import take_inventory
-from quant.plan import Certificate, Digests, parse_plan
-from quant.planning import build_plan
+from quant.plan import parse_plan
+from tests.deployments import deployment_of
 
 SMALL = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q8_0-rtn", "bf16", "fp16"]
 SIDES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 64}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
 MODELS = {
+    "bert": (BertModel, BertConfig, {"type_vocab_size": 2}),
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
     "llama-tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "llama-bf16": (LlamaForCausalLM, LlamaConfig, {"dtype": torch.bfloat16}),
@@ -75,21 +79,18 @@ class Saved:
                 torch.nn.init.normal_(parameter, 1, 0.3)
         model.to(options.get("dtype", torch.float32)).save_pretrained(folder)
         self.folder, self.source = folder, Source.open(folder)
-        self.inventory = take_inventory(self.load(), include=["*embed_tokens", "*"])
+        self.auto = AutoModel if kind == "bert" else AutoModelForCausalLM
+        own = (["*word_embeddings"], ["pooler.dense"]) if kind == "bert" else (["*"], [])
+        self.inventory = take_inventory(self.load(), include=own[0], exclude=own[1])
+        self.every = take_inventory(self.load(), include=["*"])
 
     def load(self):
-        return AutoModelForCausalLM.from_pretrained(self.folder)
+        return self.auto.from_pretrained(self.folder)
 
     def deployment(self, choose, kept=()):
         part = tuple(layer for layer in self.inventory.layers if layer.name not in kept)
-        plan = build_plan(
-            replace(self.inventory, layers=part),
-            {layer.name: choose(layer) for layer in part},
-            digests=Digests(model=self.source.digest),
-            certificate=Certificate("feasible"),
-            source="test",
-        )
-        return Deployment(plan, ModelFacts.of(self.inventory, self.source.config))
+        assignment = {layer.name: choose(layer) for layer in part}
+        return deployment_of(self.source, replace(self.inventory, layers=part), assignment, self.every)
 
     def random(self, seed):
         chance = random.Random(seed)
@@ -102,14 +103,15 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, byte_level):
+def saved(tmp_path_factory, byte_level, word_pieces):
     built = {}
 
     def build(kind, **changes):
         key = (kind, *changes)
         if key not in built:
             folder = tmp_path_factory.mktemp(kind)
-            built[key] = Saved(folder, kind, byte_level(folder), **changes)
+            tokenizer = word_pieces if kind == "bert" else byte_level
+            built[key] = Saved(folder, kind, tokenizer(folder), **changes)
         return built[key]
 
     return build
@@ -125,7 +127,7 @@ def planned_types(deployment):
     found = {
         name: "f16" if kind == "fp16" else kind for module, kind in kinds.items() for name in names[module]
     }
-    if deployment.model.config["tie_word_embeddings"]:
+    if deployment.model.config.get("tie_word_embeddings"):
         found.pop("output.weight", None)
     return found
 
@@ -136,15 +138,15 @@ def test_the_file_holds_the_planned_types_and_the_measured_weights(kind, saved, 
     deployment = model.random(len(kind))
     model.write(deployment, out)
     own = "bf16" if kind == "llama-bf16" else "f32"
-    vectors = ("_norm.weight", ".bias", "_inp.weight")
+    vectors = ("_norm.weight", ".bias", "_inp.weight", "position_embd.weight", "token_types.weight")
     left = {name: "f32" if name.endswith(vectors) else own for name in stored_types(out)}
     assert stored_types(out) == left | planned_types(deployment)
     simulated = quantize_(model.load(), deployment.plan, model.inventory)
     for name, weight in gguf_checkpoint.read_back(out, deployment):
         own_weight = parameter_of(simulated, model.inventory.by_name[name])
         assert torch.equal(weight.to(own_weight.dtype), own_weight), name
-    if kind in ("mixtral", "qwen3_moe"):
-        return  # transformers reads no sizes of experts from GGUF; the nightly tests ask llama.cpp
+    if kind in ("bert", "mixtral", "qwen3_moe"):
+        return  # transformers reads no encoders or sizes of experts from GGUF; nightly tests ask llama.cpp
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=out.name, dtype=MODELS[kind][2].get("dtype", torch.float32)
     )
@@ -157,7 +159,7 @@ def test_the_file_holds_the_planned_types_and_the_measured_weights(kind, saved, 
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 10**6), kind=st.sampled_from(["llama", "llama-tied", "mixtral"]))
+@given(seed=st.integers(0, 10**6), kind=st.sampled_from(["bert", "llama", "llama-tied", "mixtral"]))
 def test_sizes_are_those_that_the_dry_run_told(seed, kind, saved, tmp_path_factory):
     model, out = saved(kind), tmp_path_factory.mktemp("out") / "model.gguf"
     deployment = model.random(seed)
@@ -174,7 +176,7 @@ def test_header_says_what_the_configuration_does(saved, tmp_path):
     model, out = saved("mistral"), tmp_path / "model.gguf"
     deployment = model.deployment(lambda _: "q8_0")
     model.write(deployment, out)
-    fields = {name: field.contents() for name, field in gguf.GGUFReader(out).fields.items()}
+    fields = fields_of(out)
     assert fields["general.architecture"] == "llama"
     assert fields["llama.context_length"] == 48
     assert fields["llama.attention.head_count_kv"] == 2
@@ -185,6 +187,128 @@ def test_header_says_what_the_configuration_does(saved, tmp_path):
     told = json.loads(fields[gguf_header.PROVENANCE_KEY])
     assert (told["consumer"], told["plan"]) == ("gguf", deployment.plan.digest)
     assert told["model"] == model.source.digest
+
+
+def fields_of(path):
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_header_of_an_encoder_says_what_the_configuration_does(saved, tmp_path):
+    model, out = saved("bert"), tmp_path / "model.gguf"
+    model.write(model.deployment(lambda _: "q8_0"), out)
+    fields = fields_of(out)
+    assert fields["general.architecture"] == "bert"
+    assert (fields["bert.attention.causal"], fields["bert.context_length"]) == (False, 64)
+    assert fields["bert.attention.layer_norm_epsilon"] == pytest.approx(1e-12)
+    assert "bert.pooling_type" not in fields
+    assert fields["tokenizer.ggml.model"] == "bert"
+    assert fields["tokenizer.ggml.token_type_count"] == 2
+    kinds = ("bos", "unknown", "seperator", "padding", "mask")
+    assert [fields[f"tokenizer.ggml.{kind}_token_id"] for kind in kinds] == [2, 1, 3, 0, 4]
+    assert fields["tokenizer.ggml.normalizer.lowercase"] is True
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    assert set(tensors) == {name for name in tensors if not name.startswith("cls")}
+    own = model.load().embeddings.position_embeddings.weight.detach()
+    assert torch.equal(torch.from_numpy(tensors["position_embd.weight"].data.copy()), own)
+
+
+POOLING = {"word_embedding_dimension": 64, "pooling_mode_max_tokens": False}
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "MEAN"),
+        ({"pooling_mode_cls_token": True}, "CLS"),
+        ({"pooling_mode_lasttoken": True}, "LAST"),
+        ({"pooling_mode_max_tokens": True}, r"must pool by one of .* Got pooling_mode_max_tokens\."),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "Got pooling_mode_cls_token, "),
+        ({}, r"Got none\. Write the checkpoint without modules\.json"),
+        ([1], "Got AttributeError"),
+        (None, "Got FileNotFoundError"),
+    ],
+)
+def test_pooling_of_a_sentence_model(told, found, tmp_path):
+    modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    if told is not None:
+        value = {**POOLING, **told} if isinstance(told, dict) else told
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(value))
+    if found.isupper():
+        assert gguf_header.read_pooling(tmp_path) == found
+        return
+    with pytest.raises(CheckpointError, match=found):
+        gguf_header.read_pooling(tmp_path)
+
+
+def test_pooling_is_read_from_the_folder_alone(tmp_path):
+    assert gguf_header.read_pooling(tmp_path) is None
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": "../other"}]))
+    with pytest.raises(CheckpointError, match=r"Got \.\./other\."):
+        gguf_header.read_pooling(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": "a.Transformer", "path": ""}]))
+    assert gguf_header.read_pooling(tmp_path) is None
+
+
+def test_corrected_biases_of_an_encoder_and_its_pooling_are_written(tmp_path, word_pieces):
+    model = Saved(tmp_path / "model", "bert", word_pieces(tmp_path / "model"))
+    (model.folder / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": "pool"}]))
+    (model.folder / "pool").mkdir()
+    (model.folder / "pool" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    known = model.deployment(lambda _: "q8_0")
+    deployment = Deployment(replace(known.plan, corrections={"bias": 1}), known.model)
+    name = "encoder.layer.1.output.dense.bias"
+    changed = model.load().state_dict()[name] + 1
+    out = tmp_path / "model.gguf"
+    front.write("gguf", model.source, deployment, out, corrected={name: changed})
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+    assert torch.equal(torch.from_numpy(tensors["blk.1.ffn_down.bias"].data.copy()), changed)
+    assert fields_of(out)["bert.pooling_type"] == gguf.PoolingType.MEAN
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        ("pooler.dense", "it must have a tensor in GGUF's table of bert, or be excluded"),
+        ("embeddings.position_embeddings", "llama.cpp reads this table as float32"),
+        ("embeddings.token_type_embeddings", "llama.cpp reads this table as float32"),
+    ],
+)
+def test_layers_that_llama_cpp_does_not_quantize_in_encoders_are_refused(layer, rule, saved):
+    model = saved("bert")
+    alone = replace(model.every, layers=(model.every.by_name[layer],))
+    found = front.lint("gguf", deployment_of(model.source, alone, {layer: "q8_0"}, model.every))
+    assert [(item.layer, item.rule) for item in found] == [(layer, rule)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, r"hidden_act must be one of gelu, .*Got 'relu'"),
+        ({"position_embedding_type": "relative_key"}, r"must be 'absolute'\. Got 'relative_key'"),
+        ({"is_decoder": True}, r"is_decoder must be false"),
+        ({"architectures": ["BertForMaskedLM"]}, r"architectures must name BertModel"),
+    ],
+)
+def test_encoders_that_cannot_be_said_are_refused(change, message, saved):
+    model = saved("bert")
+    known = model.deployment(lambda _: "q8_0")
+    changed = Deployment(known.plan, replace(known.model, config={**known.model.config, **change}))
+    with pytest.raises(ExportRefused, match=message):
+        front.layout("gguf", model.source, changed)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+
+
+def test_yarn_is_told(tmp_path):
+    rope = {**YARN, "beta_fast": 16, "attention_factor": 1.1386294}
+    model, out = Saved(tmp_path / "model", "qwen2", 300, rope_parameters=rope), tmp_path / "model.gguf"
+    model.write(model.deployment(lambda _: "q8_0"), out)
+    told = {key.removeprefix("qwen2.rope.scaling."): value for key, value in fields_of(out).items()}
+    assert (told["type"], told["factor"], told["original_context_length"]) == ("yarn", 4.0, 16)
+    assert (told["yarn_beta_fast"], told["yarn_beta_slow"]) == (16, 1)
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
@@ -241,12 +365,16 @@ def test_other_formats_are_refused_and_told_which_to_use(scheme, message, saved,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma2"}, r"config\.json: model_type must be one of llama, .*Got 'gemma2'"),
+        ({"model_type": "gemma2"}, r"config\.json: model_type must be one of bert, llama, .*Got 'gemma2'"),
         ({"architectures": ["LlamaModel"]}, r"architectures must name LlamaForCausalLM\. Got \['LlamaModel'\]"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": False}, r"norm_topk_prob must be true"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"every block must have experts"),
         ({"hidden_act": "gelu"}, r"hidden_act must be 'silu'\. Got 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, r"the rope type must be one of default, .*Got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, r"the rope type must be one of default, .*Got 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, r"yarn's factor must be a number of at least 1\. Got None"),
+        ({"rope_parameters": {**YARN, "attention_factor": 2}}, r"attention_factor must be 1\.13863\. Got 2"),
+        ({"rope_parameters": {**YARN, "mscale": 0.7}}, r"yarn's mscale must not be given\. Got 0\.7"),
+        ({"rope_parameters": {**YARN, "truncate": False}}, r"yarn's truncate must be true\. Got False"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, r"rope type .*Got 'dynamic'"),
     ],
 )  # fmt: skip

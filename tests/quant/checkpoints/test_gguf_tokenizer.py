@@ -101,7 +101,7 @@ def test_what_llama_cpp_would_not_do_is_refused(tmp_path, byte_level):
     model = json.loads(sentencepiece().to_str())["model"]
     merges = model["merges"]
     cases = {
-        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str(): "be BPE to be written.*Got WordLevel",
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str(): "be BPE or WordPiece to be written.*Got WordLevel",
         changed(bytewise, normalizer={"type": "Lowercase"}): "leave text as it is before splitting",
         changed(bytewise, pre_tokenizer=json.loads(spaced.__getstate__())): "split text as one of gpt-2",
         changed(sentencepiece(), pre_tokenizer={"type": "Whitespace"}): "only turn spaces into ▁",
@@ -121,6 +121,61 @@ def test_what_llama_cpp_would_not_do_is_refused(tmp_path, byte_level):
             read(text, tmp_path)
     with pytest.raises(CheckpointError, match=r"have ids of one token each below 299.*Got \[299\]"):
         read(bytewise, tmp_path, 299)
+
+
+def test_word_pieces_begin_words_with_a_space(tmp_path, word_pieces):
+    size = word_pieces(tmp_path)
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+    found = read_vocabulary(tmp_path, size + 1)
+    assert (found.model, found.pre, found.first, found.last, found.unknown) == ("bert", "default", 2, 3, 1)
+    assert (found.lowercase, found.strip_accents, found.scores) == (True, True, None)
+    for token, number in own.items():
+        spelled = token if number < 5 else token[2:] if token.startswith("##") else f"▁{token}"
+        assert (found.tokens[number], found.types[number]) == (spelled, 3 if number < 5 else 1)
+    assert found.tokens[size] == f"[PAD{size}]"
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"lowercase": False}, (False, False)),
+        ({"lowercase": True, "strip_accents": False}, (True, False)),
+        ({"lowercase": False, "strip_accents": True}, (False, True)),
+    ],
+)
+def test_what_is_done_to_letters_is_told(told, expected, tmp_path, word_pieces):
+    found = read_vocabulary(tmp_path, word_pieces(tmp_path, **told))
+    assert (found.lowercase, found.strip_accents) == expected
+
+
+def test_padding_and_truncation_say_nothing_about_ends(tmp_path, word_pieces):
+    word_pieces(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_padding(length=12)
+    tokenizer.enable_truncation(2)
+    assert read(tokenizer, tmp_path).last == 3
+
+
+def test_word_pieces_of_another_kind_are_refused(tmp_path, word_pieces):
+    word_pieces(tmp_path)
+    own = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    content = json.loads(own.to_str())
+    model, normalizer = content["model"], content["normalizer"]
+    tool = {**content["added_tokens"][0], "content": "<tool>", "id": 300, "special": False}
+    cases = {
+        changed(own, normalizer={"type": "Lowercase"}): "have a BertNormalizer and a BertPreTokenizer",
+        changed(own, pre_tokenizer=None): "have a BertNormalizer and a BertPreTokenizer",
+        changed(own, normalizer={**normalizer, "clean_text": False}): "have clean_text",
+        changed(own, normalizer={**normalizer, "handle_chinese_chars": False}): "have handle_chinese_chars",
+        changed(own, model={**model, "continuing_subword_prefix": "@@"}): "mark tokens that go on with ##",
+        changed(own, model={**model, "unk_token": "nothing"}): "know its unk_token.*nothing",
+        changed(own, post_processor=None): "put one token before and one after a text",
+        changed(own, added_tokens=[*content["added_tokens"], tool]): "no added tokens but special ones",
+        changed(own, model={**model, "vocab": {**model["vocab"], "##[CLS]": 301}}): "differ without ##",
+    }
+    for text, message in cases.items():
+        with pytest.raises(CheckpointError, match=message):
+            read(text, tmp_path)
 
 
 def test_other_tokenizer_files_alone_are_refused(tmp_path):

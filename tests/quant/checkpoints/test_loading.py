@@ -11,8 +11,7 @@ from quant.checkpoints.loading import load_checkpoint
 from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.inventory import take_inventory
-from quant.plan import Certificate, Digests
-from quant.planning import build_plan
+from tests.deployments import plan_of
 
 
 @pytest.fixture
@@ -60,13 +59,8 @@ def test_tied_weights_stay_tied(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=16))
     model.save_pretrained(tmp_path / "model")
     inventory = take_inventory(model, include=["lm_head"])
-    plan = build_plan(
-        inventory,
-        {layer.name: "w4" for layer in inventory.layers},
-        digests=Digests(model=Source.open(tmp_path / "model").digest),
-        certificate=Certificate("feasible"),
-        source="test",
-    )
+    assignment = {layer.name: "w4" for layer in inventory.layers}
+    plan = plan_of(inventory, assignment, model=Source.open(tmp_path / "model").digest)
     apply_plan(tmp_path / "model", plan, tmp_path / "out")
     loaded = load_checkpoint(tmp_path / "out").model
     assert loaded.lm_head.weight is loaded.transformer.wte.weight

@@ -20,17 +20,18 @@ from quant.checkpoints.onnx_model import MODULE_KEY, lay_out, node_values
 from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.export.onnxruntime import node_facts
-from quant.export.protocol import Deployment, ExportRefused, ModelFacts
+from quant.export.protocol import ExportRefused
 from quant.inventory import take_inventory
 from quant.layers import Inventory
 from quant.packing import decode
-from quant.plan import Certificate, Digests
-from quant.planning import build_plan
 from quant.quantizers.rtn import quantize
 from quant.schemes import parse_scheme
+from tests.deployments import deployment_of
 
 MENU = ("w2-g16", "w2-g16-asym", "w4-g16", "w4-g16-asym", "w8-g16", "w8-g16-asym-float32", "w4-g16-rtn")
 CLASSES = {"llama": "LlamaForCausalLM", "bert": "BertModel", "resnet": "ResNetForImageClassification"}
+QUICK = [name if name != "bert" else pytest.param(name, marks=pytest.mark.slow) for name in CLASSES]
+"""A trace takes seconds."""
 HEADS = {"resnet": ("classifier.1",)}
 
 
@@ -44,20 +45,13 @@ class Case:
         )
         found = take_inventory(self.model, include=HEADS.get(name, ()))
         linear = tuple(layer for layer in found.layers if layer.op in ("linear", "transformers_conv1d"))
-        self.facts = ModelFacts.of(found, self.source.config)
+        self.every = found
         self.inventory = Inventory(linear, found.excluded, found.total_parameters, found.other_bytes)
 
-    def deploy(self, assignment, inventory=None, facts=None):
-        found = inventory or self.inventory
+    def deploy(self, assignment, every=None):
+        found = every or self.every
         layers = tuple(layer for layer in found.layers if layer.name in assignment)
-        plan = build_plan(
-            Inventory(layers, found.excluded, found.total_parameters, found.other_bytes),
-            assignment,
-            digests=Digests(model=self.source.digest),
-            certificate=Certificate("feasible"),
-            source="test",
-        )
-        return Deployment(plan, facts or self.facts)
+        return deployment_of(self.source, replace(found, layers=layers), assignment, found)
 
     def random(self, seed):
         chance = random.Random(seed)
@@ -133,7 +127,7 @@ def feeds(name):
     return found
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QUICK)
 def test_onnxruntime_computes_what_was_measured(name, case, tmp_path):
     found = case(name)
     deployment = found.random(1)
@@ -148,13 +142,13 @@ def test_onnxruntime_computes_what_was_measured(name, case, tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("seed", range(5))
 def test_random_plans_read_back_as_planned(name, seed, case, tmp_path):
     found = case(name)
     deployment = found.random(seed)
     layout, model = write(found, deployment, tmp_path / "out")
-    assert modules_of(model, found.facts) == deployment.expected
+    assert modules_of(model, deployment.model) == deployment.expected
     nodes = {node.metadata_props[0].value: node for node in model.graph.node if node.op_type == "MatMulNBits"}
     sizes = {item.name: len(item.raw_data) for item in model.graph.initializer}
     stored = [name for node in nodes.values() for name in node.input[1:4] if name in sizes]
@@ -174,6 +168,7 @@ def test_nodes_are_named_by_module(case):
     assert [value.name for value in model.graph.output] == ["logits"]
 
 
+@pytest.mark.slow
 def test_another_trace_gives_the_same_graph(case):
     folder = case("resnet").source.folder
     assert onnx_graph._trace.__wrapped__((folder / "config.json").read_text()) == onnx_graph.trace(folder)
@@ -230,6 +225,7 @@ def test_a_16_bit_model_becomes_a_32_bit_one(resnet, tmp_path):
         assert torch.allclose(answer(tmp_path / "out", feed), found.model(**feed).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_stored_the_other_way_round_and_layers_that_keep_their_type(tmp_path):
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=48, n_positions=32)
     config.bos_token_id = config.eos_token_id = 1
@@ -239,7 +235,7 @@ def test_weights_stored_the_other_way_round_and_layers_that_keep_their_type(tmp_
     names = [layer.name for layer in found.inventory.layers]
     deployment = found.deploy({names[0]: "w8-g32-asym", names[1]: "bf16", names[2]: "w4-g32"})
     _, model = write(found, deployment, tmp_path / "out")
-    assert modules_of(model, found.facts) == deployment.expected
+    assert modules_of(model, deployment.model) == deployment.expected
     kept = found.model.get_submodule(names[1]).weight.float()
     assert torch.equal(dict(onnx_consumer.read_back(tmp_path / "out", deployment))[names[1]], kept)
     with fake_quantized(found.model.float(), deployment.plan, found.inventory), torch.no_grad():
@@ -278,8 +274,7 @@ def test_a_weight_that_the_folder_lacks_is_named(tiny, case, tmp_path):
 def test_a_module_that_the_forward_pass_never_reads_is_named(case):
     found = case("llama")
     ghost = Inventory((replace(found.inventory.layers[0], name="model.ghost"),), (), 10**5, 0)
-    facts = ModelFacts.of(ghost, found.source.config)
-    deployment = found.deploy({"model.ghost": "w4-g16"}, ghost, facts)
+    deployment = found.deploy({"model.ghost": "w4-g16"}, ghost)
     with pytest.raises(CheckpointError, match=r"forward pass uses\. Got 'model\.ghost'"):
         lay_out(found.source, deployment)
 

@@ -10,10 +10,9 @@ from quant.checkpoints.loading import load_checkpoint
 from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.export import torchao as config
-from quant.export.protocol import Deployment, ExportRefused, ModelFacts
+from quant.export.protocol import ExportRefused
 from quant.inventory import take_inventory
-from quant.plan import Certificate, Digests
-from quant.planning import build_plan
+from tests.deployments import deployment_of
 
 MENU = [
     "w2-g16",
@@ -84,14 +83,7 @@ def deploy(folder, model, assignment, facts=None):
     inventory = take_inventory(model, include=list(assignment))
     kept = [layer.name for layer in inventory.layers if layer.name not in assignment]
     inventory = take_inventory(model, include=list(assignment), exclude=kept)
-    plan = build_plan(
-        inventory,
-        assignment,
-        digests=Digests(model=source.digest),
-        certificate=Certificate("feasible"),
-        source="test",
-    )
-    return source, Deployment(plan, ModelFacts.of(take_inventory(model), source.config)), inventory
+    return source, deployment_of(source, inventory, assignment, take_inventory(model)), inventory
 
 
 def test_embeddings_and_heads_are_loaded_too(saved, tmp_path):

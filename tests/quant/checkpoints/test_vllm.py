@@ -1,18 +1,21 @@
 """Packed by compressed-tensors: loads with transformers, and computes what was measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaModel
 
 from quant.apply import fake_quantized, quantize_dequantize
 from quant.checkpoints import front, vllm
 from quant.checkpoints.loading import load_checkpoint
+from quant.checkpoints.source import Source
 from quant.export import vllm as export
 from quant.export.protocol import ExportRefused
 from quant.safetensors_header import read_header
 from quant.schemes import parse_scheme
+from sensitivity.kv_cache import rounded_cache
 
 LOADERS = {"llama": AutoModelForCausalLM, "bert": AutoModel}
 SYMMETRIC = ["w2", "w3-g32", "w4", "w4-g32", "w5-g32", "w6", "w8", None]
@@ -68,6 +71,44 @@ def test_shards_and_half_precision(dtype, saved, deployed, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     with fake_quantized(model, deployment.plan, inventory):
         assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_rounds_the_caches_that_were_measured(dtype, saved, deployed, tmp_path):
+    folder = saved("llama", dtype, max_shard_size="30KB")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    scheme = f"w8-{str(dtype).removeprefix('torch.')}"
+    source, deployment, inventory = deployed(folder, model, [scheme])
+    caches = {f"model.layers.{layer}.self_attn": "fp8_e4m3" for layer in (0, 1)}
+    deployment = replace(deployment, plan=replace(deployment.plan, kv_cache=caches))
+    layout = front.write("vllm", source, deployment, tmp_path / "out").layout
+    assert layout.planned_bytes == export.stored_bytes(deployment)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    with fake_quantized(model, deployment.plan, inventory):
+        full = outputs(model)
+        with rounded_cache(model, {"*": "kv-fp8_e4m3"}):
+            expected = outputs(model)
+    torch.testing.assert_close(outputs(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - full).abs().max() > 0.01
+    ours = load_checkpoint(tmp_path / "out")
+    torch.testing.assert_close(outputs(ours.model), full, rtol=1e-5, atol=1e-5)
+    assert ours.plan.kv_cache == caches
+    assert json.loads((tmp_path / "out" / "bitplan_provenance.json").read_text())["kv_cache"] == caches
+
+
+def test_scales_of_caches_are_named_as_the_weights_are(saved, deployed, tmp_path):
+    """A base model from the checkpoint of a task model: stored names have a prefix that its paths lack."""
+    folder = saved("llama")
+    model = LlamaModel.from_pretrained(folder).eval()
+    source, deployment, _ = deployed(folder, model, ["w8"])
+    caches = {f"layers.{layer}.self_attn": "fp8_e4m3" for layer in (0, 1)}
+    deployment = replace(deployment, plan=replace(deployment.plan, kv_cache=caches))
+    front.write("vllm", source, deployment, tmp_path / "out")
+    names = set(read_header(tmp_path / "out" / "model.safetensors").tensors)
+    scales = {f"model.{name}.{part}" for name in caches for part in ("k_scale", "v_scale")}
+    assert {name for name in names if name.endswith(("k_scale", "v_scale"))} == scales
+    back = [name for name, _, _ in vllm.unpacked(Source.open(tmp_path / "out"), deployment.plan)]
+    assert sorted(back) == sorted(source.entries)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -7,8 +7,7 @@ import pytest
 from quant.export.protocol import Deployment, ModelFacts
 from quant.layers import Excluded, Inventory, Layer
 from quant.ops import matrix_shape
-from quant.plan import Certificate, Digests
-from quant.planning import build_plan
+from tests.deployments import alike, plan_of
 
 CONFIG = {"model_type": "test", "architectures": ["Test"]}
 
@@ -77,13 +76,7 @@ def deploy():
     def build(inventory, assignment, kept=()):
         part = tuple(layer for layer in inventory.layers if layer.name not in kept)
         planned = Inventory(part, inventory.excluded, inventory.total_parameters, inventory.other_bytes)
-        plan = build_plan(
-            planned,
-            assignment,
-            digests=Digests(model="a" * 64, scores="b" * 64),
-            certificate=Certificate("feasible"),
-            source="test",
-        )
+        plan = plan_of(planned, assignment, model="a" * 64, scores="b" * 64)
         return Deployment(plan, ModelFacts.of(inventory, CONFIG))
 
     return build
@@ -95,19 +88,11 @@ def random_deployment(deploy):
 
     def build(inventory, menu, seed):
         chance = random.Random(seed)
-        names, fused, kept = [layer.name for layer in inventory.layers], {}, []
-        for name in names:
-            parent, _, last = name.rpartition(".")
-            one = "qkv" if last in ("q_proj", "k_proj", "v_proj", "query", "key", "value") else last
-            one = "gate_up" if last in ("gate_proj", "up_proj") else one
-            fused.setdefault((parent, one), []).append(name)
-        assignment = {}
-        for members in fused.values():
-            scheme = chance.choice([*menu, None])
-            if scheme is None and len(kept) + len(members) < len(names):
-                kept += members
-            else:
-                assignment |= dict.fromkeys(members, scheme or menu[0])
-        return deploy(inventory, assignment, kept)
+        names = [layer.name for layer in inventory.layers]
+        chosen = alike(names, lambda: chance.choice([*menu, None]))
+        if not any(chosen.values()):
+            chosen = dict.fromkeys(names, menu[0])
+        kept = [name for name, scheme in chosen.items() if scheme is None]
+        return deploy(inventory, {name: chosen[name] for name in names if name not in kept}, kept)
 
     return build

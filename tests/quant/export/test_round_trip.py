@@ -108,7 +108,7 @@ def test_vllm_groups_are_numbered_and_every_module_is_named(inventories, random_
     assert config["model_type"] == "test"
 
 
-@pytest.mark.parametrize("consumer", ["vllm", "llm-compressor", "mlx", "torchao", "onnxruntime"])
+@pytest.mark.parametrize("consumer", [name for name in EXPORTERS if name != "llama.cpp"])
 def test_convolutions_are_refused_by_name(consumer, inventories, deploy):
     found = deploy(inventories["cnn"], {"stem": "w4", "block.conv": "w4", "head": "w4-g64-asym"})
     with pytest.raises(ExportRefused, match=r"stem: only linear.* Got a conv2d module"):

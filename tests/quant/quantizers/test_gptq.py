@@ -5,7 +5,7 @@ import torch
 
 from quant.inputs import LayerInputs
 from quant.packing import decode
-from quant.quantizers import gptq, mse_clip
+from quant.quantizers import adaquant, gptq, mse_clip
 from quant.quantizers.gptq import DAMPING, inverse_factor, round_with_feedback
 from quant.quantizers.grid import Grid
 from quant.schemes import parse_scheme
@@ -89,3 +89,12 @@ def test_moments_that_are_not_finite_fall_back_to_rounding():
     matrix, fmt = matrix_of(6, 20), parse_scheme("w3").weight
     known = LayerInputs(torch.full((1, 20, 20), torch.inf), 4)
     assert torch.isfinite(decode(gptq.quantize(matrix, fmt, known))).all()
+
+
+@pytest.mark.parametrize("quantizer", [gptq, adaquant], ids=["gptq", "adaquant"])
+def test_the_moments_of_a_group_are_factored_once_for_all_scales(quantizer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gptq, "inverse_factor", lambda moments: calls.append(1) or inverse_factor(moments))
+    known = LayerInputs(torch.stack([layer_inputs(6, seed=n).second_moments[0] for n in range(32)]), 512)
+    quantizer.quantize(matrix_of(64, 6), parse_scheme("w3").weight, known)
+    assert len(calls) == 32

@@ -1,7 +1,6 @@
 """AdaRound and AdaQuant: gradients against autograd, results against every rounding, memory, odd layers."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from quant.inputs import LayerInputs
 from quant.packing import decode
 from quant.quantizers import adaquant, adaround, gptq, mse_clip, runs
 from quant.quantizers.grid import Grid
-from quant.quantizers.learning import Piece, learned
+from quant.quantizers.learning import Piece
 from quant.schemes import parse_scheme
 
 QUANTIZERS = [adaround, adaquant]
@@ -125,16 +124,28 @@ def test_grouped_convolutions_of_one_channel_each(quantizer, scheme):
     assert ours < output_error(mse_clip.quantize(matrix, fmt), matrix, known)
 
 
+@pytest.mark.parametrize("scheme", ["w3", "w3-tensor-asym"])
 @pytest.mark.parametrize("groups", [1, 4, 24])
-@pytest.mark.parametrize("learn", [adaround._learn, partial(adaquant._learn, fmt=parse_scheme("w3").weight)])
-def test_pieces_do_not_change_the_result(monkeypatch, groups, learn):
+@pytest.mark.parametrize("quantizer", [gptq, *QUANTIZERS], ids=["gptq", "adaround", "adaquant"])
+def test_pieces_do_not_change_the_result(monkeypatch, groups, quantizer, scheme):
     matrix, known = matrix_of(24, 12), layer_inputs(12, groups=groups)
-    start = mse_clip.quantize(matrix, parse_scheme("w3").weight)
-    with torch.no_grad():
-        whole = learned(matrix, start, known, learn)
-        monkeypatch.setattr(runs, "FEW", 12 * 5)
-        pieces = learned(matrix, start, known, learn)
-    assert output_error(pieces, matrix, known) == pytest.approx(output_error(whole, matrix, known), rel=0.05)
+    fmt = parse_scheme(scheme).weight
+    whole = quantizer.quantize(matrix, fmt, known)
+    monkeypatch.setattr(runs, "FEW", 12 * 5)
+    monkeypatch.setattr(gptq, "FEW", 12 * 5)
+    pieces = quantizer.quantize(matrix, fmt, known)
+    assert pieces.values.shape == whole.values.shape
+    assert pieces.scales.shape == whole.scales.shape
+    if quantizer is gptq:
+        assert torch.equal(pieces.scales, whole.scales)
+        assert pieces.zero_points is whole.zero_points is None or torch.equal(
+            pieces.zero_points, whole.zero_points
+        )
+        ours, theirs = (known.output_errors(decode(found) - matrix) for found in (pieces, whole))
+        assert torch.allclose(ours, theirs, rtol=1e-4)
+    else:  # Adam's steps follow rounding errors of sums
+        ours, theirs = (output_error(found, matrix, known) for found in (pieces, whole))
+        assert ours == pytest.approx(theirs, rel=0.05)
 
 
 @pytest.mark.parametrize(
