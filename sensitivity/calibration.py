@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sensitivity.calibration_check import LABELS, check_calibration, require_enough_samples
+from sensitivity.calibration_check import CONTEXT, EXTRAS, LABELS, check_calibration, require_enough_samples
 from sensitivity.errors import BadCalibration
 from sensitivity.spec import ALL, PARTS, DataSource, SessionSpec
 from sensitivity.tasks.task import Batch
@@ -28,13 +28,16 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32)
 class Samples:
     """Inputs by name (n, ...), labels (n, ...) or None, and the rows of each part.
 
-    `positional` names the one input that `forward` does not know by name.
+    `positional` names the one input that `forward` does not know by name; `extras` (n, ...) are for the task,
+    `contexts` the class of each sample or None.
     """
 
     tensors: Mapping[str, Tensor]
     labels: Tensor | None
     positional: str | None
     parts: Mapping[str, NDArray[np.int64]]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    contexts: tuple[str, ...] | None = None
 
     @property
     def count(self) -> int:
@@ -46,7 +49,8 @@ class Samples:
         index = torch.as_tensor(rows)
         inputs = {name: _placed(tensor[index], device, dtype) for name, tensor in self.tensors.items()}
         labels = None if self.labels is None else self.labels[index].to(device)
-        return Batch(inputs, labels, self.positional, len(rows))
+        extras = {name: tensor[index].to(device) for name, tensor in self.extras.items()}
+        return Batch(inputs, labels, self.positional, len(rows), extras)
 
     def batches(self, part: str, size: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
         """Micro-batches of a part, always cut in the same places."""
@@ -61,6 +65,16 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)
 
 
+def dtype_name(model: nn.Module) -> str:
+    """A model's floating type as people write it: "bfloat16"."""
+    return str(placement(model)[1]).removeprefix("torch.")
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether a model is in half precision."""
+    return placement(model)[1] in (torch.float16, torch.bfloat16)
+
+
 def _placed(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return values.to(device, dtype) if values.is_floating_point() else values.to(device)
 
@@ -69,13 +83,29 @@ def load_samples(spec: SessionSpec, task: str, model: nn.Module) -> Samples:
     """The samples of `spec.calibration` for `model`. Raises BadCalibration naming the row or the tensor."""
     source = spec.calibration
     from_file = source.kind == "safetensors"
-    tensors = _read_tensors(source) if from_file else tokenized_samples(spec, task, model)
+    tensors, contexts = (
+        (_read_tensors(source, task), None) if from_file else tokenized_samples(spec, task, model)
+    )
     labels = tensors.pop(LABELS, None)
+    known = _named_inputs(model)
+    extras = {name: tensors.pop(name) for name in EXTRAS if name in tensors and name not in known}
+    if CONTEXT in extras:
+        contexts = _classes(extras.pop(CONTEXT))
     positional = _positional_input(tensors, model)
     _require_known_tokens(tensors, positional if task == "causal_lm" else None, model)
     count = len(next(iter(tensors.values())))
     require_enough_samples(count)
-    return Samples(tensors, labels, positional, split_parts(count, spec.samples, spec.seed))
+    return Samples(tensors, labels, positional, split_parts(count, spec.samples, spec.seed), extras, contexts)
+
+
+def _classes(tensor: Tensor) -> tuple[str, ...]:
+    """The class of each sample, as the number it has in the data. Raises BadCalibration."""
+    if tensor.ndim != 1 or tensor.is_floating_point():
+        raise BadCalibration(
+            f"tensor {CONTEXT!r} must hold one whole number per sample. Got {tensor.dtype} of shape "
+            f"{list(tensor.shape)}."
+        )
+    return tuple(str(int(value)) for value in tensor.tolist())
 
 
 def split_parts(count: int, most: int, seed: int) -> dict[str, NDArray[np.int64]]:
@@ -91,19 +121,20 @@ def split_parts(count: int, most: int, seed: int) -> dict[str, NDArray[np.int64]
     return {**parts, ALL: order[:most]}
 
 
-def _read_tensors(source: DataSource) -> dict[str, Tensor]:
+def _read_tensors(source: DataSource, task: str) -> dict[str, Tensor]:
     check_calibration(source.path, source.kind)
     try:
         tensors = load_file(Path(source.path))
     except (SafetensorError, OSError) as error:
         raise BadCalibration(f"calibration data must be a readable safetensors file. Got {error}.") from error
-    return {name: _token_or_value(name, tensor) for name, tensor in tensors.items()}
+    whole = (_TOKEN_INPUT,) if task == "diffusion" else (_TOKEN_INPUT, LABELS)
+    return {name: _token_or_value(name, tensor, whole) for name, tensor in tensors.items()}
 
 
-def _token_or_value(name: str, tensor: Tensor) -> Tensor:
-    """Token ids and labels of any whole-number type become int64; everything else stays."""
-    if name in (_TOKEN_INPUT, LABELS) or "_ids" in name or "mask" in name:
-        if tensor.is_floating_point() and name in (_TOKEN_INPUT, LABELS):
+def _token_or_value(name: str, tensor: Tensor, whole: Sequence[str]) -> Tensor:
+    """Token ids, labels and steps of any whole-number type become int64; everything else stays."""
+    if name in whole or name.endswith((LABELS, "timestep")) or "_ids" in name or "mask" in name:
+        if tensor.is_floating_point() and name in whole:
             raise BadCalibration(f"tensor {name!r} must hold whole numbers. Got {tensor.dtype}.")
         return tensor.to(torch.int64) if tensor.dtype in (*_WHOLE, torch.bool) else tensor
     return tensor
@@ -113,13 +144,9 @@ def _positional_input(tensors: Mapping[str, Tensor], model: nn.Module) -> str | 
     """None when `forward` knows every name, else the name of the only tensor. Raises BadCalibration."""
     if not tensors:
         raise BadCalibration("calibration data must hold the model's inputs. Got only labels.")
-    kinds = {name: p.kind for name, p in inspect.signature(model.forward).parameters.items()}
-    named = [
-        n
-        for n, k in kinds.items()
-        if k not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    ]
-    if not named and inspect.Parameter.VAR_KEYWORD in kinds.values():
+    named = _named_inputs(model)
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    if not named and inspect.Parameter.VAR_KEYWORD in kinds:
         return None
     unknown = sorted(set(tensors) - set(named))
     if unknown and len(tensors) == 1:
@@ -130,6 +157,13 @@ def _positional_input(tensors: Mapping[str, Tensor], model: nn.Module) -> str | 
             f"Got {', '.join(unknown)}. Rename or leave them out; a single tensor is passed by position."
         )
     return None
+
+
+def _named_inputs(model: nn.Module) -> list[str]:
+    """The inputs that `forward` knows by name."""
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name, parameter in parameters.items() if parameter.kind not in variadic]
 
 
 def _require_known_tokens(tensors: Mapping[str, Tensor], positional: str | None, model: nn.Module) -> None:

@@ -19,6 +19,12 @@ from sensitivity.spec import PARTS, Json
 from sensitivity.text_rows import iterate_rows, refuse_foreign
 
 LABELS = "labels"
+SIGNAL = "alphas_cumprod"
+"""Share of the signal in each noisy image, as schedulers of diffusers call it."""
+CONTEXT = "context"
+"""The class of each sample, for scores by context."""
+EXTRAS = (SIGNAL, CONTEXT)
+"""Tensors that describe the samples to the task, unless the model has an input of that name."""
 LEAST_SAMPLES = 2 * len(PARTS)
 """Two samples in each of the three parts: less has no standard error."""
 SUFFIXES = {".safetensors": "safetensors", ".txt": "text", ".jsonl": "jsonl"}
@@ -62,10 +68,19 @@ def _safetensors_facts(file: Path) -> dict[str, Json]:
     rows = _common_rows(tensors)
     for name, entry in tensors.items():
         _require_finite(file, name, entry)
-    if set(tensors) == {LABELS}:
-        raise BadCalibration("calibration data must hold the model's inputs. Got only labels.")
+    _require_classes(tensors.get(CONTEXT))
+    if set(tensors) <= {LABELS, *EXTRAS}:
+        raise BadCalibration(f"calibration data must hold the model's inputs. Got only {', '.join(tensors)}.")
     described = {name: {"dtype": entry.dtype, "shape": list(entry.shape)} for name, entry in tensors.items()}
     return {"kind": "safetensors", "rows": rows, "tensors": described, "has_labels": LABELS in tensors}
+
+
+def _require_classes(entry: TensorEntry | None) -> None:
+    """A model's own input may have the name too, with more numbers per sample."""
+    if entry is not None and len(entry.shape) == 1 and entry.dtype in _EXPONENT:
+        raise BadCalibration(
+            f"tensor {CONTEXT!r} must hold whole numbers, a class per sample. Got {entry.dtype}."
+        )
 
 
 def read_tensors(file: Path) -> dict[str, TensorEntry]:

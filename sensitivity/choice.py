@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,60 +14,57 @@ from torch import Tensor
 from quant.layers import Layer
 from quant.schemes import Scheme
 from sensitivity.estimators import mean_estimate
-from sensitivity.forwards import Forwards, Pair
+from sensitivity.forwards import Assignment, Forwards, Pair
+from sensitivity.memory import CACHE_BYTES
 from sensitivity.tasks.task import PerSample, Task
 from sensitivity.weights import LayerWeights
-
-OUTPUT_BYTES = 2**30
-"""Outputs of one choice beyond this are computed again for each metric that reads them."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Value, standard error over samples (None without data), number of samples, and arrays to keep."""
+    """Value, standard error over samples (None without data), number of samples, arrays to keep, each
+    sample's value (n,), whose mean is the value, and what the metric did instead of what it is for.
+    """
 
     value: float
     stderr: float | None
     samples: int
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    per_sample: PerSample | None = None
+    note: str | None = None
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A layer with a scheme. Everything is computed when it is first asked for, and once for all metrics."""
+@dataclass(frozen=True, kw_only=True)
+class OutputChoice:
+    """A layer's weight or an attention layer's cache in a scheme, for metrics that look at outputs alone.
 
-    layer: Layer
-    scheme: Scheme
+    Everything is computed when it is first asked for, and once for all metrics; outputs beyond `output_bytes`
+    are computed again for each metric that reads them.
+    """
+
+    assignment: Assignment
     task: Task
     seed: int
-    weights: LayerWeights
     forwards: Forwards
-    output_bytes: int = OUTPUT_BYTES
+    output_bytes: int = CACHE_BYTES
+    whole: OutputChoice | None = None
+    chosen: NDArray[np.bool_] | None = None
 
-    @property
-    def weight(self) -> Tensor:
-        """The stored weight, in the module's shape."""
-        return self.weights.parameter(self.layer.name).detach()
-
-    @property
-    def quantized(self) -> Tensor:
-        """The weight quantized and dequantized, same shape and type."""
-        return self.weights.quantized(self.layer.name, self.scheme.name)
-
-    @property
-    def weight_error(self) -> Tensor:
-        """dW, flat (P,), in at least float32."""
-        return self.weights.error(self.layer.name, self.scheme.name)
+    def among(self, chosen: NDArray[np.bool_]) -> OutputChoice:
+        """The same choice on some samples of the scoring part (one entry each); the passes are shared."""
+        return replace(self, whole=self, chosen=chosen)
 
     def pairs(self) -> Iterator[Pair]:
-        """Micro-batches of the scoring part: reference outputs and outputs with this layer quantized."""
-        if self._kept is not None:
+        """Micro-batches of the scoring part: reference outputs and outputs with this choice."""
+        if self.whole is not None and self.chosen is not None:
+            yield from _selected(self.whole.pairs(), self.chosen)
+        elif self._kept is not None:
             yield from self._kept
         else:
             yield from self._run()
 
     def _run(self) -> Iterator[Pair]:
-        return self.forwards.pairs("scoring", ((self.layer.name, self.scheme.name),))
+        return self.forwards.pairs("scoring", self.assignment)
 
     @cached_property
     def _kept(self) -> list[Pair] | None:
@@ -86,7 +83,40 @@ class Choice:
         return np.concatenate([self.task.divergence(pair.reference, pair.outputs) for pair in self.pairs()])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice(OutputChoice):
+    """A layer with a scheme, and its weight."""
+
+    layer: Layer
+    scheme: Scheme
+    weights: LayerWeights
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight, in the module's shape."""
+        return self.weights.parameter(self.layer.name).detach()
+
+    @property
+    def quantized(self) -> Tensor:
+        """The weight quantized and dequantized, same shape and type."""
+        return self.weights.quantized(self.layer.name, self.scheme.name)
+
+    @property
+    def weight_error(self) -> Tensor:
+        """dW, flat (P,), in at least float32."""
+        return self.weights.error(self.layer.name, self.scheme.name)
+
+
+def _selected(pairs: Iterator[Pair], chosen: NDArray[np.bool_]) -> Iterator[Pair]:
+    start = 0
+    for pair in pairs:
+        part = chosen[start : start + pair.batch.size]
+        start += pair.batch.size
+        if part.any():
+            yield Pair(pair.batch.select(part), pair.reference.select(part), pair.outputs.select(part))
+
+
 def measured_mean(per_sample: PerSample, arrays: Mapping[str, NDArray[Any]] | None = None) -> Measured:
     """The mean over samples with its standard error."""
     estimate = mean_estimate(per_sample)
-    return Measured(estimate.value, estimate.stderr, estimate.n, arrays or {})
+    return Measured(estimate.value, estimate.stderr, estimate.n, arrays or {}, per_sample)

@@ -20,7 +20,7 @@ from quant.corrections import (
 )
 from quant.layers import Inventory, Layer
 from sensitivity.errors import BadCalibration
-from sensitivity.inputs import Batches, input_rows, watch
+from sensitivity.inputs import Batches, input_rows, watch_all
 from sensitivity.weights import LayerWeights
 
 Assignment = Iterable[tuple[str, str]]
@@ -73,7 +73,7 @@ class Corrections:
             for path in layer.names
             if bias_of(self._model, path, layer.op) is not None
         }
-        watch(self._model, sums.values(), self._batches())
+        watch_all(self._model, sums.values(), self._batches())
         return {path: found.total / found.rows for path, found in sums.items() if found.rows}
 
     @cached_property

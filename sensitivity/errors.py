@@ -5,6 +5,9 @@
       BadCalibration              bad_calibration
       BadPattern                  bad_pattern
       BadUnit                     bad_unit
+      BadUserMetric               bad_user_metric
+      DiskFull                    disk_full
+      MemoryLimitTooLow           memory_limit
       MetricNotOffered            metric_not_offered
       ModelAlreadyQuantized       already_quantized
       ModelHasNothingToQuantize   nothing_to_quantize
@@ -47,6 +50,30 @@ class BadUnit(SessionError):
     """A unit names a layer, a scheme, a metric or a block that this session does not have."""
 
     kind = "bad_unit"
+
+
+class BadUserMetric(SessionError):
+    """The user's own measure cannot be imported, fails, or gives something else than numbers."""
+
+    kind = "bad_user_metric"
+
+
+class DiskFull(SessionError):
+    """The disk has no room for activations."""
+
+    kind = "disk_full"
+
+
+class MemoryLimitTooLow(SessionError):
+    """The limit on anonymous memory holds less than a measurement takes."""
+
+    kind = "memory_limit"
+
+    def __init__(self, needed: int, limit: int, what: str) -> None:
+        super().__init__(
+            f"memory_limit must hold {what}: {needed / 2**20:,.0f} MiB. Got {limit / 2**20:,.0f} MiB. "
+            "Raise it, or take shorter samples or a smaller batch_size."
+        )
 
 
 class MetricNotOffered(SessionError):

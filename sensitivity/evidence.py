@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from sensitivity.spec import Json
 
 SHARES = frozenset({"accuracy"})
+HIGHER_IS_BETTER = SHARES | {"ssim", "sqnr"}
 GEOMETRIC = frozenset({"perplexity"})
 """Qualities whose mean over samples is geometric: perplexity is the exponential of the mean loss."""
 

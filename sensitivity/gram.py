@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sensitivity.ranks import spearman, stepped_up
+
 COLUMNS = 4096
 """So many columns are held in float64 at a time."""
 PLANS = 200
@@ -32,6 +34,17 @@ def gram_matrix(sketches: NDArray[Any]) -> NDArray[np.float64]:
         part = rows[:, start : start + COLUMNS].astype(np.float64)
         gram += part @ part.T
     return gram
+
+
+def positive_factor(gram: Floats) -> Floats:
+    """F (choices, d) with FF' the positive semidefinite matrix that is nearest to `gram` (choices, choices).
+
+    >>> bool(np.allclose((f := positive_factor(np.array([[2.0, 1.0], [1.0, 2.0]]))) @ f.T, [[2, 1], [1, 2]]))
+    True
+    """
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    kept = values > values.max(initial=0.0) * 1e-14
+    return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))
 
 
 def shrunk_factor(products: NDArray[Any]) -> Floats:
@@ -78,9 +91,11 @@ def plan_stability(products: NDArray[Any], seed: int) -> float:
     if layers < 2 or schemes < 2:
         return 1.0
     plans = _random_plans(layers, schemes, seed)
-    first, second = (_plan_values(rows[:, start::2], plans).argsort().argsort() for start in (0, 1))
-    agreement = float(np.corrcoef(first, second)[0, 1])
-    return 2 * agreement / (1 + agreement) if agreement > 0 else 0.0
+    first, second = (_plan_values(rows[:, start::2], plans) for start in (0, 1))
+    told = [bool(np.ptp(values) > 0) for values in (first, second)]
+    if not all(told):
+        return float(not any(told))
+    return stepped_up(float(spearman(first[None], second[None])[0]))
 
 
 def _random_plans(layers: int, schemes: int, seed: int) -> NDArray[np.int64]:

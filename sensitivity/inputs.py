@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quant.experts import expert_inputs, gives_inner_inputs, routed
 from quant.inputs import LayerInputs
 from quant.layers import EXPERT_OPS, Inventory, Layer
+from sensitivity.errors import MemoryLimitTooLow
+from sensitivity.memory import CACHE_BYTES
 from sensitivity.tasks.task import Batch
 
-CACHE_BYTES = 2**30
-"""Second moments beyond this are collected again when they are needed."""
 LARGEST_BYTES = 2**33
 """Second moments of one layer beyond this are not collected: those of many wide experts."""
 
@@ -30,12 +30,18 @@ Batches = Callable[[], Iterable[Batch]]
 
 
 class InputStatistics:
-    """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same."""
+    """Statistics by layer name; `batches` gives the micro-batches of the scoring part, always the same.
+
+    Second moments beyond `cache_bytes` are collected again when they are needed; where they are `limited`,
+    those of one layer that are larger are refused. `watch` may run only the blocks that hold the layers.
+    """
 
     def __init__(
         self, model: nn.Module, inventory: Inventory, batches: Batches, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self._model, self._inventory, self._batches, self._bound = model, inventory, batches, cache_bytes
+        self.watch: Watch = watch_all
+        self.limited = False
         self._kept: OrderedDict[str, LayerInputs] = OrderedDict()
 
     def __call__(self, name: str) -> LayerInputs:
@@ -49,9 +55,11 @@ class InputStatistics:
             columns = layer.matrix[1]
             return LayerInputs(torch.zeros(1, columns, columns), samples=0)
         if layer.name not in self._kept:
+            if self.limited and self._bytes(layer) > self._bound:
+                raise MemoryLimitTooLow(self._bytes(layer), self._bound, f"second moments of {name}")
             wanted = self._neighbors(layer)
             self._make_room(sum(self._bytes(other) for other in wanted))
-            self._kept |= collect(self._model, wanted, self._batches())
+            self._kept |= collect(self._model, wanted, self._batches(), self.watch)
         self._kept.move_to_end(layer.name)
         return self._kept[layer.name]
 
@@ -70,7 +78,7 @@ class InputStatistics:
         return chosen
 
     def _bytes(self, layer: Layer) -> int:
-        return 4 * _groups(self._model, layer) * layer.matrix[1] ** 2
+        return 4 * groups_of(self._model, layer) * layer.matrix[1] ** 2
 
     def _hidden(self, layer: Layer) -> bool:
         """Whether the layer's inputs stay inside a module that does not tell how it computes them."""
@@ -89,10 +97,14 @@ class InputStatistics:
             held -= self._kept.popitem(last=False)[1].second_moments.nbytes
 
 
-def collect(model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch]) -> dict[str, LayerInputs]:
-    """One pass over the batches; tied layers see the inputs of all their modules."""
+def collect(
+    model: nn.Module, layers: Iterable[Layer], batches: Iterable[Batch], watch: Watch | None = None
+) -> dict[str, LayerInputs]:
+    """One pass over the batches; tied layers see the inputs of all their modules. `watch` may run less of
+    the model than `watch_all`.
+    """
     sums = {layer.name: _Sum(model, layer) for layer in layers}
-    watch(model, sums.values(), batches)
+    (watch or watch_all)(model, sums.values(), batches)
     return {name: found.inputs() for name, found in sums.items()}
 
 
@@ -111,15 +123,25 @@ class Watcher(Protocol):
         """One call of fused experts: hidden states and the experts of each token."""
 
 
-def watch(model: nn.Module, watchers: Collection[Watcher], batches: Iterable[Batch]) -> None:
-    """Run the model over the batches at full precision.
+Watch = Callable[[nn.Module, Collection[Watcher], Iterable[Batch]], None]
+
+
+def watch_all(model: nn.Module, watchers: Collection[Watcher], batches: Iterable[Batch]) -> None:
+    """Run the model over the batches at full precision."""
+    for batch in batches:
+        with watched(watchers, batch):
+            batch.call(model)
+
+
+@contextmanager
+def watched(watchers: Collection[Watcher], batch: Batch) -> Iterator[None]:
+    """Watchers see what a run of the batch inside gives their layers.
 
     The attention backend is fixed, so that the numbers are the same inside and outside of `gradients`.
     """
-    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch in batches:
-            with _listening(watchers, _real_tokens(batch)):
-                batch.call(model)
+    fixed = sdpa_kernel(SDPBackend.MATH)
+    with torch.inference_mode(False), torch.no_grad(), fixed, _listening(watchers, real_tokens(batch)):
+        yield
 
 
 class _Sum:
@@ -127,7 +149,7 @@ class _Sum:
 
     def __init__(self, model: nn.Module, layer: Layer) -> None:
         self.layer, self.places = layer, places_of(model, layer)
-        groups, columns = _groups(model, layer), layer.matrix[1]
+        groups, columns = groups_of(model, layer), layer.matrix[1]
         device = next(self.places[0][0].parameters()).device
         self.total = torch.zeros(groups, columns, columns, device=device)
         self.largest = torch.zeros(columns, device=device)
@@ -147,10 +169,7 @@ class _Sum:
         self, module: nn.Module, parameter: str, call: tuple[Tensor, Tensor], real: Tensor | None
     ) -> None:
         hidden, indices = call
-        if real is not None and len(hidden) % real.numel() == 0:
-            kept = real.reshape(-1, 1).to(hidden.device).repeat(len(hidden) // real.numel(), 1)
-            indices = indices.masked_fill(~kept, -1)
-        for expert, rows in expert_inputs(module, parameter, hidden, indices):
+        for expert, rows in expert_inputs(module, parameter, hidden, without_padding(indices, real)):
             exact = rows.float()
             self.total[expert] += exact.t() @ exact
             self._enlarge(exact)
@@ -158,6 +177,16 @@ class _Sum:
 
     def inputs(self) -> LayerInputs:
         return LayerInputs(self.total / max(1, self.samples), self.samples, self.largest)
+
+
+def without_padding(indices: Tensor, real: Tensor | None) -> Tensor:
+    """The experts of each token (tokens, k), -1 for padding; `real` (samples, sequence) may stand for several
+    passes over the tokens.
+    """
+    if real is None or len(indices) % real.numel():
+        return indices
+    kept = real.reshape(-1, 1).to(indices.device).repeat(len(indices) // real.numel(), 1)
+    return indices.masked_fill(~kept, -1)
 
 
 def places_of(model: nn.Module, layer: Layer) -> list[tuple[nn.Module, str]]:
@@ -197,7 +226,7 @@ def _hook(found: Watcher, parameter: str, real: Tensor | None) -> Callable[..., 
     return hook
 
 
-def _real_tokens(batch: Batch) -> Tensor | None:
+def real_tokens(batch: Batch) -> Tensor | None:
     """True (samples, tokens) where a token is no padding; None where nothing says so."""
     mask = batch.inputs.get("attention_mask")
     return mask.bool() if mask is not None and mask.ndim == 2 else None
@@ -231,7 +260,7 @@ def _patches(module: nn.Conv1d | nn.Conv2d, values: Tensor) -> Tensor:
     return unfolded.reshape(module.groups, -1, unfolded.shape[-1]).transpose(1, 2)
 
 
-def _groups(model: nn.Module, layer: Layer) -> int:
+def groups_of(model: nn.Module, layer: Layer) -> int:
     """How many parts of the output channels have inputs of their own."""
     module = places_of(model, layer)[0][0]
     return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else layer.experts

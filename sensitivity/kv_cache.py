@@ -6,26 +6,18 @@ holds, of the current tokens too, as kernels that read the cache do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from quant.codecs.kv_cache import round_cached
-from quant.geometry import CACHE_BITS
+from quant.geometry import CACHE_BITS, Geometry, geometry_of
+from quant.kv_cache import FULL, cache_type_of
 from quant.patterns import PatternError, select
 from sensitivity.errors import BadUnit
-
-PREFIX = "kv-"
-"""Before a type of cache where a scheme stands: `kv-int8` for an attention layer."""
-
-
-def split(assignment: Iterable[tuple[str, str]]) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
-    """An assignment's layers, and its caches by pattern."""
-    pairs = tuple(assignment)
-    caches = {name: scheme for name, scheme in pairs if scheme.startswith(PREFIX)}
-    return tuple(pair for pair in pairs if not pair[1].startswith(PREFIX)), caches
 
 
 def attention_layers(model: nn.Module) -> dict[str, int]:
@@ -38,13 +30,32 @@ def attention_layers(model: nn.Module) -> dict[str, int]:
     return {path: number for number, path in sorted(found.items())}
 
 
+def model_geometry(model: nn.Module) -> Geometry | None:
+    """The geometry that the model's configuration names, with its attention layers where every one of them
+    has a cache of its own that can be rounded.
+    """
+    config: Any = getattr(model, "config", None)
+    found = geometry_of(config.to_dict()) if hasattr(config, "to_dict") else None
+    if found is None:
+        return None
+    layers = {} if _latent(model) or not _generates(model) else attention_layers(model)
+    numbered = tuple(layers.values()) == tuple(range(len(found.windows)))
+    return replace(found, attention=tuple(layers) if numbered else ())
+
+
+def geometry_json(model: nn.Module) -> dict[str, Any] | None:
+    """`model_geometry` as facts of an inspection."""
+    found = model_geometry(model)
+    return None if found is None else found.as_json()
+
+
 @contextmanager
 def rounded_cache(model: nn.Module, kinds: Mapping[str, str]) -> Iterator[None]:
     """Keys and values of the layers that `kinds` names are rounded in the block.
 
-    `kinds`: name or pattern of attention layers -> `kv-` and a key of CACHE_BITS; of several that match the
-    last one in alphabetical order counts, so a name beats `*`. Raises BadUnit for unknown ones, and when a
-    run does not pass a layer's keys and values through the cache.
+    `kinds`: name or pattern of attention layers -> `kv-full`, or `kv-` and a key of CACHE_BITS; of several
+    that match the last one in alphabetical order counts, so a name beats `*`. Raises BadUnit for unknown
+    ones, and when a run does not pass a layer's keys and values through the cache.
     """
     chosen = _chosen(model, kinds)
     with ExitStack() as stack:
@@ -62,21 +73,26 @@ def _chosen(model: nn.Module, kinds: Mapping[str, str]) -> dict[int, str]:
         return {}
     chosen: dict[int, str] = {}
     layers = attention_layers(model) if _generates(model) else {}
-    if not layers or getattr(model.config, "kv_lora_rank", None):
+    if not layers or _latent(model):
         got = "latent attention, whose runtimes keep another vector" if layers else "none"
         raise BadUnit(
             "a cache must be of a model that generates, with transformers' attention layers."
             f" Got {got}. Leave it as it is."
         )
     for pattern, scheme in sorted(kinds.items()):
-        kind = scheme.removeprefix(PREFIX)
-        if kind not in CACHE_BITS:
-            raise BadUnit(f"type of a cache must be one of {', '.join(CACHE_BITS)}. Got {kind!r}. Use int8.")
+        kind = cache_type_of(scheme)
+        if kind not in (FULL, *CACHE_BITS):
+            known = ", ".join((FULL, *CACHE_BITS))
+            raise BadUnit(f"type of a cache must be one of {known}. Got {kind!r}. Use int8.")
         try:
             chosen |= {layers[name]: kind for name in select([pattern], layers)}
         except PatternError as error:
             raise BadUnit(str(error)) from error
-    return chosen
+    return {number: kind for number, kind in chosen.items() if kind != FULL}
+
+
+def _latent(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "kv_lora_rank", None))
 
 
 def _generates(model: nn.Module) -> bool:

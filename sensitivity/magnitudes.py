@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from quant.activations import MULTIPLYING, TOKENWISE
 from quant.codecs.activations import Magnitudes
 from quant.layers import Inventory, Layer
-from sensitivity.inputs import Batches, InputStatistics, input_rows, places_of, watch
+from sensitivity.inputs import Batches, InputStatistics, input_rows, places_of, watch_all
+from sensitivity.memory import CACHE_BYTES
 from sensitivity.tasks.task import Batch
 
 
@@ -36,8 +37,10 @@ class InputMagnitudes:
 class SessionInputs(InputStatistics):
     """Second moments, when it is called, and `magnitudes` of the same inputs."""
 
-    def __init__(self, model: nn.Module, inventory: Inventory, batches: Batches) -> None:
-        super().__init__(model, inventory, batches)
+    def __init__(
+        self, model: nn.Module, inventory: Inventory, batches: Batches, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        super().__init__(model, inventory, batches, cache_bytes)
         self.magnitudes = InputMagnitudes(model, inventory, batches)
 
 
@@ -46,7 +49,7 @@ def count_magnitudes(
 ) -> dict[str, Magnitudes]:
     """One pass over the batches; tied layers see the inputs of all their modules."""
     counts = [_Count(model, layer) for layer in layers]
-    watch(model, counts, batches)
+    watch_all(model, counts, batches)
     return {count.layer.name: count.found for count in counts}
 
 

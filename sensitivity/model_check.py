@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from quant.inventory import AlreadyQuantized, NothingToQuantize, take_inventory
-from quant.patterns import PatternError
-from sensitivity.calibration import placement
+from sensitivity.calibration import dtype_name
 from sensitivity.catalog import TASKS
-from sensitivity.errors import BadPattern, BadUnit, ModelAlreadyQuantized, ModelHasNothingToQuantize
+from sensitivity.errors import BadUnit
+from sensitivity.inventory import inventory_of
+from sensitivity.kv_cache import geometry_json
 from sensitivity.model_loading import load_model, model_digest
 from sensitivity.spec import SessionSpec
 from sensitivity.units import InspectUnit, Unit, UnitResult
@@ -26,22 +26,15 @@ class ModelCheck:
         self._model, self._task = loaded.model, loaded.task
 
     def run(self, unit: Unit) -> UnitResult:
-        """Facts: inventory (without MACs: those need data), task, divergence, dtype, digest."""
+        """Facts: inventory (without MACs: those need data), task, divergence, geometry, dtype, digest."""
         if not isinstance(unit, InspectUnit):
             raise BadUnit(f"a model check must be asked to inspect. Got {unit.key!r}.")
-        try:
-            inventory = take_inventory(self._model, include=unit.include, exclude=unit.exclude)
-        except AlreadyQuantized as error:
-            raise ModelAlreadyQuantized(str(error)) from error
-        except NothingToQuantize as error:
-            raise ModelHasNothingToQuantize(str(error)) from error
-        except PatternError as error:
-            raise BadPattern(str(error)) from error
         facts = {
-            "inventory": inventory.as_json(),
+            "inventory": inventory_of(self._model, unit.include, unit.exclude).as_json(),
             "task": self._task,
             "divergence": TASKS[self._task].divergence,
-            "dtype": str(placement(self._model)[1]).removeprefix("torch."),
+            "geometry": geometry_json(self._model),
+            "dtype": dtype_name(self._model),
             "digest": model_digest(self._model),
         }
         return UnitResult((), {}, facts)

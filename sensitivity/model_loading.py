@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,8 +16,11 @@ from torch import nn
 from quant.digest import FolderError, weight_files
 from quant.experts import fused_projections
 from sensitivity.catalog import TASKS
+from sensitivity.diffusers_models import diffusers_class, load_class, quiet
 from sensitivity.errors import BadModel, ModelAlreadyQuantized, NonFiniteWeights, SessionError
+from sensitivity.memory import PIECE
 from sensitivity.spec import ModelSource
+from sensitivity.user_code import imported
 
 DIGEST_LENGTH = 64
 """Hexadecimal digits of a SHA-256; a shorter digest is a name that says nothing about the weights."""
@@ -30,6 +31,7 @@ _AUTO_CLASSES = {
     "sequence_embedding": "AutoModel",
     "generic": "AutoModel",
 }
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TASK_SUFFIXES = {
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
@@ -44,6 +46,16 @@ class LoadedModel:
 
     model: nn.Module
     task: str
+
+
+def available_device(name: str) -> torch.device:
+    """The device of that name. Raises SessionError where this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SessionError(f"device must be available. Got {name!r}: {error!s:.200}. Use cpu.") from error
+    return device
 
 
 def load_model(source: ModelSource, task: str, device: torch.device) -> LoadedModel:
@@ -77,7 +89,8 @@ def load_skeleton(folder: Path | str) -> nn.Module:
 def require_finite_weights(model: nn.Module) -> None:
     """Raises NonFiniteWeights naming the first parameter that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+        pieces = torch.split(parameter.detach().reshape(-1), PIECE) if parameter.is_floating_point() else ()
+        if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
             raise NonFiniteWeights(
                 f"weights must be finite. Got NaN or infinity in {name!r}. Export them again."
             )
@@ -103,21 +116,60 @@ def model_digest(model: nn.Module) -> str:
 
 def _from_folder(source: ModelSource, task: str, **options: Any) -> LoadedModel:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import transformers
-
     folder = Path(source.location)
     files = _weight_files(folder)
-    config = _read_config(folder)
+    raw = _read_raw_config(folder)
     _refuse_integer_weights(files)
+    if (diffusers := diffusers_class(raw)) is not None:
+        return LoadedModel(
+            _noise_predictor(diffusers, folder, files, raw, **options), _task_of_diffusers(task)
+        )
+    import transformers
+
+    config = _read_config(folder)
     resolved = task_of(config) if task == "auto" else task
     if _stays_own_class(config, task):
         loader = getattr(transformers, config.architectures[0])
     else:
-        loader = getattr(transformers, _AUTO_CLASSES[resolved])
-    model = _load_strictly(loader, folder, **options)
+        loader = getattr(transformers, _auto_class(resolved))
+    model = _load_strictly(loader, folder, dtype="auto", trust_remote_code=False, **options)
     if hasattr(config_of_model := model.config, "use_cache"):
         config_of_model.use_cache = False
     return LoadedModel(model, resolved)
+
+
+def _auto_class(task: str) -> str:
+    if task not in _AUTO_CLASSES:
+        raise BadModel(f"task {task} needs a model of the diffusers library. Got one of transformers.")
+    return _AUTO_CLASSES[task]
+
+
+def _task_of_diffusers(task: str) -> str:
+    if task not in ("auto", "diffusion", "generic"):
+        raise BadModel(f"a model of the diffusers library is for task diffusion or generic. Got {task!r}.")
+    return "diffusion" if task == "auto" else task
+
+
+def _noise_predictor(
+    name: str, folder: Path, files: list[Path], config: Any, device_map: str | None = None
+) -> nn.Module:
+    """A model of the diffusers library in the precision it is stored in; on "meta" without its weights."""
+    loader = load_class(name)
+    if device_map == "meta":
+        return _on_meta(loader, config)
+    stored = {dtype for file in files for _, dtype in _stored_types(file) if dtype in _FLOATS}
+    dtype = _FLOATS[stored.pop()] if len(stored) == 1 else torch.float32
+    with quiet():
+        return _load_strictly(loader, folder, torch_dtype=dtype)
+
+
+def _on_meta(loader: Any, config: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            model: nn.Module = loader.from_config(config)
+    except Exception as error:
+        raise BadModel(f"config.json must describe a {loader.__name__}. Got {error!s:.300}.") from error
+    return model
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -127,20 +179,27 @@ def _weight_files(folder: Path) -> list[Path]:
         raise BadModel(str(error)) from error
 
 
+def _read_raw_config(folder: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadModel(f"config.json must be JSON. Got {error!s:.300}.") from error
+    if not isinstance(raw, dict):
+        raise BadModel(f"config.json must be an object. Got {type(raw).__name__}.")
+    if "auto_map" in raw:
+        raise BadModel("config.json must not hold auto_map. Got remote code, which is never run.")
+    if raw.get("quantization_config"):
+        raise ModelAlreadyQuantized(
+            "the model must be at full precision. Got a quantization_config: send the original."
+        )
+    return raw
+
+
 def _read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "auto_map" in raw:
-            raise BadModel("config.json must not hold auto_map. Got remote code, which is never run.")
-        if raw.get("quantization_config"):
-            raise ModelAlreadyQuantized(
-                "the model must be at full precision. Got a quantization_config: send the original."
-            )
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except SessionError:
-        raise
     except Exception as error:
         raise BadModel(f"config.json must describe a model of transformers. Got {error!s:.300}.") from error
 
@@ -149,7 +208,7 @@ def _refuse_integer_weights(files: list[Path]) -> None:
     """Integers and 8-bit floats would be read as if they were weights."""
     for file in files:
         for name, dtype in _stored_types(file):
-            if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+            if name.endswith("weight") and dtype not in _FLOATS:
                 raise ModelAlreadyQuantized(
                     f"the model must be at full precision. Got {dtype} in {name!r}: send the original."
                 )
@@ -189,9 +248,7 @@ def _load_strictly(loader: Any, folder: Path, **options: Any) -> nn.Module:
     try:
         model, report = loader.from_pretrained(
             str(folder),
-            dtype="auto",
             local_files_only=True,
-            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -236,10 +293,7 @@ def _restore(level: int) -> None:
 
 
 def _from_factory(source: ModelSource, task: str) -> LoadedModel:
-    module_name, _, function_name = source.location.partition(":")
-    if not module_name or not function_name:
-        raise BadModel(f"a factory must be package.module:function. Got {source.location!r}.")
-    model = _called(_imported(module_name, function_name), source.location)
+    model = _called(imported(source.location, "factory", BadModel), source.location)
     if not isinstance(model, nn.Module):
         raise BadModel(f"factory {source.location!r} must return an nn.Module. Got {type(model).__name__}.")
     _require_same_weights(model, source)
@@ -256,21 +310,6 @@ def _require_same_weights(model: nn.Module, source: ModelSource) -> None:
             f"factory {source.location!r} must return the same weights each time. Got other ones. "
             "Load them from a file, or seed the generator."
         )
-
-
-def _imported(module_name: str, function_name: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise BadModel(
-            f"factory module {module_name!r} must import. Got {type(error).__name__}: {error!s:.300}."
-        ) from error
-    factory = getattr(module, function_name, None)
-    if not callable(factory):
-        raise BadModel(f"factory module {module_name!r} must hold a function {function_name!r}. Got none.")
-    return factory
 
 
 def _called(factory: Any, location: str) -> Any:

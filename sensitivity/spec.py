@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
@@ -22,6 +22,7 @@ ALL = "all"
 """Every sample, for measuring a plan on data that did nothing else."""
 
 Part = Literal["scoring", "choosing", "reporting"]
+Precision = Literal["stored", "float32"]
 DataKind = Literal["safetensors", "text", "jsonl"]
 
 
@@ -59,6 +60,14 @@ NO_DATA = DataSource("", "text", "")
 
 
 @dataclass(frozen=True)
+class UserMetric:
+    """The user's own measure, `package.module:function`, and the digest of its module's source."""
+
+    location: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class SessionSpec:
     """Everything that decides what a session measures.
 
@@ -66,9 +75,12 @@ class SessionSpec:
     sequence_length  tokens per sample of text
     relative_error   stopping rule of sampled metrics: stderr / |value|
     max_probes       the most probes per layer of sampled metrics
+    precision        "stored" computes in the type of the stored weights, "float32" half precision in float32
     batch_size       fixed micro-batch of forward passes: part of what makes a number repeatable
     threads          of torch, per worker process
+    memory_limit     bytes of anonymous memory that a worker may use; None for no limit
     statistics       where quantizers get the statistics of inputs from, if not from these data
+    user_metric      the user's own measure of outputs; only where the user's own code may run
 
     >>> spec = SessionSpec(ModelSource("folder", "m", "aa"), DataSource("c.txt", "text", "bb"))
     >>> SessionSpec.from_json(spec.as_json()) == spec
@@ -90,13 +102,20 @@ class SessionSpec:
     max_probes: int = 128
     batch_size: int = 8
     threads: int = 1
+    memory_limit: int | None = None
+    precision: Precision = "stored"
     statistics: SessionSpec | None = None
+    user_metric: UserMetric | None = None
 
     def __post_init__(self) -> None:
         if self.task != "auto" and self.task not in TASKS:
             raise ValueError(f"task must be auto or one of {', '.join(TASKS)}. Got {self.task!r}.")
+        if self.precision not in ("stored", "float32"):
+            raise ValueError(f"precision must be stored or float32. Got {self.precision!r}.")
         for name, least in _LEAST.items():
             _require_whole(name, getattr(self, name), least)
+        if self.memory_limit is not None:
+            _require_whole("memory_limit", self.memory_limit, 1)
         if not (math.isfinite(self.relative_error) and self.relative_error > 0):
             raise ValueError(f"relative_error must be a positive number. Got {self.relative_error!r}.")
 
@@ -112,7 +131,7 @@ class SessionSpec:
         fields = dict(value)
         model, calibration = ModelSource(**fields.pop("model")), DataSource(**fields.pop("calibration"))
         include, exclude = tuple(fields.pop("include", ())), tuple(fields.pop("exclude", ()))
-        other = fields.pop("statistics", None)
+        other, own = fields.pop("statistics", None), fields.pop("user_metric", None)
         statistics = None if other is None else cls.from_json(other)
         return cls(
             model=model,
@@ -120,21 +139,23 @@ class SessionSpec:
             include=include,
             exclude=exclude,
             statistics=statistics,
+            user_metric=None if own is None else UserMetric(**own),
             **fields,
         )
-
-    def with_task(self, task: str) -> Self:
-        """The same session for another task."""
-        return replace(self, task=task)
 
     def score_settings(self) -> dict[str, Json]:
         """What the digest of a score set is made of: all that can change a score, nothing that cannot.
 
-        Places, patterns and threads are left out: they decide which layers are measured and where.
+        Places, patterns, threads and the memory limit are left out: they decide which layers are measured,
+        where and how.
         """
         statistics = {} if self.statistics is None else {"statistics": self.statistics.score_settings()}
+        precision = {} if self.precision == "stored" else {"precision": self.precision}
+        own = {} if self.user_metric is None else {"user_metric": asdict(self.user_metric)}
         return {
             **statistics,
+            **precision,
+            **own,
             "model": self.model.digest,
             "calibration": self.calibration.digest,
             "calibration_kind": self.calibration.kind,

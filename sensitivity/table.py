@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
@@ -25,27 +26,46 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class TableLayer:
-    """One row of the table. Layers that name the same `group` must get the same scheme."""
+    """One row of the table. Layers that name the same `group` must get the same scheme.
+
+    A cache has no parameters. `kept` is the scheme it has under a uniform one that is not for it.
+    """
 
     name: str
     parameters: int
     macs: int | None = None
     group: str | None = None
     role: str | None = None
+    kept: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MetricTable:
-    """Scores of one metric, shape (layers, schemes), float64, NaN where the cell is not offered."""
+    """Scores of one metric, shape (layers, schemes), float64, NaN where the cell is not offered.
+
+    `sources` (layers, schemes) says where each score comes from, if not all were measured.
+    """
 
     direction: Direction
     values: NDArray[np.float64]
     stderr: NDArray[np.float64] | None = None
+    sources: NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
-        for array in (self.values, self.stderr):
+        for array in (self.values, self.stderr, self.sources):
             if array is not None:
                 array.setflags(write=False)
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The largest, over cuts, of what the layers of a cut use together of a resource.
+
+    Each cut names the layers whose usage is alive at one moment, as activations are at one point of a pass.
+    """
+
+    resource: str
+    cuts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +73,27 @@ class ScoreTable:
     """Scores and resources of every (layer, scheme).
 
     A cell is *offered* under a metric when neither the metric nor any resource says `null` there. Resource
-    numbers are exact: integers, or fractions read from decimals digit by digit.
+    numbers are exact: integers, or fractions read from decimals digit by digit. `maxima` are further
+    quantities by name, which limits can be on. `interactions` are factors of shape (layers, schemes, d) by
+    metric: what two cells add beyond their scores is twice their inner product.
     """
 
     layers: tuple[TableLayer, ...]
     schemes: tuple[str, ...]
     metrics: Mapping[str, MetricTable]
     resources: Mapping[str, ExactMatrix] = field(default_factory=dict)
+    maxima: Mapping[str, Maximum] = field(default_factory=dict)
+    interactions: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for factor in self.interactions.values():
+            factor.setflags(write=False)
+        object.__setattr__(self, "interactions", MappingProxyType(dict(self.interactions)))
+        object.__setattr__(self, "maxima", MappingProxyType(dict(self.maxima)))
         object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
         object.__setattr__(self, "resources", MappingProxyType(dict(self.resources)))
 
-    @property
+    @cached_property
     def layer_names(self) -> tuple[str, ...]:
         """The layers' names in row order."""
         return tuple(layer.name for layer in self.layers)
@@ -96,7 +124,13 @@ def table_json(table: ScoreTable) -> str:
             "schemes": list(table.schemes),
             "metrics": {name: _metric_json(metric) for name, metric in table.metrics.items()},
             "resources": {name: [list(row) for row in rows] for name, rows in table.resources.items()},
+            **({"maxima": _maxima_json(table.maxima)} if table.maxima else {}),
         }
+        | (
+            {"interactions": {name: factor.tolist() for name, factor in table.interactions.items()}}
+            if table.interactions
+            else {}
+        )
     )
 
 
@@ -129,8 +163,15 @@ def _layer_json(layer: TableLayer) -> dict[str, object]:
     fields = {"name": layer.name, "parameters": layer.parameters, "macs": layer.macs}
     return {
         key: value
-        for key, value in {**fields, "group": layer.group, "role": layer.role}.items()
+        for key, value in {**fields, "group": layer.group, "role": layer.role, "kept": layer.kept}.items()
         if value is not None
+    }
+
+
+def _maxima_json(maxima: Mapping[str, Maximum]) -> dict[str, object]:
+    return {
+        name: {"resource": one.resource, "cuts": [list(cut) for cut in one.cuts]}
+        for name, one in maxima.items()
     }
 
 

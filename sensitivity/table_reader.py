@@ -15,6 +15,7 @@ from sensitivity.table import (
     SCHEMA,
     Exact,
     ExactMatrix,
+    Maximum,
     MetricTable,
     ScoreTable,
     TableError,
@@ -27,8 +28,9 @@ LARGEST_RESOURCE = 10**30
 MOST_DECIMALS = 60
 
 _T = TypeVar("_T")
-_TABLE_KEYS = ("schema", "layers", "schemes", "metrics", "resources", "fused")
-_LAYER_KEYS = ("name", "parameters", "macs", "group", "role")
+_TABLE_KEYS = ("schema", "layers", "schemes", "metrics", "resources", "maxima", "fused", "interactions")
+_LAYER_KEYS = ("name", "parameters", "macs", "group", "role", "kept")
+_MAXIMUM_KEYS = ("resource", "cuts")
 _METRIC_KEYS = ("direction", "values", "stderr")
 
 
@@ -63,8 +65,14 @@ def parse_table(source: str | bytes) -> ScoreTable:
             for name, item in _named(document, "metrics")
         },
         {name: _resource(item, name, shape) for name, item in _named(document, "resources", empty=True)},
+        _maxima(document, [layer.name for layer in layers]),
+        {
+            name: _factor(item, f"/interactions/{_escape(name)}", shape)
+            for name, item in (_named(document, "interactions") if "interactions" in document else ())
+        },
     )
     _refuse_unoffered(table)
+    _refuse_bad_caches(table)
     return table
 
 
@@ -103,10 +111,11 @@ def _layer(item: object, at: str) -> TableLayer:
     fields = _fields(item, at, _LAYER_KEYS, required=_LAYER_KEYS[:2])
     return TableLayer(
         _name(fields["name"], f"{at}/name"),
-        _count(fields["parameters"], f"{at}/parameters", least=1),
+        _count(fields["parameters"], f"{at}/parameters", least=1 if fields.get("kept") is None else 0),
         _optional(fields.get("macs"), lambda value: _count(value, f"{at}/macs", least=0)),
         _optional(fields.get("group"), lambda value: _name(value, f"{at}/group")),
         _optional(fields.get("role"), lambda value: _name(value, f"{at}/role")),
+        _optional(fields.get("kept"), lambda value: _name(value, f"{at}/kept")),
     )
 
 
@@ -132,9 +141,60 @@ def _resource(item: object, name: str, shape: tuple[int, int]) -> ExactMatrix:
     return _matrix(item, at, shape, _exact)
 
 
+def _maxima(document: Mapping[str, object], layers: Sequence[str]) -> dict[str, Maximum]:
+    if document.get("maxima") is None:
+        return {}
+    return {
+        name: _maximum(item, name, document, layers) for name, item in _named(document, "maxima", empty=True)
+    }
+
+
+def _maximum(item: object, name: str, document: Mapping[str, object], layers: Sequence[str]) -> Maximum:
+    at = f"/maxima/{_escape(name)}"
+    resources = [known for known, _ in _named(document, "resources", empty=True)]
+    if name in (*resources, RESERVED, *(known for known, _ in _named(document, "metrics"))):
+        raise TableError(f"{at} must have a name of its own. Got that of a resource or metric.")
+    fields = _fields(item, at, _MAXIMUM_KEYS, required=_MAXIMUM_KEYS)
+    if fields["resource"] not in resources:
+        raise _fault(
+            f"{at}/resource", f"must be a resource of the table: {', '.join(resources)}", fields["resource"]
+        )
+    cuts = [
+        tuple(
+            _member(layer, f"{at}/cuts/{i}/{j}", layers)
+            for j, layer in enumerate(_list(cut, f"{at}/cuts/{i}"))
+        )
+        for i, cut in enumerate(_list(fields["cuts"], f"{at}/cuts"))
+    ]
+    for i, cut in enumerate(cuts):
+        _refuse_duplicates(cut, f"{at}/cuts/{i}/{{}}")
+    return Maximum(str(fields["resource"]), tuple(cuts))
+
+
+def _member(layer: object, at: str, layers: Sequence[str]) -> str:
+    if not isinstance(layer, str) or layer not in layers:
+        raise _fault(at, "must be the name of a layer", layer)
+    return layer
+
+
 def _floats(item: object, at: str, shape: tuple[int, int]) -> NDArray[np.float64]:
     rows = _matrix(item, at, shape, _float)
     return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
+
+
+def _factor(item: object, at: str, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """Vectors of one length by layer and scheme; `null` is 0."""
+    rows = _matrix(item, at, shape, _vector)
+    longest = max((len(vector) for row in rows for vector in row if vector is not None), default=0)
+    for i, row in enumerate(rows):
+        for j, vector in enumerate(row):
+            if vector is not None and len(vector) != longest:
+                raise _fault(f"{at}/{i}/{j}", f"must have {longest} numbers, as the others have", vector)
+    return np.array([[vector or [0.0] * longest for vector in row] for row in rows], dtype=np.float64)
+
+
+def _vector(value: object, at: str) -> list[float]:
+    return [_float(item, f"{at}/{k}") for k, item in enumerate(_list(value, at))]
 
 
 def _matrix(
@@ -259,6 +319,14 @@ def _refuse_unoffered(table: ScoreTable) -> None:
                 f"/metrics/{_escape(metric)}/values/{i} must offer at least one scheme that every resource "
                 f"prices. Got none for layer {table.layers[i].name!r}."
             )
+
+
+def _refuse_bad_caches(table: ScoreTable) -> None:
+    if not table.parameters:
+        raise TableError("/layers must have parameters, some of them at least. Got 0 in all.")
+    for i, layer in enumerate(table.layers):
+        if layer.kept is not None and layer.kept not in table.schemes:
+            raise _fault(f"/layers/{i}/kept", "must be one of the schemes", layer.kept)
 
 
 def _fault(at: str, must: str, got: object) -> TableError:

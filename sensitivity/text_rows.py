@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from sensitivity.contexts import CLASS
 from sensitivity.errors import BadCalibration
 from sensitivity.spec import Json
 
@@ -27,13 +28,27 @@ def refuse_foreign(start: bytes) -> None:
             )
 
 
-def iterate_rows(file: Path, kind: str) -> Iterator[str | list[dict[str, str]]]:
+Row = str | list[dict[str, str]]
+
+
+def iterate_rows(file: Path, kind: str) -> Iterator[Row]:
     """The texts (or lists of messages) of a file, one row at a time. Raises BadCalibration naming the row."""
+    for row, _ in iterate_contexts(file, kind):
+        yield row
+
+
+def iterate_contexts(file: Path, kind: str) -> Iterator[tuple[Row, str | None]]:
+    """As `iterate_rows`, each with the context that the row names; all rows name one or none does."""
     rows = 0
+    named = False
     for number, line in _lines(file):
         if line.strip():
+            row, context = (line, None) if kind == "text" else _jsonl_row(number, line)
+            if rows and (context is not None) != named:
+                raise BadCalibration(f'every row or none must have a "context". Got row {number} otherwise.')
+            named = context is not None
             rows += 1
-            yield line if kind == "text" else _jsonl_row(number, line)
+            yield row, context
     if rows == 0:
         raise BadCalibration(f"{file.name} must hold at least one row of text. Got an empty file.")
 
@@ -60,16 +75,15 @@ def _decoded(number: int, raw: bytes) -> str:
     return text
 
 
-def _jsonl_row(number: int, line: str) -> str | list[dict[str, str]]:
+def _jsonl_row(number: int, line: str) -> tuple[Row, str | None]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadCalibration(f"row {number} must be a JSON object. Got {error!s:.200}.") from None
     if not isinstance(row, Mapping) or ("text" in row) == ("messages" in row):
         raise BadCalibration(f'row {number} must be an object with either "text" or "messages".')
-    if "text" in row:
-        return _text_of(number, row["text"])
-    return _messages_of(number, row["messages"])
+    content = _text_of(number, row["text"]) if "text" in row else _messages_of(number, row["messages"])
+    return content, _context_of(number, row.get("context"))
 
 
 def _require_encodable(number: int, text: str) -> str:
@@ -84,6 +98,18 @@ def _text_of(number: int, text: Json) -> str:
     if not isinstance(text, str) or not text.strip():
         raise BadCalibration(f'"text" of row {number} must be a string that is not empty. Got {text!r:.80}.')
     return _require_encodable(number, text)
+
+
+def _context_of(number: int, context: Json) -> str | None:
+    if context is None:
+        return None
+    name = str(context) if isinstance(context, str) or type(context) is int else ""
+    if not CLASS.fullmatch(name):
+        raise BadCalibration(
+            f'"context" of row {number} must be a name of up to 64 letters, digits, spaces and . + / -. '
+            f"Got {context!r:.80}."
+        )
+    return name
 
 
 def _messages_of(number: int, messages: Json) -> list[dict[str, str]]:

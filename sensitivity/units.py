@@ -5,10 +5,11 @@ A unit is a frozen value with a stable `key`; running the same unit again gives 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from quant.catalog import CORRECTIONS
@@ -23,7 +24,8 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class ScoreUnit:
-    """All `metrics` of one (layer, scheme): they share one pass over the scoring part.
+    """All `metrics` of one (layer, scheme), or of (attention layer, `kv-` and a type of cache): they share
+    one pass over the scoring part.
 
     >>> ScoreUnit("fc", "w4", ("output_kl",)).key
     'score:fc:w4:output_kl'
@@ -47,13 +49,16 @@ class ScoreUnit:
 class BlockUnit:
     """One block of samples or probes of one metric, for many layers and schemes at once.
 
-    `block` says which: "samples:0:8", "layer:NAME:probes:0:16", "layer:NAME:errors".
+    `block` says which: "samples:0:8", "layer:NAME:probes:0:16", "layer:NAME:errors". `given` are arrays that
+    earlier blocks of the metric came to: they follow from the settings, so they are no part of the key or of
+    the JSON, and travel beside it.
     """
 
     metric: str
     block: str
     schemes: tuple[str, ...]
     layers: tuple[str, ...]
+    given: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -107,8 +112,10 @@ class MeasureUnit:
 class InspectUnit:
     """Load model and data once and say what they are; the patterns are those of the session.
 
+    The number in the key is raised when the facts say more than before.
+
     >>> InspectUnit().key
-    'inspect'
+    'inspect:2'
     """
 
     include: tuple[str, ...] = ()
@@ -118,8 +125,8 @@ class InspectUnit:
     def key(self) -> str:
         """Stable and unique among units; patterns enter as a digest."""
         if not (self.include or self.exclude):
-            return "inspect"
-        return f"inspect:{digest([list(self.include), list(self.exclude)])}"
+            return "inspect:2"
+        return f"inspect:2:{digest([list(self.include), list(self.exclude)])}"
 
     def as_json(self) -> dict[str, Json]:
         """Plain JSON for `unit_from_json`."""
@@ -169,33 +176,86 @@ class WriteUnit:
         return {"unit": "write", "consumer": self.consumer, "folder": self.folder, "force": self.force}
 
 
-Unit = ScoreUnit | BlockUnit | MeasureUnit | InspectUnit | TimingUnit | WriteUnit
+@dataclass(frozen=True)
+class MakeUnit:
+    """Make samples `start` to `stop` of calibration data from the model alone.
+
+    method  a key of sensitivity.catalog.DATA_FREE
+    length  tokens per sequence; images ignore it
+    shape   channels, height and width of images, () as the model's configuration says
+
+    >>> MakeUnit("random_tokens", 0, 8, 16).key
+    'make:random_tokens:0:8:16::0'
+    """
+
+    method: str
+    start: int
+    stop: int
+    length: int = 0
+    shape: tuple[int, ...] = ()
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """Stable and unique among units."""
+        shape = "x".join(str(size) for size in self.shape)
+        return f"make:{self.method}:{self.start}:{self.stop}:{self.length}:{shape}:{self.seed}"
+
+    def as_json(self) -> dict[str, Json]:
+        """Plain JSON for `unit_from_json`."""
+        return {"unit": "make", **asdict(self), "shape": list(self.shape)}
+
+
+Unit = ScoreUnit | BlockUnit | MeasureUnit | InspectUnit | TimingUnit | WriteUnit | MakeUnit
 
 
 def unit_from_json(value: Mapping[str, Json]) -> Unit:
     """The unit that `as_json` wrote. Raises ValueError for an unknown kind of unit."""
-    match value.get("unit"):
-        case "score":
-            return ScoreUnit(value["layer"], value["scheme"], tuple(value["metrics"]))
-        case "block":
-            return BlockUnit(value["metric"], value["block"], tuple(value["schemes"]), tuple(value["layers"]))
-        case "measure":
-            assignment = tuple((layer, scheme) for layer, scheme in value["assignment"])
-            return MeasureUnit(assignment, value["part"], tuple(value.get("corrections", ())))
-        case "inspect":
-            return InspectUnit(tuple(value.get("include", ())), tuple(value.get("exclude", ())))
-        case "timing":
-            known = {name: tuple(keys) for name, keys in value["known"].items()}
-            return TimingUnit(tuple(value["cases"]), known)
-        case "write":
-            return WriteUnit(value["consumer"], value["folder"], value["force"])
-        case other:
-            raise ValueError(f"unit must be score, block, measure, inspect, timing or write. Got {other!r}.")
+    read = _READERS.get(value.get("unit", ""))
+    if read is None:
+        known = ", ".join(_READERS)
+        raise ValueError(f"unit must be one of {known}. Got {value.get('unit')!r}.")
+    return read(value)
+
+
+def _measure_unit(value: Mapping[str, Json]) -> MeasureUnit:
+    assignment = tuple((layer, scheme) for layer, scheme in value["assignment"])
+    return MeasureUnit(assignment, value["part"], tuple(value.get("corrections", ())))
+
+
+def _timing_unit(value: Mapping[str, Json]) -> TimingUnit:
+    known = {name: tuple(keys) for name, keys in value["known"].items()}
+    return TimingUnit(tuple(value["cases"]), known)
+
+
+def _make_unit(value: Mapping[str, Json]) -> MakeUnit:
+    asked = {name: item for name, item in value.items() if name != "unit"}
+    return MakeUnit(**asked | {"shape": tuple(value["shape"])})
+
+
+_READERS: dict[str, Callable[[Mapping[str, Json]], Unit]] = {
+    "score": lambda v: ScoreUnit(v["layer"], v["scheme"], tuple(v["metrics"])),
+    "block": lambda v: BlockUnit(v["metric"], v["block"], tuple(v["schemes"]), tuple(v["layers"])),
+    "measure": _measure_unit,
+    "inspect": lambda v: InspectUnit(tuple(v.get("include", ())), tuple(v.get("exclude", ()))),
+    "timing": _timing_unit,
+    "write": lambda v: WriteUnit(v["consumer"], v["folder"], v["force"]),
+    "make": _make_unit,
+}
+
+
+def draws_name(metric: str) -> str:
+    """What a unit of choices calls the array (n,) of each sample's value of a metric."""
+    return f"samples.{metric}"
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """What one (layer, scheme) costs in one metric; `samples` is 0 for a metric without data."""
+    """What one (layer, scheme) costs in one metric; `samples` is 0 for a metric without data.
+
+    `draws` (n,) are independent values whose mean is the score, the same samples or probes for every scheme
+    of a layer; None where there are none.
+    """
 
     layer: str
     scheme: str
@@ -203,6 +263,7 @@ class ScoreRow:
     value: float
     stderr: float | None
     samples: int
+    draws: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -216,7 +277,11 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What a block metric is asked for: every (layer, scheme), on `samples` samples of the scoring part."""
+    """What a block metric is asked for: every (layer, scheme), on `samples` samples of the scoring part.
+
+    `settings` are those of the sessions that measure it, with the batch size that an inspection found: large
+    outputs make it smaller than what was asked.
+    """
 
     layers: tuple[str, ...]
     schemes: tuple[str, ...]

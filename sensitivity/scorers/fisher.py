@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from sensitivity.scorers.sample_blocks import (
     PerChoice,
     SampleBlocks,
-    backward_loss,
-    backward_sampled,
-    directional,
-    elementwise,
+    products,
+    sampled,
+    squared_products,
+    truth,
 )
 from sensitivity.units import BlockUnit
 
@@ -34,11 +32,9 @@ class Fisher(SampleBlocks):
 
     name = "fisher"
 
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One backward pass."""
-        values = np.zeros((len(unit.layers), len(unit.schemes)))
-        backward_sampled(session, unit, directional(session, unit, values), index, (DRAWS, index))
-        return values**2 / 2
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """One backward pass per sample."""
+        return products(session, unit, samples, sampled(session, DRAWS))[:, 0] ** 2 / 2
 
 
 class FisherDiagonal(SampleBlocks):
@@ -46,11 +42,9 @@ class FisherDiagonal(SampleBlocks):
 
     name = "fisher_diagonal"
 
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One backward pass."""
-        values = np.zeros((len(unit.layers), len(unit.schemes)))
-        backward_sampled(session, unit, elementwise(session, unit, values), index, (DRAWS, index))
-        return values / 2
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """One backward pass per sample."""
+        return squared_products(session, unit, samples, sampled(session, DRAWS)) / 2
 
 
 class FisherEmpirical(SampleBlocks):
@@ -58,11 +52,9 @@ class FisherEmpirical(SampleBlocks):
 
     name = "fisher_empirical"
 
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One backward pass."""
-        values = np.zeros((len(unit.layers), len(unit.schemes)))
-        backward_loss(session, unit, directional(session, unit, values), index)
-        return values**2 / 2
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """One backward pass per sample."""
+        return products(session, unit, samples, truth(session))[:, 0] ** 2 / 2
 
 
 class FisherEmpiricalDiagonal(SampleBlocks):
@@ -70,8 +62,6 @@ class FisherEmpiricalDiagonal(SampleBlocks):
 
     name = "fisher_empirical_diagonal"
 
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One backward pass."""
-        values = np.zeros((len(unit.layers), len(unit.schemes)))
-        backward_loss(session, unit, elementwise(session, unit, values), index)
-        return values / 2
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """One backward pass per sample."""
+        return squared_products(session, unit, samples, truth(session)) / 2

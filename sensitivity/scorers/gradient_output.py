@@ -9,21 +9,19 @@ times those of dW, stand for them, which adds a row's tokens up before squaring.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sensitivity.scorers.sample_blocks import PerChoice, SampleBlocks, backward_finite
+from sensitivity.scorers.sample_blocks import PerChoice, SampleBlocks, truth
 from sensitivity.units import BlockUnit
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quant.layers import Layer
-    from sensitivity.gradients import Contract
     from sensitivity.session import Session
 
 
@@ -32,32 +30,40 @@ class GradientOutput(SampleBlocks):
 
     name = "gradient_output"
 
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One forward and backward pass, then the layer alone for every scheme."""
-        values = np.zeros((len(unit.layers), len(unit.schemes)))
-        rows = _row_products(session, unit, values)
-        with session.gradients(unit.layers, rows), _watched(session, unit.layers) as calls:
-            loss = session.differentiable_sample_loss("scoring", index)
-            backward_finite(session, loss, f"{self.name} on sample {index}")
-            for call in calls:
-                for column, scheme in enumerate(unit.schemes):
-                    values[call.position, column] += call.squared_effect(session, unit, scheme)
-        return values
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """One forward and backward pass per sample, then the layer alone for every scheme."""
+        from sensitivity.passes import GradientPass, Place
+
+        found = np.zeros((len(samples), len(unit.layers), len(unit.schemes)))
+
+        def take(place: Place, gradient: Tensor) -> None:
+            if not _seen(session, session.weights.layer(unit.layers[place.position])):
+                for column in place.columns:
+                    found[place.row, place.position, column] = _row_products(
+                        session, unit.layers[place.position], unit.schemes[column], gradient
+                    )
+
+        @contextmanager
+        def around(row: int, positions: Collection[int], columns: range) -> Iterator[None]:
+            with _watched(session, unit, positions, columns, found[row]):
+                yield
+
+        for name in unit.layers:
+            if not _seen(session, session.weights.layer(name)):
+                session.note(name, f"{self.name} of layer {name!r} takes rows of the gradient for outputs.")
+        session.take_gradients(
+            GradientPass(unit.metric, unit.layers, unit.schemes, samples, truth(session), take, around=around)
+        )
+        return found
 
 
-def _row_products(session: Session, unit: BlockUnit, values: PerChoice) -> Contract:
-    """Fills in the layers whose outputs are not seen: sum over rows of (g_row . dW_row)^2."""
+def _row_products(session: Session, name: str, scheme: str, gradient: Tensor) -> float:
+    """Sum over rows of (g_row . dW_row)^2, for layers whose outputs are not seen."""
     from quant.ops import to_matrix
 
-    def contract(position: int, gradient: Tensor) -> None:
-        layer = session.weights.layer(unit.layers[position])
-        if not _seen(session, layer):
-            for column, scheme in enumerate(unit.schemes):
-                error = session.weights.error(layer.name, scheme).reshape(gradient.shape)
-                products = to_matrix(error * gradient.to(error.dtype), layer.op).double().sum(dim=1)
-                values[position, column] = float(products.square().sum())
-
-    return contract
+    error = session.weights.error(name, scheme).reshape(gradient.shape)
+    matrix = to_matrix(error * gradient.to(error.dtype), session.weights.layer(name).op)
+    return float(matrix.double().sum(dim=1).square().sum())
 
 
 def _seen(session: Session, layer: Layer) -> bool:
@@ -68,52 +74,50 @@ def _seen(session: Session, layer: Layer) -> bool:
     return layer.op not in EXPERT_OPS and not any(map(is_router, session.weights.modules(layer.name)))
 
 
-@dataclass
-class Call:
-    """One call of a layer's module: its input, and dL/dy once the backward pass knows it."""
+def _squared_effect(
+    session: Session, layer: str, scheme: str, module: nn.Module, inputs: Tensor, gradient: Tensor
+) -> float:
+    """Sum of (dL/dy * dy)^2, dy the module's output for the weight dW and no bias."""
+    import torch
+    from torch.func import functional_call
 
-    position: int
-    module: nn.Module
-    inputs: Tensor
-    gradients: list[Tensor] = field(default_factory=list)
-
-    def squared_effect(self, session: Session, unit: BlockUnit, scheme: str) -> float:
-        """Sum of (dL/dy * dy)^2, dy the module's output for the weight dW and no bias."""
-        import torch
-        from torch.func import functional_call
-
-        if not self.gradients:
-            return 0.0
-        layer = unit.layers[self.position]
-        weight = session.weights.parameter(layer)
-        error = session.weights.error(layer, scheme).reshape(weight.shape).to(weight.dtype)
-        with torch.no_grad():
-            bias = getattr(self.module, "bias", None)
-            without = {} if bias is None else {"bias": torch.zeros_like(bias)}
-            change = functional_call(self.module, {"weight": error, **without}, (self.inputs,))
-            return float((change.float() * self.gradients[0].float()).double().square().sum())
+    weight = session.weights.parameter(layer)
+    error = session.weights.error(layer, scheme).reshape(weight.shape).to(weight.dtype)
+    with torch.no_grad():
+        bias = getattr(module, "bias", None)
+        without = {} if bias is None else {"bias": torch.zeros_like(bias)}
+        change = functional_call(module, {"weight": error, **without}, (inputs,))
+        return float((change.float() * gradient.float()).double().square().sum())
 
 
 @contextmanager
-def _watched(session: Session, layers: tuple[str, ...]) -> Iterator[list[Call]]:
-    calls: list[Call] = []
+def _watched(
+    session: Session, unit: BlockUnit, positions: Collection[int], columns: range, values: PerChoice
+) -> Iterator[None]:
+    """Adds what each call of a layer's module gives to `values` (layers, schemes) once dL/dy is known."""
     hooks: list[Any] = []
 
     def hook_of(position: int) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            call = Call(position, module, arguments[0].detach())
-            calls.append(call)
+            inputs = arguments[0].detach()
+
+            def add(gradient: Tensor) -> None:
+                for column in columns:
+                    values[position, column] += _squared_effect(
+                        session, unit.layers[position], unit.schemes[column], module, inputs, gradient
+                    )
+
             if output.requires_grad:
-                output.register_hook(lambda gradient: call.gradients.append(gradient.detach()))  # type: ignore[no-untyped-call]
+                output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 
     try:
-        for position, name in enumerate(layers):
+        for position in positions:
+            name = unit.layers[position]
             if _seen(session, session.weights.layer(name)):
-                modules = session.weights.modules(name)
-                hooks += [module.register_forward_hook(hook_of(position)) for module in modules]
-        yield calls
+                hooks += [m.register_forward_hook(hook_of(position)) for m in session.weights.modules(name)]
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,14 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensitivity.errors import NonFiniteScore
-from sensitivity.estimators import keyed_generator, mean_estimate
+from sensitivity.estimators import keyed_generator
 from sensitivity.gram import plan_stability, shrunk_factor
+from sensitivity.scorers.combining import require_done, row_of_draws
 from sensitivity.scorers.protocol import Done
-from sensitivity.scorers.sample_blocks import BLOCK_SAMPLES, directional
+from sensitivity.scorers.sample_blocks import Objective, products, sample_bounds
 from sensitivity.units import Arrays, BlockPlan, BlockUnit, ScoreRow
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sensitivity.session import Session
+    from sensitivity.tasks.task import Batch, Outputs
 
 NAME = "gram_fisher"
 DRAWS = 4
@@ -34,6 +38,8 @@ Floats = NDArray[np.float64]
 
 class GramFisher:
     """`products` (samples, draws, layers, schemes) holds g . dW; the score is half its mean square."""
+
+    judges_alone = True
 
     def blocks(self, plan: BlockPlan, done: Done) -> tuple[BlockUnit, ...]:
         """The missing blocks of the next round of draws; () when the ranking of plans is stable."""
@@ -48,20 +54,19 @@ class GramFisher:
     def measure(self, session: Session, unit: BlockUnit) -> Arrays:
         """One forward pass per sample, one backward pass per draw."""
         start, stop, first, last = _bounds(unit)
-        products = np.stack([_sample(session, unit, i, range(first, last)) for i in range(start, stop)])
-        for *_, layer, scheme in np.argwhere(~np.isfinite(products))[:1]:
+        found = products(session, unit, range(start, stop), _drawn(session, first), last - first)
+        for *_, layer, scheme in np.argwhere(~np.isfinite(found))[:1]:
             raise NonFiniteScore(NAME, unit.layers[layer], unit.schemes[scheme], "NaN or infinity")
-        return {"products": products}
+        return {"products": found}
 
     def combine(self, plan: BlockPlan, done: Done) -> tuple[ScoreRow, ...]:
         """Half the mean square over samples and draws; the standard error is over samples."""
         values = (self.products(plan, done) ** 2).mean(axis=1) / 2
-        rows = []
-        for i, layer in enumerate(plan.layers):
-            for j, scheme in enumerate(plan.schemes):
-                found = mean_estimate(values[:, i, j])
-                rows.append(ScoreRow(layer, scheme, NAME, found.value, found.stderr, found.n))
-        return tuple(rows)
+        return tuple(
+            row_of_draws(layer, scheme, NAME, values[:, i, j])
+            for i, layer in enumerate(plan.layers)
+            for j, scheme in enumerate(plan.schemes)
+        )
 
     def factor(self, plan: BlockPlan, done: Done) -> Floats:
         """(layers, schemes, d): inner products of different choices are their interactions, noise shrunk."""
@@ -70,8 +75,7 @@ class GramFisher:
 
     def products(self, plan: BlockPlan, done: Done) -> Floats:
         """(samples, draws, layers, schemes) of all rounds. Raises ValueError while blocks are missing."""
-        if self.blocks(plan, done):
-            raise ValueError("all blocks must be done. Got some missing: ask blocks() again.")
+        require_done(self.blocks(plan, done))
         rounds = 1
         while rounds < MOST_DRAWS // DRAWS and all(u.key in done for u in _units(plan, rounds + 1)):
             rounds += 1
@@ -82,8 +86,7 @@ def _units(plan: BlockPlan, rounds: int) -> list[BlockUnit]:
     """The blocks of the first rounds of draws."""
     found = []
     for first in range(0, rounds * DRAWS, DRAWS):
-        for start in range(0, plan.samples, BLOCK_SAMPLES):
-            stop = min(start + BLOCK_SAMPLES, plan.samples)
+        for start, stop in sample_bounds(plan):
             block = f"samples:{start}:{stop}:draws:{first}:{first + DRAWS}"
             found.append(BlockUnit(NAME, block, plan.schemes, plan.layers))
     return found
@@ -101,20 +104,11 @@ def _products(plan: BlockPlan, done: Done, rounds: int) -> Floats:
     return np.concatenate([np.concatenate(parts, axis=1) for parts in blocks.values()])
 
 
-def _sample(session: Session, unit: BlockUnit, index: int, draws: range) -> Floats:
-    """g . dW of one sample, (draws, layers, schemes)."""
-    values = np.zeros((len(draws), len(unit.layers), len(unit.schemes)))
-    current = np.zeros(values.shape[1:])
-    with session.gradients(unit.layers, directional(session, unit, current)):
-        outputs = session.differentiable_outputs("scoring", index)
-        session.spend(1)
-        for row, draw in enumerate(draws):
-            current[:] = 0
-            generator = keyed_generator((session.spec.seed, NAME, index, draw))
-            objective = session.task.sampled_objective(outputs, generator)
-            if not np.isfinite(float(objective.detach())):
-                raise NonFiniteScore(f"{NAME} on sample {index}", "", "", str(float(objective.detach())))
-            session.backward(objective, retain=draw != draws[-1])
-            session.spend(2)
-            values[row] = current
-    return values
+def _drawn(session: Session, first: int) -> Objective:
+    """The log-likelihood of a label drawn from the model, a new one with every draw from `first` on."""
+
+    def objective(outputs: Outputs, batch: Batch, sample: int, draw: int) -> Tensor:
+        generator = keyed_generator((session.spec.seed, NAME, sample, first + draw))
+        return session.task.sampled_objective(outputs, generator)
+
+    return objective

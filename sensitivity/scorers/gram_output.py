@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from sensitivity.choice import Choice, Measured
+    from sensitivity.choice import Measured, OutputChoice
 
 
 class GramOutput:
@@ -17,7 +17,7 @@ class GramOutput:
     random projection of it for large outputs; sensitivity.gram.gram_matrix makes A from all sketches.
     """
 
-    def score(self, choice: Choice) -> Measured:
+    def score(self, choice: OutputChoice) -> Measured:
         """No pass beyond that of output_kl."""
         import torch
 

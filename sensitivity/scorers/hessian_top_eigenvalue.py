@@ -12,6 +12,7 @@ import numpy as np
 
 from sensitivity.errors import NonFiniteScore
 from sensitivity.estimators import keyed_generator, mean_estimate
+from sensitivity.scorers.combining import require_done
 from sensitivity.scorers.protocol import Done
 from sensitivity.units import Arrays, BlockPlan, BlockUnit, ScoreRow
 
@@ -37,24 +38,22 @@ class HessianTopEigenvalue:
 
     def measure(self, session: Session, unit: BlockUnit) -> Arrays:
         """The Rayleigh quotient of the last vector on each micro-batch, or squared errors per scheme."""
-        if unit.block.endswith(":errors"):
-            (layer,) = unit.layers
-            squares = [float(session.weights.error(layer, s).double().square().sum()) for s in unit.schemes]
-            size = session.weights.parameter(layer).numel()
-            return {"averages": np.array(squares) / size}
-        return _iterate(session, unit)
+        return _measure_errors(session, unit) if unit.block.endswith(":errors") else _iterate(session, unit)
 
     def combine(self, plan: BlockPlan, done: Done) -> tuple[ScoreRow, ...]:
         """Rows with the standard error over micro-batches."""
-        if self.blocks(plan, done):
-            raise ValueError("all blocks must be done. Got some missing: ask blocks() again.")
+        require_done(self.blocks(plan, done))
         rows = []
         for layer in plan.layers:
             arrays = done[_power(layer).key]
             spread = mean_estimate(arrays["forms"])
-            value, stderr = abs(float(arrays["eigenvalue"][0])), spread.stderr if spread.n > 1 else 0.0
+            signed = float(arrays["eigenvalue"][0])
+            value, stderr = abs(signed), spread.stderr if spread.n > 1 else 0.0
+            forms = arrays["forms"] * np.sign(signed)
             for scheme, error in zip(plan.schemes, done[_errors(plan, layer).key]["averages"], strict=True):
-                rows.append(ScoreRow(layer, scheme, NAME, value * error, stderr * error, spread.n))
+                rows.append(
+                    ScoreRow(layer, scheme, NAME, value * error, stderr * error, spread.n, forms * error)
+                )
         return tuple(rows)
 
 
@@ -64,6 +63,14 @@ def _power(layer: str) -> BlockUnit:
 
 def _errors(plan: BlockPlan, layer: str) -> BlockUnit:
     return BlockUnit(NAME, f"layer:{layer}:errors", plan.schemes, (layer,))
+
+
+def _measure_errors(session: Session, unit: BlockUnit) -> Arrays:
+    from sensitivity.contractions import squared_error
+
+    (layer,) = unit.layers
+    squares = [squared_error(session.weights, layer, scheme) for scheme in unit.schemes]
+    return {"averages": np.array(squares) / session.weights.parameter(layer).numel()}
 
 
 def _iterate(session: Session, unit: BlockUnit) -> Arrays:

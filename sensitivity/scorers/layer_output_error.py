@@ -29,5 +29,6 @@ class LayerOutputError:
         error = to_matrix(choice.weight_error.reshape(choice.weight.shape), choice.layer.op)
         inputs = choice.weights.inputs(choice.layer.name)
         if not inputs.samples and choice.layer.op in ("embedding", *EXPERT_OPS):
-            return Measured(float(error.double().square().sum()) / len(error), None, 0)
+            note = f"layer_output_error of layer {choice.layer.name!r} takes its inputs as equally likely."
+            return Measured(float(error.double().square().sum()) / len(error), None, 0, note=note)
         return Measured(float(inputs.output_errors(error).double().sum()), None, 0)

@@ -12,6 +12,7 @@ import numpy as np
 
 from sensitivity.errors import NonFiniteScore
 from sensitivity.estimators import keyed_generator, mean_estimate
+from sensitivity.scorers.combining import require_done
 from sensitivity.scorers.protocol import Done
 from sensitivity.units import Arrays, BlockPlan, BlockUnit, ScoreRow
 
@@ -39,8 +40,7 @@ class Linearity:
 
     def combine(self, plan: BlockPlan, done: Done) -> tuple[ScoreRow, ...]:
         """Rows of alpha times the relative error, with the standard error of alpha over samples."""
-        if self.blocks(plan, done):
-            raise ValueError("all blocks must be done. Got some missing: ask blocks() again.")
+        require_done(self.blocks(plan, done))
         return tuple(row for layer in plan.layers for row in _rows(plan, layer, done))
 
 
@@ -58,14 +58,16 @@ def _rows(plan: BlockPlan, layer: str, done: Done) -> list[ScoreRow]:
     alpha = mean_estimate(slopes)
     relative = done[_errors(plan, layer).key]["relative_errors"].tolist()
     return [
-        ScoreRow(layer, scheme, NAME, alpha.value * error, alpha.stderr * error, alpha.n)
+        ScoreRow(layer, scheme, NAME, alpha.value * error, alpha.stderr * error, alpha.n, slopes * error)
         for scheme, error in zip(plan.schemes, relative, strict=True)
     ]
 
 
 def _measure_errors(session: Session, unit: BlockUnit) -> Arrays:
+    from sensitivity.contractions import squared_error
+
     (layer,) = unit.layers
-    squares = [float(session.weights.error(layer, s).double().square().sum()) for s in unit.schemes]
+    squares = [squared_error(session.weights, layer, scheme) for scheme in unit.schemes]
     norm = float(session.weights.parameter(layer).detach().double().square().sum())
     return {"relative_errors": np.array(squares) / norm if norm else np.zeros(len(squares))}
 
@@ -86,7 +88,6 @@ def _measure_noise(session: Session, unit: BlockUnit) -> Arrays:
             for pair in session.forwards.replaced_pairs("scoring", {layer: noisy})
         ]
         found.append(np.concatenate(parts))
-        session.spend(len(found[-1]))
     divergence = np.stack(found)
     if not np.isfinite(divergence).all():
         raise NonFiniteScore(NAME, layer, "any", "a divergence that is not finite")

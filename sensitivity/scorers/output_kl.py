@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sensitivity.choice import Choice, Measured
+    from sensitivity.choice import Measured, OutputChoice
 
 
 class OutputKl:
     """Mean over samples of the task's divergence: KL in nats, 1 - cosine, or relative squared error."""
 
-    def score(self, choice: Choice) -> Measured:
+    def score(self, choice: OutputChoice) -> Measured:
         """One pass over the scoring part."""
         from sensitivity.choice import measured_mean
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from sensitivity.choice import Choice, Measured
+    from sensitivity.choice import Measured, OutputChoice
 
 
 class OutputMse:
     """Mean over samples, rows and outputs of (y - y_q)^2, in squared units of the output."""
 
-    def score(self, choice: Choice) -> Measured:
+    def score(self, choice: OutputChoice) -> Measured:
         """One pass over the scoring part."""
         from sensitivity.choice import measured_mean
 

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sensitivity.errors import NonFiniteScore
-from sensitivity.estimators import keyed_generator, mean_estimate
+from sensitivity.estimators import keyed_generator
+from sensitivity.scorers.combining import require_done, row_of_draws
 from sensitivity.scorers.protocol import Done
 from sensitivity.units import Arrays, BlockPlan, BlockUnit, ScoreRow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sensitivity.gradients import Contract
     from sensitivity.session import Session
+    from sensitivity.tasks.task import Batch, Outputs
 
 BLOCK_SAMPLES = 8
-FORWARDS = 3
-"""A forward and a backward pass in forward passes."""
 
 PerChoice = NDArray[np.float64]
+Objective = Callable[["Outputs", "Batch", int, int], "Tensor"]
+"""(outputs, batch, sample, draw) -> the scalar to differentiate."""
 
 
 class SampleBlocks(ABC):
-    """A score is the mean over samples of `sample_values`; `values` is (samples, layers, schemes)."""
+    """A score is the mean over samples of `values` (samples, layers, schemes)."""
 
     name: str
+    judges_alone = True
 
     @abstractmethod
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One sample's value for each layer and scheme, (layers, schemes)."""
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """Each sample's value for each layer and scheme, (samples, layers, schemes)."""
 
     def blocks(self, plan: BlockPlan, done: Done) -> tuple[BlockUnit, ...]:
         """All blocks that are not done."""
         return tuple(unit for unit in self._units(plan) if unit.key not in done)
 
     def measure(self, session: Session, unit: BlockUnit) -> Arrays:
-        """One sample after another; what a layer's gradient says is taken and the gradient dropped."""
+        """Raises NonFiniteScore for a value that is not finite, naming layer and scheme."""
         start, stop = (int(number) for number in unit.block.split(":")[1:])
-        values = np.stack([self.sample_values(session, unit, index) for index in range(start, stop)])
+        values = self.values(session, unit, range(start, stop))
         for sample, layer, scheme in np.argwhere(~np.isfinite(values))[:1]:
             raise NonFiniteScore(
                 self.name, unit.layers[layer], unit.schemes[scheme], str(values[sample, layer, scheme])
@@ -52,74 +54,73 @@ class SampleBlocks(ABC):
 
     def combine(self, plan: BlockPlan, done: Done) -> tuple[ScoreRow, ...]:
         """Means over all samples with their standard errors."""
-        missing = self.blocks(plan, done)
-        if missing:
-            raise ValueError(
-                f"all blocks must be done. Got {len(missing)} missing, the first {missing[0].block!r}."
-            )
+        require_done(self.blocks(plan, done))
         values = np.concatenate([done[unit.key]["values"] for unit in self._units(plan)])
         return tuple(
-            self._row(layer, scheme, values[:, i, j])
+            row_of_draws(layer, scheme, self.name, values[:, i, j])
             for i, layer in enumerate(plan.layers)
             for j, scheme in enumerate(plan.schemes)
         )
 
     def _units(self, plan: BlockPlan) -> tuple[BlockUnit, ...]:
-        starts = range(0, plan.samples, BLOCK_SAMPLES)
-        bounds = [(start, min(start + BLOCK_SAMPLES, plan.samples)) for start in starts]
-        return tuple(BlockUnit(self.name, f"samples:{a}:{b}", plan.schemes, plan.layers) for a, b in bounds)
-
-    def _row(self, layer: str, scheme: str, values: NDArray[np.float64]) -> ScoreRow:
-        estimate = mean_estimate(values)
-        return ScoreRow(layer, scheme, self.name, estimate.value, estimate.stderr, estimate.n)
+        return tuple(
+            BlockUnit(self.name, f"samples:{start}:{stop}", plan.schemes, plan.layers)
+            for start, stop in sample_bounds(plan)
+        )
 
 
-def backward_sampled(
-    session: Session, unit: BlockUnit, contract: Contract, index: int, key: tuple[str | int, ...]
-) -> None:
-    """Gradients of a sampled label's log-likelihood, drawn with `key`, for one sample of the scoring part."""
-    with session.gradients(unit.layers, contract):
-        outputs = session.differentiable_outputs("scoring", index)
-        generator = keyed_generator((session.spec.seed, *key))
-        objective = session.task.sampled_objective(outputs, generator)
-        backward_finite(session, objective, f"{unit.metric} on sample {index}")
+def sample_bounds(plan: BlockPlan) -> list[tuple[int, int]]:
+    """First and last sample of each block."""
+    starts = range(0, plan.samples, BLOCK_SAMPLES)
+    return [(start, min(start + BLOCK_SAMPLES, plan.samples)) for start in starts]
 
 
-def backward_loss(session: Session, unit: BlockUnit, contract: Contract, index: int) -> None:
-    """Gradients of one sample's loss against the truth."""
-    with session.gradients(unit.layers, contract):
-        loss = session.differentiable_sample_loss("scoring", index)
-        backward_finite(session, loss, f"{unit.metric} on sample {index}")
+def products(
+    session: Session, unit: BlockUnit, samples: range, objective: Objective, draws: int = 1
+) -> PerChoice:
+    """g . dW of every sample, draw, layer and scheme, (samples, draws, layers, schemes)."""
+    return _contracted(session, unit, samples, objective, draws, elementwise=False)
 
 
-def backward_finite(session: Session, objective: Tensor, what: str) -> None:
-    """Backward pass, counted as a forward and a backward. Raises NonFiniteScore for an objective that is not
-    finite.
-    """
-    if not math.isfinite(float(objective.detach())):
-        raise NonFiniteScore(what, "", "", str(float(objective.detach())))
-    session.backward(objective)
-    session.spend(FORWARDS)
+def squared_products(session: Session, unit: BlockUnit, samples: range, objective: Objective) -> PerChoice:
+    """sum g^2 dW^2, the diagonal of the information alone, (samples, layers, schemes)."""
+    return _contracted(session, unit, samples, objective, 1, elementwise=True)[:, 0]
 
 
-def directional(session: Session, unit: BlockUnit, values: PerChoice) -> Contract:
-    """Fills `values` (layers, schemes) with g . dW of every scheme as soon as a layer's gradient is known."""
+def _contracted(
+    session: Session, unit: BlockUnit, samples: range, objective: Objective, draws: int, *, elementwise: bool
+) -> PerChoice:
+    from sensitivity.contractions import inner, squared_inner
+    from sensitivity.passes import GradientPass, Place
 
-    def contract(position: int, gradient: Tensor) -> None:
-        for column, scheme in enumerate(unit.schemes):
-            error = session.weights.error(unit.layers[position], scheme)
-            values[position, column] = float(gradient.reshape(-1).to(error.dtype).dot(error))
+    contract = squared_inner if elementwise else inner
+    values = np.zeros((len(samples), draws, len(unit.layers), len(unit.schemes)))
 
-    return contract
+    def take(place: Place, gradient: Tensor) -> None:
+        schemes = [unit.schemes[column] for column in place.columns]
+        found = contract(session.weights, unit.layers[place.position], schemes, gradient)
+        values[place.row, place.draw, place.position, list(place.columns)] = found
+
+    session.take_gradients(
+        GradientPass(unit.metric, unit.layers, unit.schemes, samples, objective, take, draws)
+    )
+    return values
 
 
-def elementwise(session: Session, unit: BlockUnit, values: PerChoice) -> Contract:
-    """Fills `values` (layers, schemes) with sum g^2 dW^2: the diagonal of the information alone."""
+def sampled(session: Session, name: str) -> Objective:
+    """The log-likelihood of a label drawn from the model, the same one whenever a sample is asked for."""
 
-    def contract(position: int, gradient: Tensor) -> None:
-        for column, scheme in enumerate(unit.schemes):
-            error = session.weights.error(unit.layers[position], scheme)
-            product = gradient.reshape(-1).to(error.dtype) * error
-            values[position, column] = float(product.double().square().sum())
+    def objective(outputs: Outputs, batch: Batch, sample: int, draw: int) -> Tensor:
+        generator = keyed_generator((session.spec.seed, name, sample))
+        return session.task.sampled_objective(outputs, generator)
 
-    return contract
+    return objective
+
+
+def truth(session: Session) -> Objective:
+    """The sample's loss against the truth."""
+
+    def objective(outputs: Outputs, batch: Batch, sample: int, draw: int) -> Tensor:
+        return session.task.loss(outputs, batch)
+
+    return objective

@@ -21,4 +21,5 @@ class SizeNormalized:
         found = measured_mean(choice.divergence)
         factor = choice.layer.parameters**-ETA
         assert found.stderr is not None
-        return replace(found, value=found.value * factor, stderr=found.stderr * factor)
+        scaled = replace(found, value=found.value * factor, stderr=found.stderr * factor)
+        return replace(scaled, per_sample=choice.divergence * factor)

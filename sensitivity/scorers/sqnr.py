@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from sensitivity.choice import Choice, Measured
+    from sensitivity.choice import Measured, OutputChoice
 
 LOSSLESS_DB = 200.0
 """The score of a lossless scheme, and the highest there is: float32 noise alone gives about 140 dB."""
@@ -18,7 +18,7 @@ LOSSLESS_DB = 200.0
 class Sqnr:
     """10 log10(sum y^2 / sum (y - y_q)^2) over the whole scoring part, in decibels; more is better."""
 
-    def score(self, choice: Choice) -> Measured:
+    def score(self, choice: OutputChoice) -> Measured:
         """One pass over the scoring part; standard error by the delta method."""
         from sensitivity.choice import Measured
 
@@ -27,8 +27,9 @@ class Sqnr:
             signal.append(pair.reference.sums(pair.reference.rows.double().square().sum(-1)))
             errors = (pair.outputs.rows - pair.reference.rows).double().square().sum(-1)
             noise.append(pair.reference.sums(errors))
-        value, stderr = decibels(np.concatenate(signal), np.concatenate(noise))
-        return Measured(value, stderr, sum(map(len, signal)))
+        sums = np.concatenate(signal), np.concatenate(noise)
+        value, stderr = decibels(*sums)
+        return Measured(value, stderr, len(sums[0]), per_sample=value + influences(*sums))
 
 
 def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
@@ -46,6 +47,16 @@ def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[f
         return LOSSLESS_DB, 0.0
     if total_signal == 0:
         return -math.inf, 0.0
-    spread = signal / signal.mean() - noise / noise.mean()
-    stderr = 10 / math.log(10) * float(spread.std(ddof=1)) / math.sqrt(len(signal))
+    stderr = float(influences(signal, noise).std(ddof=1)) / math.sqrt(len(signal))
     return 10 * math.log10(total_signal / total_noise), stderr
+
+
+def influences(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far each sample pulls the ratio of means, in dB to first order; their mean is 0.
+
+    >>> influences(np.array([1.0, 1.0]), np.array([1.0, 3.0])).round(2).tolist()
+    [2.17, -2.17]
+    """
+    if not signal.any() or not noise.any():
+        return np.zeros(len(signal))
+    return np.asarray(10 / math.log(10) * (signal / signal.mean() - noise / noise.mean()))

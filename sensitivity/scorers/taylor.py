@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sensitivity.scorers.sample_blocks import PerChoice, SampleBlocks, backward_loss, directional
+from sensitivity.scorers.sample_blocks import PerChoice, SampleBlocks, products, truth
 from sensitivity.units import BlockUnit
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ class Taylor(SampleBlocks):
 
     name = "taylor"
 
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One backward pass."""
-        first = _directional(session, unit, index)
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """One backward pass per sample."""
+        first = products(session, unit, samples, truth(session))[:, 0]
         return np.abs(first + first**2 / 2)
 
 
@@ -34,12 +34,6 @@ class TaylorFirst(SampleBlocks):
 
     name = "taylor_first"
 
-    def sample_values(self, session: Session, unit: BlockUnit, index: int) -> PerChoice:
-        """One backward pass."""
-        return np.abs(_directional(session, unit, index))
-
-
-def _directional(session: Session, unit: BlockUnit, index: int) -> PerChoice:
-    values = np.zeros((len(unit.layers), len(unit.schemes)))
-    backward_loss(session, unit, directional(session, unit, values), index)
-    return values
+    def values(self, session: Session, unit: BlockUnit, samples: range) -> PerChoice:
+        """One backward pass per sample."""
+        return np.abs(products(session, unit, samples, truth(session))[:, 0])

@@ -14,5 +14,6 @@ class WeightError:
     def score(self, choice: Choice) -> Measured:
         """No model pass."""
         from sensitivity.choice import Measured
+        from sensitivity.contractions import squared_error
 
-        return Measured(float(choice.weight_error.double().square().sum()), None, 0)
+        return Measured(squared_error(choice.weights, choice.layer.name, choice.scheme.name), None, 0)

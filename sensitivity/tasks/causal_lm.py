@@ -51,7 +51,7 @@ class CausalLm:
         """Cross-entropy in nats per token of each sample."""
         return outputs.means(cross_entropy(outputs.rows, targets(batch), reduction="none"))
 
-    def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
+    def quality(self, outputs: Outputs, batch: Batch, reference: Outputs) -> Mapping[str, PerSample]:
         """Perplexity of each sample."""
         with np.errstate(over="ignore"):
             return {"perplexity": np.exp(self.losses(outputs, batch))}

@@ -43,7 +43,7 @@ class Generic:
         """Unknown for a generic model: always raises MetricNotOffered."""
         raise MetricNotOffered("a loss is not offered for generic models. Name a task, or use fisher.")
 
-    def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
+    def quality(self, outputs: Outputs, batch: Batch, reference: Outputs) -> Mapping[str, PerSample]:
         """Unknown for a generic model."""
         return {}
 

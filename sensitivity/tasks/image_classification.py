@@ -41,7 +41,7 @@ class ImageClassification:
         """Cross-entropy of each sample. Raises MetricNotOffered without labels."""
         return outputs.sums(cross_entropy(outputs.rows, labels_of(batch), reduction="none"))
 
-    def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
+    def quality(self, outputs: Outputs, batch: Batch, reference: Outputs) -> Mapping[str, PerSample]:
         """Accuracy: 1 where the largest logit is at the label."""
         if batch.labels is None:
             return {}

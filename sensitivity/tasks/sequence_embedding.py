@@ -48,7 +48,7 @@ class SequenceEmbedding:
         """Embeddings have no loss against a truth: always raises MetricNotOffered."""
         raise MetricNotOffered("a loss is not offered for sequence_embedding. Use fisher or output_kl.")
 
-    def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
+    def quality(self, outputs: Outputs, batch: Batch, reference: Outputs) -> Mapping[str, PerSample]:
         """None without a downstream benchmark: the divergence says it all."""
         return {}
 

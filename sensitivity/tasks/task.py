@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,12 +19,28 @@ PerSample = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: named inputs (size, ...), labels or None, the input that goes by position or None."""
+    """One micro-batch: named inputs (size, ...), labels or None, the input that goes by position or None.
+
+    `extras` (size, ...) describe the samples to the task; the model never gets them.
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor | None
     positional: str | None
     size: int
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def select(self, chosen: NDArray[np.bool_]) -> Batch:
+        """The chosen samples alone; `chosen` has one entry per sample."""
+        rows = torch.as_tensor(np.flatnonzero(chosen))
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[rows.to(tensor.device)]
+
+        inputs = {name: of(tensor) for name, tensor in self.inputs.items()}
+        extras = {name: of(tensor) for name, tensor in self.extras.items()}
+        labels = None if self.labels is None else of(self.labels)
+        return Batch(inputs, labels, self.positional, int(chosen.sum()), extras)
 
     def call(self, model: nn.Module) -> Any:
         """The model's raw output."""
@@ -60,6 +76,13 @@ class Outputs:
         """How many rows each sample has (size,)."""
         return np.bincount(self.sample, minlength=self.size).astype(np.float64)
 
+    def select(self, chosen: NDArray[np.bool_]) -> Outputs:
+        """The rows of the chosen samples; `chosen` has one entry per sample."""
+        rows = np.flatnonzero(chosen[self.sample])
+        position = np.cumsum(chosen) - 1
+        picked = self.rows[torch.as_tensor(rows).to(self.rows.device)]
+        return Outputs(picked, position[self.sample[rows]], int(chosen.sum()))
+
     def sums(self, values: Tensor) -> PerSample:
         """Sums of `values` (n,) over each sample's rows (size,), in float64 and in a fixed order."""
         weights = values.detach().to("cpu", torch.float64).numpy()
@@ -91,8 +114,10 @@ class Task(Protocol):
     def losses(self, outputs: Outputs, batch: Batch) -> PerSample:
         """The loss of each sample (size,); `loss` is their mean. Raises MetricNotOffered as `loss` does."""
 
-    def quality(self, outputs: Outputs, batch: Batch) -> Mapping[str, PerSample]:
-        """The task's own measures per sample, by name; empty where labels are missing."""
+    def quality(self, outputs: Outputs, batch: Batch, reference: Outputs) -> Mapping[str, PerSample]:
+        """The task's own measures per sample, by name, against the labels (empty where they are missing) or
+        against the full-precision model's outputs, the `reference`.
+        """
 
     def check(self, batch: Batch, width: int | None = None) -> None:
         """Raises BadCalibration, naming the row, for samples that this task cannot use.

@@ -72,9 +72,9 @@ def test_text_is_packed_without_padding(tiny: Any) -> None:
 def test_no_more_text_is_read_than_needed() -> None:
     def endless() -> Any:
         while True:
-            yield [1, 2, 3]
+            yield [1, 2, 3], None
 
-    assert pack(endless(), 4, 7).shape == (7, 4)
+    assert pack(endless(), 4, 7)[0].shape == (7, 4)
 
 
 def test_rows_for_embeddings_are_padded_and_masked(tiny: Any) -> None:

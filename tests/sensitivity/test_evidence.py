@@ -22,6 +22,7 @@ def test_students_quantiles_are_the_printed_ones(freedom: int, known: float) -> 
     assert student_quantile(freedom) == pytest.approx(known, abs=6e-5)
 
 
+@pytest.mark.slow
 def test_ninety_five_percent_of_intervals_hold_the_mean() -> None:
     chance = np.random.default_rng(0)
     intervals = [mean_interval(chance.normal(3.0, 2.0, 6)) for _ in range(2000)]

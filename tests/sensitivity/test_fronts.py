@@ -16,6 +16,8 @@ FRONTS = (
     "sensitivity.errors",
     "sensitivity.calibration_check",
     "sensitivity.gram",
+    "sensitivity.memory",
+    "sensitivity.ranks",
     "sensitivity.evidence",
     "sensitivity.estimators",
     "sensitivity.scorers.protocol",

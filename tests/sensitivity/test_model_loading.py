@@ -156,7 +156,7 @@ def test_pickled_weights_are_never_read(copy: Any) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "config.json must describe"), ('{"model_type": "no-such-model"}', "config.json must describe")],
+    [("{", "config.json must be JSON"), ('{"model_type": "no-such-model"}', "config.json must describe")],
 )
 def test_bad_configurations(copy: Any, content: str, words: str) -> None:
     folder = copy("llama")

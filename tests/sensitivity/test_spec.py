@@ -93,14 +93,16 @@ def test_devices_of_one_kind_share_scores() -> None:
 
 
 def test_a_new_version_of_a_metric_makes_a_new_score_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert SPEC.score_settings()["revisions"] == {}
+    before = SPEC.score_settings()["revisions"]
+    assert "metric:fisher" not in before
     changed = SCORERS | {"fisher": replace(SCORERS["fisher"], version=2)}
     monkeypatch.setattr(spec_module, "SCORERS", changed)
-    assert SPEC.score_settings()["revisions"] == {"metric:fisher": 2}
+    assert SPEC.score_settings()["revisions"] == {**before, "metric:fisher": 2}
 
 
 def test_metrics_that_need_labels_are_not_offered_without_them() -> None:
     assert "hessian_trace" in offered_metrics("image_classification", has_labels=True)
     assert "hessian_trace" not in offered_metrics("image_classification", has_labels=False)
     assert "hessian_trace" not in offered_metrics("generic", has_labels=True)
-    assert set(offered_metrics("causal_lm", has_labels=False)) == set(SCORERS)
+    assert set(offered_metrics("causal_lm", has_labels=False)) == {*SCORERS} - {"ssim", "user_metric"}
+    assert "ssim" in offered_metrics("diffusion", has_labels=False)

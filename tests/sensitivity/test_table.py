@@ -61,9 +61,29 @@ def test_null_anywhere_means_not_offered() -> None:
     assert table.offered("accuracy").tolist() == [[True, False, True], [True] * 3, [False, True, True]]
 
 
+def test_a_cache_has_no_parameters_and_says_what_it_keeps() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["layers"][2] |= {"parameters": 0, "kept": "w8"}
+    table = _parse(document)
+    assert (table.layers[2].kept, table.parameters) == ("w8", 128)
+    assert table_json(parse_table(table_json(table))) == table_json(table)
+    document["layers"][2]["kept"] = "w9"
+    with pytest.raises(TableError, match="/layers/2/kept must be one of the schemes"):
+        _parse(document)
+    for layer in document["layers"]:
+        layer |= {"parameters": 0, "kept": "w8"}
+    with pytest.raises(TableError, match="/layers must have parameters"):
+        _parse(document)
+
+
 def test_writing_and_reading_are_inverse() -> None:
     text = table_json(_parse(DOCUMENT))
     assert table_json(parse_table(text)) == text
+    peak = table_json(
+        _parse(DOCUMENT | {"maxima": {"peak": {"resource": "bytes", "cuts": [["q", "k"], ["k"]]}}})
+    )
+    assert parse_table(peak).maxima["peak"].cuts == (("q", "k"), ("k",))
+    assert table_json(parse_table(peak)) == peak
     assert table_json(parse_table(text.encode())) == text
     assert '"latency_ns":[[10,12.1,20]' in text
     assert json.loads(text)["metrics"]["loss"]["values"] == DOCUMENT["metrics"]["loss"]["values"]
@@ -146,6 +166,21 @@ def _set(*path: Any) -> Change:
         ),
         (_set("resources", "a/b", [[1e31, 2, 3]] * 3), "/resources/a~1b/0/0 must be at most 1e30"),
         (_set("resources", "bytes", [[1e-70, 2, 3]] * 3), "/resources/bytes/0/0 must be .*60 decimals"),
+        (_set("maxima", {"bytes": {}}), "/maxima/bytes must have a name of its own"),
+        (_set("maxima", {"p": {"resource": "bytes"}}), "/maxima/p/cuts must be present"),
+        (_set("maxima", {"p": {"resource": "x", "cuts": [["q"]]}}), "/maxima/p/resource must be a resource"),
+        (
+            _set("maxima", {"p": {"resource": "bytes", "cuts": []}}),
+            "/maxima/p/cuts must be a list with at least",
+        ),
+        (
+            _set("maxima", {"p": {"resource": "bytes", "cuts": [["w"]]}}),
+            "/maxima/p/cuts/0/0 must be the name of",
+        ),
+        (
+            _set("maxima", {"p": {"resource": "bytes", "cuts": [["q", "q"]]}}),
+            "/maxima/p/cuts/0/1 must be unique",
+        ),
         (_set("fused", [{"name": "qkv"}]), "/fused must be empty: .*not supported by this version"),
     ],
 )

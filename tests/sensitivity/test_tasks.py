@@ -47,6 +47,14 @@ def text_batch(labels: Tensor | None = None) -> Batch:
     return Batch({"input_ids": tokens, "attention_mask": mask}, labels, None, 3)
 
 
+def given_and_returned(task: str) -> tuple[Batch, Tensor]:
+    """Three samples as a task gets them, and what a model returns for them."""
+    if task == "diffusion":
+        return batch(sample=torch.zeros(3, 1, 2, 4)), LOGITS[:, :2, :4].reshape(3, 1, 2, 4).contiguous()
+    inputs = text_batch() if task == "causal_lm" else batch()
+    return inputs, LOGITS if task in ("causal_lm", "sequence_embedding") else LOGITS[:, 0]
+
+
 def naive_kl(p: Tensor, q: Tensor) -> float:
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum())
@@ -84,7 +92,9 @@ def test_causal_lm_loss_and_perplexity() -> None:
     losses = [np.mean([-float(logs[b, t, tokens[b, t + 1]]) for t in PREDICTED[b]]) for b in PREDICTED]
     task = TASKS["causal_lm"].load()
     assert float(task.loss(outputs, inputs)) == pytest.approx(np.mean(losses), rel=1e-6)
-    np.testing.assert_allclose(task.quality(outputs, inputs)["perplexity"], np.exp(losses), rtol=1e-6)
+    np.testing.assert_allclose(
+        task.quality(outputs, inputs, outputs)["perplexity"], np.exp(losses), rtol=1e-6
+    )
 
 
 def test_ignored_labels_have_no_row() -> None:
@@ -108,10 +118,10 @@ def test_classification_is_kl_per_sample(scale: float) -> None:
     expected = [naive_kl(logits[b], other[b]) for b in range(3)]
     np.testing.assert_allclose(task.divergence(reference, outputs), expected, rtol=2e-3)
     hits = (other.argmax(-1) == torch.tensor([0, 1, 2])).double()
-    assert task.quality(outputs, inputs)["accuracy"].tolist() == hits.tolist()
+    assert task.quality(outputs, inputs, outputs)["accuracy"].tolist() == hits.tolist()
     loss = nn.functional.cross_entropy(other.double(), torch.tensor([0, 1, 2]))
     assert float(task.loss(outputs, inputs)) == pytest.approx(float(loss), rel=1e-5)
-    assert task.quality(outputs, batch()) == {}
+    assert task.quality(outputs, batch(), outputs) == {}
 
 
 def test_small_divergences_keep_their_digits() -> None:
@@ -125,8 +135,7 @@ def test_small_divergences_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_change_is_exactly_zero(task: str) -> None:
-    inputs = text_batch() if task == "causal_lm" else batch()
-    output = LOGITS if task in ("causal_lm", "sequence_embedding") else LOGITS[:, 0]
+    inputs, output = given_and_returned(task)
     reference = rows_of(task, output, inputs)
     assert TASKS[task].load().divergence(reference, reference).tolist() == [0.0, 0.0, 0.0]
 
@@ -155,8 +164,7 @@ def test_generic_is_relative_squared_error() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_half_the_squared_change_is_the_divergence_to_second_order(task: str) -> None:
-    inputs = text_batch() if task == "causal_lm" else batch()
-    output = LOGITS if task in ("causal_lm", "sequence_embedding") else LOGITS[:, 0]
+    inputs, output = given_and_returned(task)
     loaded = TASKS[task].load()
     reference, outputs = (
         rows_of(task, output.double(), inputs),
@@ -169,8 +177,8 @@ def test_half_the_squared_change_is_the_divergence_to_second_order(task: str) ->
 @pytest.mark.parametrize("task", TASKS)
 def test_the_sampled_objective_has_the_divergence_as_its_mean_square(task: str) -> None:
     """E[(g . d)^2] / 2 over many draws against the divergence after a small step d of the output."""
-    inputs = text_batch() if task == "causal_lm" else batch()
-    output = (LOGITS if task in ("causal_lm", "sequence_embedding") else LOGITS[:, 0]).double()[:1]
+    inputs, output = given_and_returned(task)
+    output = output.double()[:1]
     one = Batch({name: value[:1] for name, value in inputs.inputs.items()}, None, None, 1)
     loaded, step = (
         TASKS[task].load(),

@@ -1,0 +1,1 @@
+"""Bitplan: one metric per file."""
