@@ -7,7 +7,7 @@ that break a limit are repaired before they are measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,26 +41,43 @@ def black_box(
 
     Takes and raises what `search.refine.refine` does. The same seed and measurements give the same answer.
     """
+
+    def suggestions(search: MeasuredSearch) -> Suggestions:
+        return Suggestions(compiled, search, seed, _study(seed))
+
+    return search_with(suggestions, SOURCE, compiled, candidates, measure, predicted, evaluations, batch)
+
+
+def search_with(
+    suggestions: Callable[[MeasuredSearch], Suggestions],
+    source: str,
+    compiled: Compiled,
+    candidates: Sequence[Candidate],
+    measure: Measure,
+    predicted: PairwiseModel | None,
+    evaluations: int,
+    batch: int,
+) -> Refined:
+    """The best of the candidates and of up to `evaluations` suggested plans."""
     search = MeasuredSearch(compiled, measure, predicted or additive_model(compiled.problem))
     search.begin(candidates)
-    suggest = _Suggestions(compiled, search, seed)
+    suggest = suggestions(search)
     left = evaluations
     while left > 0:
         tried = suggest.next(min(batch, left))
         if not tried:
             break
         left -= len(tried)
-        search.take([(SOURCE, choice) for choice in tried])
+        search.take([(source, choice) for choice in tried])
     return search.result()
 
 
-class _Suggestions:
+class Suggestions:
     """Asks Optuna for new plans, after telling it everything that was measured."""
 
-    def __init__(self, compiled: Compiled, search: MeasuredSearch, seed: int) -> None:
+    def __init__(self, compiled: Compiled, search: MeasuredSearch, seed: int, study: Study) -> None:
         self._search, self._told = search, 0
-        self._study = _study(seed)
-        self._space = _space(compiled)
+        self.compiled, self.study, self.space = compiled, study, _space(compiled)
         self._offered = compiled.problem.offered
         self._prices = np.where(self._offered, np.nan_to_num(compiled.problem.costs), np.inf)
         self._random = np.random.default_rng(seed)
@@ -84,9 +101,9 @@ class _Suggestions:
     def _ask(self) -> Choice | None:
         from optuna.trial import TrialState
 
-        trial = self._study.ask(self._space)
-        self._study.tell(trial, state=TrialState.FAIL)
-        return self._repaired([int(trial.params[name]) for name in self._space])
+        trial = self.study.ask(self.space)
+        self.study.tell(trial, state=TrialState.FAIL)
+        return self._repaired([int(trial.params[name]) for name in self.space])
 
     def _repaired(self, wanted: list[int]) -> Choice | None:
         return repair(self._search.room, tuple(wanted), self._prices, Deadline.after(None))
@@ -98,13 +115,17 @@ class _Suggestions:
         wanted[group] = int(self._random.choice(np.flatnonzero(self._offered[group])))
         return self._repaired(wanted)
 
-    def _tell(self) -> None:
+    def told(self, choice: Choice, mean: float) -> None:
+        """Tells the study of one measured plan."""
         from optuna.trial import create_trial
 
+        params = dict(zip(self.space, choice, strict=True))
+        self.study.add_trial(create_trial(params=params, distributions=self.space, value=mean))
+
+    def _tell(self) -> None:
         measured = self._search.measured
         for choice, mean in measured[self._told :]:
-            params = dict(zip(self._space, choice, strict=True))
-            self._study.add_trial(create_trial(params=params, distributions=self._space, value=mean))
+            self.told(choice, mean)
         self._told = len(measured)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from typing import Literal, NoReturn
@@ -42,7 +42,8 @@ class Limit:
 
     With `of_range` the value is a ratio r from 0 to 1 and stands for low + r (high - low), where low and
     high are the smallest and largest totals that ties and pins leave possible (HAWQ-V3's way to state a
-    limit). With `uniform`, the limit is the total of the plan that gives every layer that scheme.
+    limit). With `uniform`, the limit is the total of the plan that gives every layer that scheme. With
+    `layers` it is about those layers alone, and `scope` is what they are called.
     """
 
     resource: str
@@ -50,6 +51,13 @@ class Limit:
     value: Fraction
     of_range: bool = False
     uniform: str = ""
+    scope: str = field(default="", repr=False)
+    layers: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """What is limited: the resource, and of which layers if not of all."""
+        return f"{self.resource}[{self.scope}]" if self.scope else self.resource
 
     def __post_init__(self) -> None:
         if self.of_range and not 0 <= self.value <= 1:
@@ -111,6 +119,19 @@ def parse_limit(text: str) -> Limit:
     value, unit, of_range = _amount(named["value"].strip(), stripped)
     resource, factor = _named_resource(named["resource"], unit, stripped)
     return Limit(resource, relation, value * factor, of_range)
+
+
+def parse_bytes(text: str) -> int:
+    """Reads an amount of memory in whole bytes. Raises BudgetError.
+
+    >>> parse_bytes("2 GiB"), parse_bytes("1.5 kB")
+    (2147483648, 1500)
+    """
+    match = _VALUE.fullmatch(text.strip())
+    value, unit, of_range = _amount(text.strip(), text) if match else (Fraction(0), None, False)
+    if unit not in BYTE_UNITS or of_range or not 1 <= value * BYTE_UNITS[unit] <= LARGEST:
+        _refuse(f"An amount of memory must be a number with a unit ({', '.join(BYTE_UNITS)}).", text)
+    return int(value * BYTE_UNITS[unit])
 
 
 def _bare_limit(text: str) -> Limit:

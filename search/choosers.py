@@ -8,6 +8,7 @@ from typing import Protocol
 
 from search.black_box import black_box
 from search.compile import Compiled
+from search.nsga2 import nsga2
 from search.pairwise import PairwiseModel
 from search.refine import Candidate, Measure, Refined, refine
 
@@ -39,8 +40,11 @@ class Chooser:
 CHOOSERS: dict[str, Chooser] = {
     "local_search": Chooser(
         "local_search",
-        "Single changes and swaps that keep the budget full, screened by the score model.",
+        "Single changes, swaps and three-way moves, screened by the score model as measurements correct it.",
         refine,
+    ),
+    "nsga2": Chooser(
+        "nsga2", "Optuna's NSGA-II over measured loss and limited resources; trusts no score model.", nsga2
     ),
     "black_box": Chooser(
         "black_box", "Optuna's Parzen estimator over whole plans; trusts no score model.", black_box

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.budget import BITS_PER_WEIGHT, BudgetError, Limit
 from search.problem import Choice, IntMatrix, Problem, Row, integer_matrix
-from sensitivity.table import MetricTable, ScoreTable
+from sensitivity.table import Exact, ExactMatrix, MetricTable, ScoreTable, TableLayer
 
 Assignment = dict[str, str]
 """Layer name -> scheme name."""
@@ -69,6 +70,14 @@ class Compiled:
             name: sum((Fraction(rows[i][c] or 0) for i, c in enumerate(chosen)), Fraction(0))
             for name, rows in self.table.resources.items()
         }
+        used = {layer.name: i for i, layer in enumerate(self.table.layers)}
+        for name, maximum in self.table.maxima.items():
+            cells = self.table.resources[maximum.resource]
+            sums = [
+                sum((Fraction(cells[used[m]][chosen[used[m]]] or 0) for m in cut), Fraction(0))
+                for cut in maximum.cuts
+            ]
+            totals[name] = max(sums)
         if "bytes" in totals:
             totals[BITS_PER_WEIGHT] = 8 * totals["bytes"] / self.table.parameters
         return totals
@@ -85,6 +94,7 @@ def compile_problem(
     forbidden: Mapping[str, Collection[str]] | None = None,
 ) -> Compiled:
     """Builds the problem. Layers of one `group` or tie become one row; pins and `schemes` restrict the menu.
+    A limit may be on a metric: its scores are exact numbers too.
 
     `forbidden` names schemes that single layers must not get, pinned or not.
 
@@ -93,7 +103,12 @@ def compile_problem(
     is not offered.
     """
     name = _metric_name(table, metric)
-    offered = _restricted(table, _allowed(table, name, forbidden or {}), pins or {}, schemes)
+    limits = tuple(part for limit in limits for part in _over_cuts(table, limit))
+    allowed = _allowed(table, name, forbidden or {})
+    for limit in limits:
+        if limit.resource not in table.resources and limit.resource in table.metrics:
+            allowed &= table.offered(limit.resource)
+    offered = _restricted(table, allowed, pins or {}, schemes)
     groups = _groups(table, ties)
     group_offered = np.array([offered[list(layers)].all(axis=0) for layers in groups])
     costs = np.array([_group_costs(table.metrics[name], layers) for layers in groups])
@@ -203,6 +218,8 @@ def _groups(table: ScoreTable, ties: Iterable[Collection[str]]) -> tuple[tuple[i
 
 
 def _group_costs(metric: MetricTable, layers: tuple[int, ...]) -> list[float]:
+    if len(layers) == 1:
+        return list(metric.values[layers[0]].tolist())
     columns = metric.values[list(layers)].T
     return [math.nan if np.isnan(column).any() else math.fsum(column) for column in columns]
 
@@ -212,8 +229,11 @@ def _absolute(table: ScoreTable, limit: Limit) -> Limit:
     if not limit.uniform:
         return limit
     column = _index(limit.uniform, table.schemes, "scheme of a uniform limit")
-    source = _source(table, limit.resource)
-    cells = [row[column] for row in table.resources[source]]
+    inside, rows = _inside(table, limit), _amounts(table, limit.resource)
+    cells = [
+        _uniform_cell(table, row, column, layer) if taken else 0
+        for row, layer, taken in zip(rows, table.layers, inside, strict=True)
+    ]
     if None in cells:
         layer = table.layer_names[cells.index(None)]
         raise CompileError(
@@ -221,24 +241,66 @@ def _absolute(table: ScoreTable, limit: Limit) -> Limit:
             f"Got {limit.uniform}, which {layer} does not offer. Write the limit as a number."
         )
     total = sum((Fraction(cell) for cell in cells if cell is not None), Fraction(0))
-    value = 8 * total / table.parameters if limit.resource == BITS_PER_WEIGHT else total
-    return Limit(limit.resource, limit.relation, value)
+    value = 8 * total / _parameters(table, limit) if limit.resource == BITS_PER_WEIGHT else total
+    return replace(limit, value=value, uniform="")
 
 
-def _source(table: ScoreTable, resource: str) -> str:
-    """The table's resource that a limit is on: bits per weight are counted in bytes."""
+def _over_cuts(table: ScoreTable, limit: Limit) -> tuple[Limit, ...]:
+    """A limit on a maximum as one limit per cut; any other one as it is."""
+    maximum = table.maxima.get(limit.resource)
+    if maximum is None:
+        return (limit,)
+    if limit.relation != "<=" or limit.of_range or limit.uniform or limit.layers:
+        raise BudgetError(
+            f"A limit on a maximum must be the most that it may be: {limit.resource}<=AMOUNT. Got {limit}."
+        )
+    return tuple(
+        replace(limit, resource=maximum.resource, scope=f"{limit.resource} {i}", layers=frozenset(cut))
+        for i, cut in enumerate(maximum.cuts)
+    )
+
+
+def _inside(table: ScoreTable, limit: Limit) -> list[bool]:
+    """Which layers a limit is about."""
+    return [not limit.layers or name in limit.layers for name in table.layer_names]
+
+
+def _parameters(table: ScoreTable, limit: Limit) -> int:
+    inside = _inside(table, limit)
+    return sum(layer.parameters for layer, taken in zip(table.layers, inside, strict=True) if taken)
+
+
+def _uniform_cell(
+    table: ScoreTable, row: Sequence[Exact | None], column: int, layer: TableLayer
+) -> Exact | None:
+    """What a layer uses under a uniform scheme: where it does not offer that, what it uses under the one that
+    it keeps, or nothing if it never uses any.
+    """
+    if row[column] is not None:
+        return row[column]
+    if layer.kept is not None:
+        return row[table.schemes.index(layer.kept)]
+    return 0 if not any(row) else None
+
+
+def _amounts(table: ScoreTable, resource: str) -> ExactMatrix:
+    """What a limit adds up: a resource of the table (bits per weight are counted in bytes), or a metric."""
     source = "bytes" if resource == BITS_PER_WEIGHT else resource
-    if source not in table.resources:
-        known = close_names(resource, table.resources) if table.resources else "The table has no resources."
-        raise BudgetError(f"A limit must be on a resource of the table. Got {resource!r}. {known}")
-    return source
+    if source in table.resources:
+        return table.resources[source]
+    if source in table.metrics:
+        values = table.metrics[source].values.tolist()
+        return tuple(tuple(None if math.isnan(value) else Fraction(value) for value in row) for row in values)
+    names = (*table.resources, *table.metrics)
+    known = close_names(resource, names) if table.resources else "The table has no resources."
+    raise BudgetError(f"A limit must be on a resource or metric of the table. Got {resource!r}. {known}")
 
 
 def _tightest(limits: Iterable[Limit]) -> list[Limit]:
     """Limits without repeats: of several absolute ones on a resource and side, the tightest."""
-    kept: dict[tuple[str, str, bool], Limit] = {}
+    kept: dict[tuple[Any, ...], Limit] = {}
     for limit in limits:
-        key = (limit.resource, limit.relation, limit.of_range)
+        key = (limit.resource, limit.relation, limit.of_range, limit.layers)
         side = min if limit.relation == "<=" else max
         kept[key] = side(kept.get(key, limit), limit, key=lambda item: item.value)
     return list(kept.values())
@@ -247,26 +309,27 @@ def _tightest(limits: Iterable[Limit]) -> list[Limit]:
 def _row(
     table: ScoreTable, limit: Limit, groups: tuple[tuple[int, ...], ...], offered: NDArray[np.bool_]
 ) -> Row:
-    usage, unit = _usage(table, limit.resource, groups)
+    usage, unit = _usage(table, limit, groups)
     usage = np.where(offered, usage, 0)
     value = _ranged(limit, usage, offered) if limit.of_range else limit.value / unit
     whole = math.floor(value) if limit.relation == "<=" else math.ceil(value)
-    return Row(limit.resource, limit.relation, usage, whole, unit)
+    return Row(limit.name, limit.relation, usage, whole, unit)
 
 
 def _usage(
-    table: ScoreTable, resource: str, groups: tuple[tuple[int, ...], ...]
+    table: ScoreTable, limit: Limit, groups: tuple[tuple[int, ...], ...]
 ) -> tuple[IntMatrix, Fraction]:
-    """Integers per (group, scheme) and the resource one integer stands for."""
-    rows = table.resources[_source(table, resource)]
-    numbers = [[Fraction(value or 0) for value in row] for row in rows]
+    """Integers per (group, scheme) and the resource one integer stands for; 0 for layers out of the scope."""
+    rows, inside = _amounts(table, limit.resource), _inside(table, limit)
+    numbers = [[value or 0 if taken else 0 for value in row] for row, taken in zip(rows, inside, strict=True)]
     scale = math.lcm(*(value.denominator for row in numbers for value in row))
     whole = [[value.numerator * (scale // value.denominator) for value in row] for row in numbers]
     summed = [
         [sum(whole[layer][c] for layer in layers) for c in range(len(table.schemes))] for layers in groups
     ]
     unit = Fraction(1, scale)
-    return integer_matrix(summed), unit * 8 / table.parameters if resource == BITS_PER_WEIGHT else unit
+    per_weight = limit.resource == BITS_PER_WEIGHT
+    return integer_matrix(summed), unit * 8 / _parameters(table, limit) if per_weight else unit
 
 
 def _ranged(limit: Limit, usage: IntMatrix, offered: NDArray[np.bool_]) -> Fraction:

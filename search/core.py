@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.problem import Choice, IntMatrix, Problem
+from search.problem import Choice, IntMatrix, Problem, exact_total
 
 FloatMatrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -26,6 +26,7 @@ class Core:
     """Minimize summed `cost` over one open cell per group with every summed `usage[k]` at most `limit[k]`.
 
     `cost` (groups, schemes) holds Python integers in units of `unit`; `open` shrinks as cells are ruled out.
+    `offset`, in units too, is what groups outside the core cost.
     """
 
     cost: NDArray[Any]
@@ -33,14 +34,15 @@ class Core:
     usage: tuple[IntMatrix, ...]
     limit: tuple[int, ...]
     open: Mask
+    offset: Fraction = Fraction(0)
 
     def total(self, choice: Sequence[int]) -> int:
-        """Summed cost of a choice, exact, in units."""
-        return sum(self.cost[group, scheme] for group, scheme in enumerate(choice))
+        """Summed cost of a choice, exact, in units, without the offset."""
+        return exact_total(self.cost, choice)
 
     def used(self, choice: Sequence[int]) -> tuple[int, ...]:
         """Summed usage of a choice per row, exact."""
-        return tuple(sum(int(rows[g, c]) for g, c in enumerate(choice)) for rows in self.usage)
+        return tuple(exact_total(rows, choice) for rows in self.usage)
 
     def feasible(self, choice: Sequence[int]) -> bool:
         """Whether a choice keeps every limit."""
@@ -63,6 +65,46 @@ def core_of(problem: Problem) -> Core:
         tuple(limit for _, limit in rows),
         problem.offered.copy(),
     )
+
+
+def fold(problem: Problem, opened: Mask, choice: NDArray[np.int64]) -> tuple[Core, NDArray[np.int64]]:
+    """The core of the groups with several open cells, and which groups they are.
+
+    `opened` (groups, schemes) are the open cells; the other groups keep `choice`: their usage is taken off
+    the limits and their cost is the offset.
+    """
+    free = opened.sum(axis=1) > 1
+    groups, fixed = np.flatnonzero(free), np.flatnonzero(~free)
+    sign = 1 if problem.direction == "min" else -1
+    cost, unit = exact_integers(np.where(opened[groups], sign * problem.costs[groups], 0.0))
+    rows = [row.upper() for row in problem.rows]
+    core = Core(
+        cost,
+        unit,
+        tuple(usage[groups] for usage, _ in rows),
+        tuple(limit - int(usage[fixed, choice[fixed]].sum()) for usage, limit in rows),
+        opened[groups],
+        sign * exact_sum(problem.costs[fixed, choice[fixed]]) / unit,
+    )
+    return core, groups
+
+
+def exact_sum(values: FloatMatrix) -> Fraction:
+    """The sum of floats without rounding.
+
+    >>> exact_sum(np.array([1e16, 1.0, -1e16]))
+    Fraction(1, 1)
+    """
+    if not values.size:
+        return Fraction(0)
+    mantissas, exponents = np.frexp(values)
+    whole = (mantissas * 2.0**53).astype(np.int64)
+    lowest = int(exponents.min())
+    high = np.bincount(exponents - lowest, weights=whole >> 27)
+    low = np.bincount(exponents - lowest, weights=whole & (2**27 - 1))
+    pairs = enumerate(zip(high.tolist(), low.tolist(), strict=True))
+    total = sum(((int(top) << 27) + int(bottom)) << shift for shift, (top, bottom) in pairs)
+    return total * Fraction(2) ** (lowest - 53)
 
 
 def exact_integers(values: FloatMatrix) -> tuple[NDArray[Any], Fraction]:
@@ -129,13 +171,13 @@ def drop_dominated(core: Core) -> None:
 
 def least_open(values: IntMatrix, opened: Mask) -> NDArray[Any]:
     """The smallest open value per group."""
-    least: NDArray[Any] = np.where(opened, values, values.max() + 1).min(axis=1)
+    least: NDArray[Any] = np.where(opened, values, values.max(initial=0) + 1).min(axis=1)
     return least
 
 
 def most_open(values: IntMatrix, opened: Mask) -> NDArray[Any]:
     """The largest open value per group."""
-    most: NDArray[Any] = np.where(opened, values, values.min() - 1).max(axis=1)
+    most: NDArray[Any] = np.where(opened, values, values.min(initial=0) - 1).max(axis=1)
     return most
 
 

@@ -1,9 +1,11 @@
-"""Single changes and pair swaps around a choice, and which of them keep the limits."""
+"""Single changes, pair swaps and three-way moves around a choice, and which of them keep the limits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,13 @@ from numpy.typing import NDArray
 
 from search.problem import Choice, IntMatrix, Problem
 
+SWAP_CELLS = 300
+"""At most so many single changes are paired."""
+TRIPLE_CELLS = 48
+"""At most so many single changes are taken three at a time."""
+
 Step = tuple[int, ...]
-"""Indices into Moves: one for a single change, two for a swap."""
+"""Indices into Moves: one for a single change, two for a swap, three for a three-way move."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +64,14 @@ class Moves:
         fits &= group[:, None] != group[None, :]
         return fits
 
+    def triples(self, cells: NDArray[np.int64], slack: Sequence[int]) -> NDArray[np.int64]:
+        """Shape (n, 3): the positions in `cells` of three groups' changes that keep every limit together."""
+        found = _threes(len(cells))
+        one, two, three = self.group[cells][found].T
+        usage = [rows[cells][found].sum(axis=1) for rows in self.usage]
+        fits = _fits(usage, slack, (len(found),)) & (one != two) & (one != three) & (two != three)
+        return np.asarray(found[fits])
+
 
 def room_of(problem: Problem) -> Room:
     """The limits of a problem, all as "at most"; those that cannot bind are left out."""
@@ -84,8 +99,48 @@ def promising(delta: NDArray[np.float64], most: int) -> NDArray[np.int64]:
     return np.concatenate([gains[: most // 2], losses[: most // 2]])
 
 
+def worthwhile(moves: Moves, delta: NDArray[np.float64], most: int) -> NDArray[np.int64]:
+    """At most `most` changes to combine, in the order of what they add at the price of the room they use.
+
+    Half of them use room and half free it. The price lies between the largest gain for a change's room and
+    the smallest loss for it, so that the changes of a good trade come first.
+    """
+    if len(delta) <= most:
+        return np.arange(len(delta))
+    room = np.zeros(len(delta))
+    for change in moves.usage:
+        floats = change.astype(np.float64)
+        room += floats / (np.abs(floats).mean() or 1.0)
+    gains, losses = -delta[(room > 0) & (delta < 0)], delta[(room < 0) & (delta > 0)]
+    best = float((gains / room[(room > 0) & (delta < 0)]).max(initial=0.0))
+    least = float((losses / -room[(room < 0) & (delta > 0)]).min(initial=np.inf))
+    price = best if np.isinf(least) else (best + least) / 2
+    order = np.argsort(delta + price * room, kind="stable")
+    uses, frees = order[room[order] > 0], order[room[order] <= 0]
+    taken = max(most // 2, most - len(frees))
+    return np.concatenate([uses[:taken], frees[: most - min(taken, len(uses))]])
+
+
+def random_swap(room: Room, choice: Choice, random: np.random.Generator) -> Choice | None:
+    """One random pair of changes away within the limits, None where no pair fits."""
+    moves = moves_from(room, choice)
+    cells = random.permutation(len(moves.group))[:SWAP_CELLS]
+    first, second = np.nonzero(moves.pairs_fit(cells, room.slack(choice)))
+    if not len(first):
+        return None
+    pick = int(random.integers(len(first)))
+    return moves.apply((int(cells[first[pick]]), int(cells[second[pick]])))
+
+
 def _fits(usage: list[NDArray[Any]], slack: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     fits = np.ones(shape, dtype=bool)
     for change, left in zip(usage, slack, strict=True):
         fits &= np.asarray(change <= left, dtype=bool)
     return fits
+
+
+@lru_cache(maxsize=8)
+def _threes(count: int) -> NDArray[np.int64]:
+    found = np.array(list(combinations(range(count), 3)), dtype=np.int64).reshape(-1, 3)
+    found.setflags(write=False)
+    return found

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from search.compile import Compiled, CompileError
 from search.moves import Moves
 from search.problem import Problem
+from sensitivity.gram import positive_factor
 
 Floats = NDArray[np.float64]
 
@@ -30,9 +31,13 @@ class PairwiseModel:
     def value(self, choice: Sequence[int]) -> float:
         """The predicted value of a choice."""
         rows = np.arange(len(choice))
-        picked = self.factor[rows, list(choice)]
+        return float(self.linear[rows, list(choice)].sum()) + self.interaction(choice)
+
+    def interaction(self, choice: Sequence[int]) -> float:
+        """What the pairs of a choice add to its value."""
+        picked = self.factor[np.arange(len(choice)), list(choice)]
         total = picked.sum(axis=0)
-        return float(self.linear[rows, list(choice)].sum() + total @ total - (picked**2).sum())
+        return float(total @ total - (picked**2).sum())
 
     def singles(self, moves: Moves) -> Floats:
         """Shape (changes,): how much each single change would add to the value."""
@@ -91,6 +96,4 @@ def factor_of(gram: Floats, layers: int, schemes: int) -> Floats:
     size = layers * schemes
     if gram.shape != (size, size):
         raise CompileError(f"The gram matrix must have shape ({size}, {size}). Got {gram.shape}.")
-    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
-    kept = values > values.max(initial=0.0) * 1e-14
-    return np.asarray((vectors[:, kept] * np.sqrt(values[kept])).reshape(layers, schemes, -1))
+    return positive_factor(gram).reshape(layers, schemes, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fractions import Fraction
 from types import MappingProxyType
@@ -21,6 +21,7 @@ IntMatrix = NDArray[Any]
 
 SMALLEST_OBJECTIVE = 1e-12
 DEFAULT_GAP = 1e-9
+SAFE_TOTAL = 2**61
 
 
 class ProblemError(ValueError):
@@ -50,9 +51,15 @@ class Row:
     limit: int
     unit: Fraction = Fraction(1)
 
+    def __post_init__(self) -> None:
+        largest = max(abs(int(self.usage.max(initial=0))), abs(int(self.usage.min(initial=0))))
+        safe = largest * max(1, len(self.usage)) < SAFE_TOTAL
+        object.__setattr__(self, "usage", self.usage.astype(np.int64 if safe else object, copy=False))
+        self.usage.setflags(write=False)
+
     def total(self, choice: Sequence[int]) -> int:
         """Usage of a choice, exact."""
-        return sum(int(self.usage[group, scheme]) for group, scheme in enumerate(choice))
+        return exact_total(self.usage, choice)
 
     def holds(self, choice: Sequence[int]) -> bool:
         """Whether a choice keeps the limit, decided on integers."""
@@ -80,32 +87,41 @@ class Problem:
     def __post_init__(self) -> None:
         if self.costs.ndim != 2 or not self.costs.size:
             raise ProblemError(f"Costs must have shape (groups, schemes), not empty. Got {self.costs.shape}.")
-        if np.isinf(self.costs).any():
-            raise ProblemError("Costs must be finite or NaN (not offered). Got infinity.")
+        object.__setattr__(self, "groups", self.groups or tuple(map(str, range(self.costs.shape[0]))))
+        object.__setattr__(self, "schemes", self.schemes or tuple(map(str, range(self.costs.shape[1]))))
+        self._refuse_infinity()
         for row in self.rows:
             if row.usage.shape != self.costs.shape:
                 raise ProblemError(
                     f"Usage of {row.resource} must have the shape of the costs, {self.costs.shape}. "
                     f"Got {row.usage.shape}."
                 )
-            row.usage.setflags(write=False)
         self.costs.setflags(write=False)
-        object.__setattr__(self, "groups", self.groups or tuple(map(str, range(self.costs.shape[0]))))
-        object.__setattr__(self, "schemes", self.schemes or tuple(map(str, range(self.costs.shape[1]))))
+
+    def _refuse_infinity(self) -> None:
+        for group, scheme in np.argwhere(np.isinf(self.costs))[:1]:
+            raise ProblemError(
+                f"Costs must be finite or NaN (not offered). Got {self.costs[group, scheme]} for "
+                f"{self.groups[group]} x {self.schemes[scheme]}. Measure it again or do not offer it."
+            )
 
     @property
     def offered(self) -> NDArray[np.bool_]:
         """Shape (groups, schemes)."""
         return ~np.isnan(self.costs)
 
+    def under(self, rows: tuple[Row, ...]) -> Problem:
+        """The same costs under other rows."""
+        return replace(self, rows=rows)
+
     def objective(self, choice: Sequence[int]) -> float:
         """Summed cost of a choice, correctly rounded."""
-        return math.fsum(float(self.costs[group, scheme]) for group, scheme in enumerate(choice))
+        return math.fsum(self.costs[np.arange(len(choice)), list(choice)].tolist())
 
     def feasible(self, choice: Sequence[int]) -> bool:
         """Whether a choice is offered and keeps every limit, decided on integers."""
-        offered = all(not math.isnan(self.costs[group, scheme]) for group, scheme in enumerate(choice))
-        return offered and all(row.holds(choice) for row in self.rows)
+        offered = not np.isnan(self.costs[np.arange(len(choice)), list(choice)]).any()
+        return bool(offered) and all(row.holds(choice) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -113,8 +129,9 @@ class Solution:
     """An answer and what is proven about it.
 
     `bound`: no choice is better than this. `gap`: see `relative_gap`. `least_budget` (infeasible only): per
-    limited resource the value its limit would need, see `search.solve.least_budget`. `seconds` is the solve
-    alone; `log` tells what the solver did.
+    limited resource the value its limit would need, see `search.solve.least_budget`. `prices`: what each
+    limit costs, see `search.prices.shadow_prices`; empty unless asked for. `seconds` is the solve alone;
+    `method` names what decided, `why` says why that one did, `log` tells all that the solver did.
     """
 
     status: Status
@@ -125,11 +142,23 @@ class Solution:
     seconds: float = 0.0
     solver: str = ""
     least_budget: Mapping[str, Fraction] = field(default_factory=dict)
+    prices: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    method: str = ""
+    why: str = ""
     log: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "least_budget", MappingProxyType(dict(self.least_budget)))
+        object.__setattr__(self, "prices", MappingProxyType(dict(self.prices)))
+
+
+def named_rows(problem: Problem) -> dict[str, Row]:
+    """The limits by what they limit; the second one of a resource as `resource>=` (or `resource<=`)."""
+    named: dict[str, Row] = {}
+    for row in problem.rows:
+        named[row.resource if row.resource not in named else f"{row.resource}{row.relation}"] = row
+    return named
 
 
 def relative_gap(objective: float, bound: float, direction: str = "min") -> float:
@@ -145,7 +174,12 @@ def relative_gap(objective: float, bound: float, direction: str = "min") -> floa
 def integer_matrix(rows: Sequence[Sequence[int]]) -> IntMatrix:
     """Integers as an array: int64 where sums over all groups are safe, Python integers otherwise."""
     largest = sum(max((abs(value) for value in row), default=0) for row in rows)
-    return np.array(rows, dtype=np.int64 if largest < 2**61 else object)
+    return np.array(rows, dtype=np.int64 if largest < SAFE_TOTAL else object)
+
+
+def exact_total(usage: IntMatrix, choice: Sequence[int]) -> int:
+    """Summed usage (groups, schemes) of a choice, exact."""
+    return int(usage[np.arange(len(choice)), list(choice)].sum())
 
 
 def answered(

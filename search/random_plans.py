@@ -1,4 +1,4 @@
-"""Random plans that fill the budget: the control that every method is compared with."""
+"""Plans that fill the budget, anywhere or near one of them: what score models are judged on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.deadline import Deadline
-from search.moves import Room, moves_from, room_of
+from search.moves import Room, moves_from, random_swap, room_of
 from search.polish import repair
 from search.problem import Choice, Problem
 from search.solve import solve
 
 TRIES_PER_PLAN = 20
+SWAPS = 3
 
 
 def random_plans(problem: Problem, count: int, *, seed: int = 0) -> tuple[Choice, ...]:
@@ -32,6 +33,24 @@ def random_plans(problem: Problem, count: int, *, seed: int = 0) -> tuple[Choice
         if start is None:
             return ()
         plans[_filled(problem, room, start, random)] = None
+    return tuple(plans)
+
+
+def near_plans(problem: Problem, start: Choice, count: int, *, seed: int = 0) -> tuple[Choice, ...]:
+    """Up to `count` different feasible choices, `start` not among them, one to three random swaps of two
+    groups away from it and filled up as `random_plans` are. The same seed gives the same plans.
+    """
+    room, random = room_of(problem), np.random.default_rng(seed)
+    plans: dict[Choice, None] = {}
+    for _ in range(count * TRIES_PER_PLAN):
+        if len(plans) == count:
+            break
+        plan = start
+        for _ in range(int(random.integers(1, SWAPS + 1))):
+            plan = random_swap(room, plan, random) or plan
+        plan = _filled(problem, room, plan, random)
+        if plan != start:
+            plans[plan] = None
     return tuple(plans)
 
 

@@ -1,43 +1,78 @@
 """Measured search: keep the best measured candidate, then improve it by moves that are measured too.
 
 One-layer scores are not additive, so the last word has the measured quality of whole plans on the choosing
-part of the calibration data. A move (a single change into free room, or a swap of two groups) is proposed
-by a predicted model and counts only if it is measured better.
+part of the calibration data. Every round corrects the score model by all that was measured
+(search/correction.py), solves the budget again with it, and proposes the plan it finds and the moves around
+the best plan (a single change into free room, a swap of two groups, a three-way move) that it predicts to be
+best. A plan counts only if it is measured clearly better, and not worse on either half of the choosing part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.compile import Assignment, Compiled, CompileError
-from search.moves import Moves, Room, Step, moves_from, promising, room_of
+from search.correction import corrected
+from search.moves import SWAP_CELLS, TRIPLE_CELLS, Moves, Room, Step, moves_from, room_of, worthwhile
 from search.pairwise import PairwiseModel, additive_model
 from search.problem import Choice
+from search.solvers.quadratic import solve_quadratic
 
-SWAP_CELLS = 300
 LONGEST_LIST = 2000
+RESTARTS = 4
+PATIENCE = 16
+"""So many measured plans in a row that do not count end the search."""
+LEARNING = 8
+"""So many moves are measured before predictions are believed that none is worth it."""
+HOPE = 3.0
+"""After that, those whose predicted loss is at most so many times the error of predictions."""
+CLEAR = 1.5
+"""A plan counts that is better by so many standard errors: among dozens, some look better by chance."""
+CORRECTED = "corrected model"
+LOCAL = "local search"
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The measured quality of one plan, smaller is better: mean, its standard error, every sample."""
+    """The measured quality of one plan, smaller is better: mean, its standard error, every sample.
+
+    `halves` are the means of two halves of the samples, the same two for every plan; () where there are none.
+    """
 
     mean: float
     stderr: float
     per_sample: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    halves: tuple[float, ...] = ()
+
+    def counts_against(self, other: Measured) -> bool:
+        """Whether it is clearly better than the other one, by CLEAR standard errors of the difference over
+        paired samples (where there are such), and on neither half worse.
+        """
+        hurts = any(mine > theirs for mine, theirs in zip(self.halves, other.halves, strict=False))
+        return not hurts and other.mean - self.mean > CLEAR * self._error_of_difference(other)
+
+    def _error_of_difference(self, other: Measured) -> float:
+        if len(self.per_sample) != len(other.per_sample) or len(self.per_sample) < 2:
+            return 0.0
+        difference = self.per_sample - other.per_sample
+        return float(difference.std(ddof=1) / len(difference) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan to consider and where it comes from, such as "additive output_kl" or "uniform w4"."""
+    """A plan to consider and where it comes from, such as "additive output_kl" or "uniform w4".
+
+    A `rival` is what a plan must be better than: it wins by any measured difference, others only clearly.
+    """
 
     source: str
     assignment: Mapping[str, str]
+    rival: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +88,7 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """The best measured plan. `source` is the candidate it came from, or "local search"."""
+    """The best measured plan. `source` is the candidate it came from, "corrected model" or "local search"."""
 
     assignment: Assignment
     source: str
@@ -72,29 +107,28 @@ def refine(
     predicted: PairwiseModel | None = None,
     evaluations: int = 40,
     batch: int = 4,
+    patience: int = PATIENCE,
 ) -> Refined:
-    """The best of the candidates, improved by up to `evaluations` measured moves.
+    """The best of the candidates, improved by up to `evaluations` measured plans.
 
-    Every candidate must keep all limits, ties and pins. Moves are measured `batch` at a time, in the order
-    of the `predicted` model (the additive one by default), so the result does not depend on how many
-    workers measure. It is never measured worse than any candidate. Raises CompileError without candidates
-    or for one that is not allowed.
+    Every candidate must keep all limits, ties and pins. Plans are measured `batch` at a time, in the order
+    of the `predicted` model (the additive one by default) as the measurements correct it, so the result does
+    not depend on how many workers measure. It is never measured worse than the first candidate or a rival.
+    Ends early when `patience` plans in a row did not count, or when no move is predicted to be worth it.
+    Raises CompileError without candidates or for one that is not allowed.
 
     `measure` gets layer -> scheme mappings and returns one Measured for each, in their order.
     """
-    model = predicted or additive_model(compiled.problem)
-    search = MeasuredSearch(compiled, measure, model)
+    search = MeasuredSearch(compiled, measure, predicted or additive_model(compiled.problem))
     search.begin(candidates)
-    left = evaluations
-    while left > 0:
-        proposed = search.proposals()
-        improved = False
-        while left > 0 and not improved:
-            tried = list(islice(proposed, min(batch, left)))
-            if not tried:
-                return search.result()
-            left -= len(tried)
-            improved = search.take([("local search", choice) for choice in tried])
+    left, fruitless = evaluations, 0
+    while left > 0 and fruitless < patience:
+        search.correct()
+        tried = list(islice(search.proposals(), min(batch, left)))
+        if not tried:
+            break
+        left -= len(tried)
+        fruitless = 0 if search.take(tried) else fruitless + len(tried)
     return search.result()
 
 
@@ -104,10 +138,10 @@ class MeasuredSearch:
     def __init__(self, compiled: Compiled, measure: Measure, model: PairwiseModel) -> None:
         self._compiled = compiled
         self._measure = measure
-        self._model = model
+        self._prior = self._model = model
         self._room = room_of(compiled.problem)
-        self._seen: set[Choice] = set()
-        self._trace: list[Evaluation] = []
+        self._choices: dict[Choice, Evaluation] = {}
+        self._errors: list[float] = []
         self._best: tuple[Choice, Evaluation] | None = None
 
     @property
@@ -118,12 +152,20 @@ class MeasuredSearch:
     @property
     def measured(self) -> list[tuple[Choice, float]]:
         """Every measured choice with its mean, in the order of measuring."""
-        return [(self._compiled.choice(step.assignment), step.measured.mean) for step in self._trace]
+        return [(choice, step.measured.mean) for choice, step in self._choices.items()]
 
     def begin(self, candidates: Sequence[Candidate]) -> None:
-        """Measures the candidates. Raises CompileError without any, or for one that is not allowed."""
-        self.take([(candidate.source, self.checked(candidate)) for candidate in candidates])
-        self._current()
+        """Measures the candidates. The first one counts, then the best of those that are clearly better, then
+        the best rival if it is better at all. Raises CompileError without any or for one that breaks a limit.
+        """
+        named = [(candidate.source, self.checked(candidate)) for candidate in candidates]
+        rivals = {choice for (_, choice), one in zip(named, candidates, strict=True) if one.rival}
+        models = [choice for _, choice in named if choice not in rivals]
+        self._record(named)
+        self._accept([named[0][1]] if named else [], lambda measured: True)
+        _, first = self._current()
+        self._accept(models, lambda measured: measured.counts_against(first.measured))
+        self._accept([choice for choice in self._choices if choice in rivals], lambda measured: True)
 
     def checked(self, candidate: Candidate) -> Choice:
         """The choice of a candidate. Raises CompileError for one that breaks a limit, tie or pin."""
@@ -135,50 +177,75 @@ class MeasuredSearch:
         return choice
 
     def take(self, plans: Sequence[tuple[str, Choice]]) -> bool:
-        """Measures the plans that are new; true if one of them is the best so far."""
-        fresh = {choice: source for source, choice in reversed(plans) if choice not in self._seen}
-        ordered = [
-            (fresh[choice], choice)
-            for choice in dict.fromkeys(choice for _, choice in plans)
-            if choice in fresh
-        ]
-        assignments = [self._compiled.assignment(choice) for _, choice in ordered]
-        measured = list(self._measure(assignments)) if assignments else []
-        if len(measured) != len(assignments):
-            raise CompileError(f"Measuring must give {len(assignments)} results. Got {len(measured)}.")
-        winner = self._winner([result.mean for result in measured])
-        for i, ((source, choice), assignment, result) in enumerate(
-            zip(ordered, assignments, measured, strict=True)
-        ):
-            self._seen.add(choice)
-            step = Evaluation(source, assignment, self._model.value(choice), result, i == winner)
-            self._trace.append(step)
-            if i == winner:
-                self._best = (choice, step)
-        return winner is not None
+        """Measures the plans that are new; true if one of them counts: it is clearly better than the best so
+        far, and not worse on either half of the samples.
+        """
+        _, best = self._current()
+        fresh = self._record(plans)
+        return self._accept(fresh, lambda measured: measured.counts_against(best.measured))
 
-    def proposals(self) -> Iterator[Choice]:
-        """Unmeasured neighbors of the best plan, the predicted best first."""
+    def correct(self) -> None:
+        """Correct the score model by everything that was measured."""
+        self._model = corrected(self._prior, self.measured)
+
+    def proposals(self) -> Iterator[tuple[str, Choice]]:
+        """Plans that were not measured and that the model, once corrected, thinks worth it, each with its
+        source: the plan it likes best of all, then neighbors of the best plan, the predicted best first.
+        """
         choice, _ = self._current()
-        moves = moves_from(self._room, choice)
-        for step in _ranked(self._room, moves, self._model):
+        again = solve_quadratic(self._compiled.problem, self._model, [choice], restarts=RESTARTS).choice
+        if again not in self._choices:
+            yield CORRECTED, again
+        moves, hope = moves_from(self._room, choice), self._hope()
+        for step, gain in _ranked(self._room, moves, self._model):
             neighbor = moves.apply(step)
-            if neighbor not in self._seen:
-                yield neighbor
+            if gain > hope:
+                return
+            if neighbor not in self._choices and neighbor != again:
+                yield LOCAL, neighbor
 
     def result(self) -> Refined:
         """The best measured plan with everything that was measured."""
         _, best = self._current()
-        return Refined(best.assignment, best.source, best.measured, tuple(self._trace))
+        return Refined(best.assignment, best.source, best.measured, tuple(self._choices.values()))
 
-    def _winner(self, means: Sequence[float]) -> int | None:
-        if not means or not np.isfinite(means).all():
-            if means:
-                raise CompileError("Measured quality must be finite. Got NaN or infinity.")
-            return None
-        lowest = int(np.argmin(means))
-        better = self._best is None or means[lowest] < self._best[1].measured.mean
-        return lowest if better else None
+    def _record(self, plans: Sequence[tuple[str, Choice]]) -> list[Choice]:
+        """Measures the plans that are new."""
+        fresh: dict[Choice, str] = {}
+        for source, choice in plans:
+            if choice not in self._choices:
+                fresh.setdefault(choice, source)
+        assignments = [self._compiled.assignment(choice) for choice in fresh]
+        found = list(self._measure(assignments)) if assignments else []
+        if len(found) != len(assignments):
+            raise CompileError(f"Measuring must give {len(assignments)} results. Got {len(found)}.")
+        if not all(np.isfinite(result.mean) for result in found):
+            raise CompileError("Measured quality must be finite. Got NaN or infinity.")
+        for (choice, source), plan, result in zip(fresh.items(), assignments, found, strict=True):
+            predicted = self._model.value(choice)
+            self._choices[choice] = Evaluation(source, plan, predicted, result, accepted=False)
+            if source == LOCAL:
+                self._errors.append(predicted - result.mean)
+        return list(fresh)
+
+    def _accept(self, choices: Sequence[Choice], counts: Callable[[Measured], bool]) -> bool:
+        """Makes the best of these plans that counts the best so far, if it is better; true if so."""
+        bound = np.inf if self._best is None else self._best[1].measured.mean
+        means = {choice: self._choices[choice].measured.mean for choice in choices}
+        better = [c for c, mean in means.items() if mean < bound and counts(self._choices[c].measured)]
+        if not better:
+            return False
+        choice = min(better, key=lambda one: means[one])
+        step = replace(self._choices[choice], accepted=True)
+        self._choices[choice] = step
+        self._best = (choice, step)
+        return True
+
+    def _hope(self) -> float:
+        """Moves that are predicted to lose more than this are not measured."""
+        if len(self._errors) < LEARNING:
+            return np.inf
+        return HOPE * float(np.sqrt(np.mean(np.square(self._errors))))
 
     def _current(self) -> tuple[Choice, Evaluation]:
         if self._best is None:
@@ -186,21 +253,58 @@ class MeasuredSearch:
         return self._best
 
 
-def _ranked(room: Room, moves: Moves, model: PairwiseModel) -> list[Step]:
-    """Steps that keep the limits and use the room: predicted gains, single upgrades and swaps, best first."""
+def _ranked(room: Room, moves: Moves, model: PairwiseModel) -> list[tuple[Step, float]]:
+    """Steps that keep the limits and use the room, with their predicted gains, best first: single upgrades,
+    swaps and three-way moves.
+    """
     slack = room.slack(moves.choice)
     singles = model.singles(moves)
+    parts = [
+        _singles(moves, singles, slack),
+        _pairs(moves, model, singles, slack),
+        _triples(moves, model, singles, slack),
+    ]
+    steps = [step for found, _ in parts for step in found]
+    gains = np.concatenate([gains for _, gains in parts])
+    return [(steps[i], float(gains[i])) for i in np.argsort(gains, kind="stable")[:LONGEST_LIST].tolist()]
+
+
+Ranked = tuple[list[Step], NDArray[np.float64]]
+
+
+def _singles(moves: Moves, singles: NDArray[np.float64], slack: Sequence[int]) -> Ranked:
     grows = np.zeros(len(singles), dtype=bool)
     for change in moves.usage:
         grows |= np.asarray(change > 0, dtype=bool)
-    single = np.flatnonzero(moves.singles_fit(slack) & (grows | (singles < 0)))
-    cells = promising(singles, SWAP_CELLS)
-    pairs = model.pairs(moves, cells, singles)
+    kept = np.flatnonzero(moves.singles_fit(slack) & (grows | (singles < 0)))
+    return [(int(i),) for i in kept], singles[kept]
+
+
+def _pairs(moves: Moves, model: PairwiseModel, singles: NDArray[np.float64], slack: Sequence[int]) -> Ranked:
+    cells = worthwhile(moves, singles, SWAP_CELLS)
+    gains = model.pairs(moves, cells, singles)
     first, second = np.nonzero(np.triu(moves.pairs_fit(cells, slack) & _trades(moves, cells)))
-    steps: list[Step] = [(int(i),) for i in single]
-    steps += [(int(cells[i]), int(cells[j])) for i, j in zip(first, second, strict=True)]
-    gains = np.concatenate([singles[single], pairs[first, second]])
-    return [steps[int(i)] for i in np.argsort(gains, kind="stable")[:LONGEST_LIST]]
+    steps: list[Step] = [(int(cells[i]), int(cells[j])) for i, j in zip(first, second, strict=True)]
+    return steps, gains[first, second]
+
+
+def _triples(
+    moves: Moves, model: PairwiseModel, singles: NDArray[np.float64], slack: Sequence[int]
+) -> Ranked:
+    """Three-way moves with a trade in them (one change pays for two, or two for one) that are predicted to
+    gain: there are too many of them to learn from the others.
+    """
+    cells = worthwhile(moves, singles, TRIPLE_CELLS)
+    found, single = moves.triples(cells, slack), singles[cells]
+    one, two, three = found.T
+    trades = _trades(moves, cells)
+    found = found[trades[one, two] | trades[one, three] | trades[two, three]]
+    one, two, three = found.T
+    pairs = model.pairs(moves, cells, singles)
+    gains = pairs[one, two] + pairs[one, three] + pairs[two, three] - single[found].sum(axis=1)
+    best = np.argsort(gains, kind="stable")[: min(LONGEST_LIST, int((gains < 0).sum()))]
+    steps: list[Step] = [tuple(row) for row in cells[found[best]].tolist()]
+    return steps, gains[best]
 
 
 def _trades(moves: Moves, cells: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -10,37 +10,58 @@ from fractions import Fraction
 
 import numpy as np
 
-from search.catalog import AUTO, SOLVERS
+from search.catalog import AUTO, SOLVERS, Solve
 from search.core import Core, core_of
 from search.deadline import Deadline
-from search.problem import DEFAULT_GAP, Problem, ProblemError, Row, Solution, Status
+from search.prices import shadow_prices
+from search.problem import DEFAULT_GAP, Problem, ProblemError, Row, Solution, Status, named_rows
 from search.solvers.lagrangian import minimize
 
 LEAST_BUDGET_SECONDS = 20.0
 
 
 def solve(
-    problem: Problem, *, solver: str = "auto", gap: float = DEFAULT_GAP, time_limit: float | None = None
+    problem: Problem,
+    *,
+    solver: str = "auto",
+    gap: float = DEFAULT_GAP,
+    time_limit: float | None = None,
+    prices: bool = False,
 ) -> Solution:
     """Solves a problem to a relative gap.
 
     `optimal` means gap <= `gap`, proven. `infeasible` is proven too and brings the least budgets. At the
     time limit (seconds) the best known choice comes back as `feasible` with its gap, or `unknown` without a
-    choice. Raises ProblemError for an unknown solver, a negative gap or time limit.
+    choice. With `prices` it brings the limits' shadow prices too. Raises ProblemError for an unknown solver,
+    a negative gap or time limit.
 
     >>> import numpy as np
     >>> solve(Problem(np.array([[3.0, 1.0], [2.0, 0.5]]))).objective
     1.5
     """
-    _check(solver, gap, time_limit)
+    if solver != "auto" and solver not in SOLVERS:
+        raise ProblemError(f"The solver must be one of auto, {', '.join(SOLVERS)}. Got {solver!r}.")
+    name = AUTO if solver == "auto" else solver
+    solution = certified(problem, name, SOLVERS[name].solve, gap, time_limit)
+    if prices and solution.choice is not None:
+        return replace(solution, prices=shadow_prices(problem))
+    return solution
+
+
+def certified(problem: Problem, solver: str, run: Solve, gap: float, time_limit: float | None) -> Solution:
+    """What `run` finds, checked against every limit; where nothing fits, with what would.
+
+    Raises ProblemError for a negative gap or time limit.
+    """
+    check(gap, time_limit)
     started = time.perf_counter()
-    solution = SOLVERS[AUTO if solver == "auto" else solver].solve(problem, gap, Deadline.after(time_limit))
+    solution = run(problem, gap, Deadline.after(time_limit))
     seconds = time.perf_counter() - started
     if solution.choice is not None and not problem.feasible(solution.choice):
         raise RuntimeError(f"The {solver} solver must return a feasible choice. Got {solution.choice}.")
     if solution.status is Status.INFEASIBLE:
         solution = replace(solution, least_budget=least_budget(problem, time_limit), reason=_reason(problem))
-    return replace(solution, seconds=seconds, solver=AUTO if solver == "auto" else solver)
+    return replace(solution, seconds=seconds, solver=solver)
 
 
 def least_budget(problem: Problem, time_limit: float | None = None) -> Mapping[str, Fraction]:
@@ -55,11 +76,7 @@ def least_budget(problem: Problem, time_limit: float | None = None) -> Mapping[s
         return {}
     seconds = min(LEAST_BUDGET_SECONDS, math.inf if time_limit is None else max(1.0, time_limit))
     deadline = Deadline.after(seconds)
-    needed: dict[str, Fraction] = {}
-    for row in problem.rows:
-        key = row.resource if row.resource not in needed else f"{row.resource}{row.relation}"
-        needed[key] = _least(problem, row, deadline) * row.unit
-    return needed
+    return {name: _least(problem, row, deadline) * row.unit for name, row in named_rows(problem).items()}
 
 
 def _least(problem: Problem, row: Row, deadline: Deadline) -> int:
@@ -90,9 +107,8 @@ def _reason(problem: Problem) -> str:
     return "the limits cannot hold together: " + ", ".join(row.resource for row in problem.rows)
 
 
-def _check(solver: str, gap: float, time_limit: float | None) -> None:
-    if solver != "auto" and solver not in SOLVERS:
-        raise ProblemError(f"The solver must be one of auto, {', '.join(SOLVERS)}. Got {solver!r}.")
+def check(gap: float, time_limit: float | None) -> None:
+    """Raises ProblemError for a negative gap or time limit."""
     if not (gap >= 0 and math.isfinite(gap)):
         raise ProblemError(f"The gap must be a number of 0 or more. Got {gap}.")
     if time_limit is not None and not (time_limit > 0):

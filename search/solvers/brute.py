@@ -12,6 +12,7 @@ from search.outcome import Outcome, solution_of
 from search.problem import Choice, Problem, ProblemError, Solution
 
 MOST_CHOICES = 5_000_000
+METHOD = "enumeration"
 
 
 def solve_brute(problem: Problem, gap: float, deadline: Deadline) -> Solution:
@@ -39,11 +40,13 @@ def enumerate_core(core: Core, deadline: Deadline) -> Outcome:
                 best, best_cost = prefix, cost
             continue
         if deadline.passed():
-            return Outcome(best)
+            return Outcome(best, method=METHOD, why="time limit: not every choice was tried")
         group = len(prefix)
         for scheme in reversed(cells[group]):
             grown = tuple(
                 total + int(rows[group, scheme]) for total, rows in zip(used, core.usage, strict=True)
             )
             stack.append(((*prefix, scheme), cost + core.cost[group, scheme], grown))
-    return Outcome(best, proven=best is not None, infeasible=best is None)
+    return Outcome(
+        best, proven=best is not None, infeasible=best is None, method=METHOD, why="every choice was tried"
+    )

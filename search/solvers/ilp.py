@@ -16,7 +16,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from search.problem import Choice
 RANGE = 1e6
 MARGIN = 1e-5
 MOST_CUTS = 40
+WHY = "the bound left choices open"
 
 
 class BackendMissingError(ValueError):
@@ -53,12 +54,12 @@ Backend = Callable[[Any, Deadline], Raw]
 
 def solve_ilp_highs(core: Core, bound: Lagrangian, incumbent: Choice | None, deadline: Deadline) -> Outcome:
     """Finishes a core with HiGHS."""
-    return finish_with(run_highs, core, bound, incumbent, deadline)
+    return replace(finish_with(run_highs, core, bound, incumbent, deadline), method="ilp highs", why=WHY)
 
 
 def solve_ilp_cbc(core: Core, bound: Lagrangian, incumbent: Choice | None, deadline: Deadline) -> Outcome:
     """Finishes a core with CBC. Raises BackendMissingError where PuLP finds none."""
-    return finish_with(run_cbc, core, bound, incumbent, deadline)
+    return replace(finish_with(run_cbc, core, bound, incumbent, deadline), method="ilp cbc", why=WHY)
 
 
 def finish_with(

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.deadline import Deadline
-from search.moves import Moves, Room, Step, moves_from, promising, room_of
+from search.moves import SWAP_CELLS, Moves, Room, Step, moves_from, promising, random_swap, room_of
 from search.pairwise import Floats, PairwiseModel
 from search.problem import Choice, Problem, ProblemError
 
-SWAP_CELLS = 300
 STEPS = 1000
 KICKS = 4
 GAIN = 1e-12
@@ -88,14 +87,10 @@ def _best_pair(model: PairwiseModel, moves: Moves, singles: Floats, slack: Seque
 def _kicked(room: Room, choice: Choice, random: np.random.Generator) -> Choice:
     """A few random feasible swaps away."""
     for _ in range(KICKS):
-        moves = moves_from(room, choice)
-        slack = room.slack(choice)
-        cells = random.permutation(len(moves.group))[:SWAP_CELLS]
-        first, second = np.nonzero(moves.pairs_fit(cells, slack))
-        if not len(first):
+        swapped = random_swap(room, choice, random)
+        if swapped is None:
             return choice
-        pick = int(random.integers(len(first)))
-        choice = moves.apply((int(cells[first[pick]]), int(cells[second[pick]])))
+        choice = swapped
     return choice
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -70,6 +72,27 @@ def test_a_part_of_the_range_lies_between_the_extremes_ties_and_pins_allow(table
 def test_a_uniform_scheme_stands_for_its_total(table: Build, text: str, total: int) -> None:
     [row] = compile_problem(table(VALUES, {"bytes": BYTES}), limits=[parse_limit(text)]).problem.rows
     assert row.limit * row.unit == total
+
+
+def test_a_uniform_scheme_leaves_caches_as_they_are(table: Build) -> None:
+    """l0 and l1 are weights with w2 and w3, l2 is a cache with w4 (kept) and w8."""
+    values = [[0.2, 0.1, None, None], [0.2, 0.1, None, None], [None, None, 0.0, 0.3]]
+    sizes = [[2, 3, None, None], [2, 3, None, None], [None, None, 0, 0]]
+    memory = [[2, 3, None, None], [2, 3, None, None], [None, None, 16, 8]]
+    cache = [[0, 0, None, None], [0, 0, None, None], [None, None, 16, 8]]
+    built = table(values, {"bytes": sizes, "memory_bytes": memory, "cache_bytes": cache})
+    kept = (*built.layers[:2], replace(built.layers[2], parameters=0, kept=built.schemes[2]))
+    built = replace(built, layers=kept)
+    first, last = built.schemes[1], built.schemes[3]
+    for text, total in [
+        (f"bytes<=uniform {first}", 6),
+        (f"memory_bytes<=uniform {first}", 22),
+        (f"cache_bytes<=uniform {last}", 8),
+    ]:
+        [row] = compile_problem(built, limits=[parse_limit(text)]).problem.rows
+        assert row.limit * row.unit == total, text
+    with pytest.raises(CompileError, match=f"Got {last}, which l0 does not offer"):
+        compile_problem(built, limits=[parse_limit(f"memory_bytes<=uniform {last}")])
 
 
 def test_a_uniform_scheme_must_exist_everywhere(table: Build) -> None:
@@ -148,3 +171,36 @@ def test_totals_are_integers_where_they_can_be() -> None:
     assert exact_number(Fraction(6, 2)) == 3
     assert isinstance(exact_number(Fraction(6, 2)), int)
     assert exact_number(Fraction(5, 2)) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("bytes<=6", 6), ("3 bpw", 6), ("bytes<=50% of range", 10), ("uniform w3", 8), ("bytes>=12", -12)],
+)
+def test_a_limit_may_be_about_some_layers_alone(table: Build, text: str, share: int) -> None:
+    """Against every choice: the first two layers keep their own limit, all three the common one."""
+    inside = frozenset({"l0", "l1"})
+    scoped = [replace(limit, scope="few", layers=inside) for limit in parse_limits([text])]
+    limits = [*parse_limits(["bytes<=18"]), *scoped]
+    compiled = compile_problem(table(VALUES, {"bytes": BYTES}), limits=limits)
+    allowed = [
+        sum(VALUES[layer][c] for layer, c in enumerate(choice))
+        for choice in itertools.product(range(3), repeat=3)
+        if sum(BYTES[layer][c] for layer, c in enumerate(choice)) <= 18
+        and _keeps(sum(BYTES[layer][choice[layer]] for layer in (0, 1)), share)
+    ]
+    solution = solve(compiled.problem)
+    assert solution.objective == pytest.approx(min(allowed))
+    assert {row.resource.partition("[")[2] for row in compiled.problem.rows} == {"", "few]"}
+
+
+def _keeps(used: int, share: int) -> bool:
+    return used <= share if share > 0 else used >= -share
+
+
+def test_a_scoped_limit_that_nothing_keeps_is_named(table: Build) -> None:
+    scoped = replace(parse_limit("bytes<=1"), scope="l0", layers=frozenset({"l0"}))
+    compiled = compile_problem(table(VALUES, {"bytes": BYTES}), limits=[scoped])
+    solution = solve(compiled.problem)
+    assert solution.status is Status.INFEASIBLE
+    assert solution.least_budget == {"bytes[l0]": 2}

@@ -9,7 +9,7 @@ import pytest
 
 from search.budget import BudgetError, parse_limits
 from search.compile import Compiled, compile_problem
-from search.frontier import frontier
+from search.frontier import between, frontier
 from sensitivity.table import ScoreTable
 
 Build = Callable[..., ScoreTable]
@@ -86,5 +86,69 @@ def test_bits_per_weight_scales_bytes(table: Build) -> None:
 
 def test_nothing_where_nothing_fits(table: Build) -> None:
     assert frontier(_compiled(table, 0, ["latency_ns<=1"]), "bytes") == ()
-    with pytest.raises(BudgetError, match="resource of the table"):
+    with pytest.raises(BudgetError, match="of the table"):
         frontier(_compiled(table, 0, []), "watts")
+
+
+def _every_point(compiled: Compiled, latency: int | None) -> dict[int, float]:
+    """Total -> objective of every plan that no other beats in both, by enumeration."""
+    sign = 1 if compiled.problem.direction == "min" else -1
+    best: dict[int, float] = {}
+    for choice in product(range(3), repeat=len(compiled.groups)):
+        totals = compiled.resources(compiled.assignment(choice))
+        if latency is None or totals["latency_ns"] <= latency:
+            used, cost = int(totals["bytes"]), sign * compiled.problem.objective(choice)
+            best[used] = min(cost, best.get(used, np.inf))
+    kept: dict[int, float] = {}
+    for used, cost in sorted(best.items()):
+        if not kept or cost < min(kept.values()):
+            kept[used] = cost
+    return {used: sign * cost for used, cost in kept.items()}
+
+
+@pytest.mark.parametrize(("latency", "direction"), [(None, "min"), (110, "min"), (None, "max")])
+def test_between_two_totals_every_plan_is_there_and_proven(
+    table: Build, latency: int | None, direction: str
+) -> None:
+    limits = [] if latency is None else [f"latency_ns<={latency}"]
+    compiled = _compiled(table, 3, limits, layers=4, direction=direction)
+    every = _every_point(compiled, latency)
+    low, high = sorted(every)[1], sorted(every)[-2]
+    found = between(compiled, "bytes", Fraction(low), Fraction(high))
+    assert found.rest is None
+    assert {int(p.used): p.objective for p in found.points} == pytest.approx(
+        {used: value for used, value in every.items() if low <= used <= high}
+    )
+    assert {(point.gap, point.price) for point in found.points} == {(0.0, None)}
+    upper = between(compiled, "bytes", Fraction(low), Fraction(high), most=2)
+    assert upper.points == found.points[-2:]
+    assert upper.rest is not None
+    lower = between(compiled, "bytes", *upper.rest)
+    assert lower.points + upper.points == found.points
+    assert between(compiled, "bytes", Fraction(low), Fraction(low, 2)).points == ()
+
+
+def test_of_equal_plans_between_totals_the_smaller_stays(table: Build) -> None:
+    compiled = compile_problem(
+        table([[1.0, 0.5, 0.5], [0.25, 0.25, 0.125]], {"bytes": [[1, 2, 3], [1, 2, 4]]})
+    )
+    found = between(compiled, "bytes", Fraction(1), Fraction(9))
+    assert [(int(p.used), p.objective) for p in found.points] == [(2, 1.25), (3, 0.75), (6, 0.625)]
+    inside = between(compiled, "bytes", Fraction(4), Fraction(5))
+    assert (inside.points, inside.rest) == ((), None)
+
+
+@pytest.mark.parametrize("latency", [None, 110])
+@pytest.mark.parametrize("direction", ["min", "max"])
+def test_the_certificate_of_a_supported_plan_holds(table: Build, direction: str, latency: int | None) -> None:
+    limits = [] if latency is None else [f"latency_ns<={latency}"]
+    compiled = _compiled(table, 1, limits, layers=4, direction=direction)
+    every = _every_point(compiled, latency)
+    sign = 1 if direction == "min" else -1
+    for point in frontier(compiled, "bytes"):
+        least = min(sign * value for used, value in every.items() if used <= point.used)
+        assert sign * point.bound <= least + 1e-12
+        assert point.gap <= 1e-9
+        if point.price is not None:
+            priced = {used: sign * value + point.price * used for used, value in every.items()}
+            assert priced[int(point.used)] <= min(priced.values()) + 1e-9

@@ -35,11 +35,20 @@ def test_integers_beyond_64_bits_stay_exact() -> None:
     assert integer_matrix([[1, 2]]).dtype == np.int64
 
 
+def test_64_bits_that_sums_could_pass_become_exact() -> None:
+    usage = np.full((4, 1), 2**61)
+    row = Row("x", "<=", usage, 2**63)
+    assert row.total((0, 0, 0, 0)) == 2**63
+    assert row.holds((0, 0, 0, 0))
+
+
 def test_arrays_must_fit_together() -> None:
     with pytest.raises(ProblemError, match="shape"):
         Problem(np.zeros((2, 2)), (Row("x", "<=", np.zeros((1, 2), dtype=np.int64), 1),))
     with pytest.raises(ProblemError, match="finite or NaN"):
         Problem(np.array([[np.inf]]))
+    with pytest.raises(ProblemError, match=r"Got -inf for up x w4\. Measure it again"):
+        Problem(np.array([[0.0, 1.0], [np.nan, -np.inf]]), groups=("q", "up"), schemes=("w2", "w4"))
     with pytest.raises(ProblemError, match="not empty"):
         Problem(np.zeros((0, 3)))
 

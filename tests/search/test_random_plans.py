@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from search.problem import Problem, Row
-from search.random_plans import random_plans
+from search.random_plans import SWAPS, near_plans, random_plans
+from search.solve import solve
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -44,3 +45,28 @@ def test_both_sides_of_a_band_hold(knapsack: Callable[..., Problem]) -> None:
     plans = random_plans(band, 5)
     assert plans
     assert all(band.feasible(plan) for plan in plans)
+
+
+def test_near_plans_are_feasible_full_and_few_changes_away(knapsack: Callable[..., Problem]) -> None:
+    problem = knapsack(40, 4)
+    start = solve(problem).choice
+    assert start is not None
+    plans = near_plans(problem, start, 20, seed=1)
+    assert len(set(plans)) == 20
+    assert start not in plans
+    changes = [sum(a != b for a, b in zip(plan, start, strict=True)) for plan in plans]
+    usage, limit = problem.rows[0].usage, problem.rows[0].limit
+    for plan in plans:
+        left = limit - sum(int(usage[g, c]) for g, c in enumerate(plan))
+        assert left >= 0
+        assert not any(
+            0 < usage[g, c] - usage[g, plan[g]] <= left for g in range(len(plan)) for c in range(4)
+        )
+    away = [sum(a != b for a, b in zip(plan, start, strict=True)) for plan in random_plans(problem, 20)]
+    assert np.mean(changes) < 2 * SWAPS + 3 < np.mean(away)
+    assert near_plans(problem, start, 5, seed=2) == near_plans(problem, start, 5, seed=2)
+
+
+def test_no_plan_is_near_the_only_one() -> None:
+    problem = Problem(np.zeros((2, 2)), (Row("x", "<=", np.array([[1, 2], [1, 2]]), 2),))
+    assert near_plans(problem, (0, 0), 5) == ()

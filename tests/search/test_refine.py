@@ -62,19 +62,112 @@ def _uniform(compiled: Compiled) -> Candidate:
 
 
 def test_measuring_improves_on_the_additive_plan(compiled: Callable[..., Compiled]) -> None:
-    lost, left = 0.0, 0.0
+    lost, left, known = 0.0, 0.0, 0.0
     for seed in range(6):
         problem = compiled(7, seed)
         truth = Truth(problem, seed)
         candidates = [_additive(problem), _uniform(problem)]
         refined = refine(problem, candidates, truth, evaluations=40)
-        choices = [c for c in product(range(3), repeat=7) if problem.problem.feasible(c)]
-        best = min(truth.model.value(choice) for choice in choices)
+        screened = refine(
+            problem, candidates, truth, predicted=pairwise_model(problem, truth.factor, 0.4), evaluations=12
+        )
+        best = _optimum(truth, problem)
         start = min(truth.model.value(problem.choice(candidate.assignment)) for candidate in candidates)
         assert best - 1e-9 <= refined.measured.mean <= start
         lost, left = lost + start / best - 1, left + refined.measured.mean / best - 1
-    assert lost > 0.05
-    assert left < 0.3 * lost
+        known += screened.measured.mean / best - 1
+    assert lost > 0.5
+    assert left < 0.1 * lost
+    assert known < 1e-9
+
+
+def _optimum(truth: Truth, compiled: Compiled) -> float:
+    groups, schemes = compiled.problem.costs.shape
+    choices = [c for c in product(range(schemes), repeat=groups) if compiled.problem.feasible(c)]
+    return min(truth.model.value(choice) for choice in choices)
+
+
+def test_what_hurts_a_half_of_the_samples_does_not_count(compiled: Callable[..., Compiled]) -> None:
+    problem = compiled(7, 0)
+    start = _additive(problem)
+
+    def measure(plans: Sequence[Assignment]) -> list[Measured]:
+        """Every plan but the candidate looks much better on one half, and a little worse on the other."""
+        halves = [(0.0, 0.0) if plan == start.assignment else (0.01, -1.0) for plan in plans]
+        return [Measured(sum(pair) / 2, 0.01, halves=pair) for pair in halves]
+
+    refined = refine(problem, [start], measure, evaluations=8)
+    assert len(refined.trace) == 9
+    assert refined.assignment == start.assignment
+    assert min(step.measured.mean for step in refined.trace) < refined.measured.mean
+
+
+@pytest.mark.parametrize(
+    ("gain", "rival", "counts"),
+    [(0.1, False, False), (0.1, True, True), (0.9, False, True), (-0.1, True, False)],
+)
+def test_models_win_clearly_and_rivals_by_any_difference(
+    compiled: Callable[..., Compiled], gain: float, rival: bool, counts: bool
+) -> None:
+    problem = compiled(7, 0)
+    first, other = _additive(problem), Candidate("other", _uniform(problem).assignment, rival)
+    spread = np.tile([2.0, 2.0, -2.0, -2.0], 4) * np.sqrt(15 / 16)
+
+    def measure(plans: Sequence[Assignment]) -> list[Measured]:
+        rows = [np.ones(16) if plan == first.assignment else 1.0 - gain + spread for plan in plans]
+        return [Measured(float(values.mean()), 0.1, values) for values in rows]
+
+    refined = refine(problem, [first, other], measure, evaluations=0)
+    assert refined.source == ("other" if counts else "additive loss")
+    assert [step.accepted for step in refined.trace] == [True, counts]
+
+
+@pytest.mark.parametrize(("gain", "counts"), [(0.1, False), (0.9, True)])
+def test_what_is_better_by_chance_does_not_count(
+    compiled: Callable[..., Compiled], gain: float, counts: bool
+) -> None:
+    """The standard error of the paired difference is 2 / sqrt(16), so 1.5 of them are 0.75."""
+    problem = compiled(7, 0)
+    start = _additive(problem)
+    spread = np.tile([2.0, 2.0, -2.0, -2.0], 4) * np.sqrt(15 / 16)
+
+    def measure(plans: Sequence[Assignment]) -> list[Measured]:
+        found = []
+        for plan in plans:
+            values = np.ones(16) if plan == start.assignment else 1.0 - gain + spread
+            halves = (float(values[::2].mean()), float(values[1::2].mean()))
+            found.append(Measured(float(values.mean()), 0.1, values, halves))
+        return found
+
+    refined = refine(problem, [start], measure, evaluations=4)
+    assert (refined.assignment != start.assignment) == counts
+
+
+def test_it_ends_early_when_nothing_counts(compiled: Callable[..., Compiled]) -> None:
+    problem = compiled(9, 0)
+    start = _additive(problem)
+
+    def measure(plans: Sequence[Assignment]) -> list[Measured]:
+        return [Measured(float(plan != start.assignment), 0.1) for plan in plans]
+
+    assert len(refine(problem, [start], measure, evaluations=500, patience=8).trace) == 1 + 8
+    assert len(refine(problem, [start], measure, evaluations=500).trace) <= 1 + 16
+
+
+def test_three_way_moves_are_found(table: Build) -> None:
+    """Only w3 in both l1 and l2, paid for by l0, is better: no swap of two leads there."""
+    values = [[0.11, 0.1, 0.1], [0.2, 0.1, 0.1], [0.2, 0.1, 0.1]]
+    built = table(values, {"bytes": [[4, 4, 8], [4, 6, 9], [4, 6, 9]]})
+    problem = compile_problem(built, limits=parse_limits(["bytes<=16"]))
+    start = Candidate("start", {"l0": "w4", "l1": "w2", "l2": "w2"})
+    truth = {(0, 1, 1): 0.5}
+
+    def measure(plans: Sequence[Assignment]) -> list[Measured]:
+        worse = [1.0 + 0.1 * (plan != start.assignment) for plan in plans]
+        return [Measured(truth.get(problem.choice(p), w), 0.1) for p, w in zip(plans, worse, strict=True)]
+
+    found = refine(problem, [start], measure, evaluations=20)
+    assert found.assignment == {"l0": "w2", "l1": "w3", "l2": "w3"}
 
 
 def test_even_a_blind_model_never_makes_it_worse(compiled: Callable[..., Compiled]) -> None:
@@ -93,7 +186,7 @@ def test_the_trace_tells_every_evaluation_in_order(compiled: Callable[..., Compi
     refined = refine(problem, [_uniform(problem), _additive(problem)], truth, evaluations=12, batch=5)
     assert [step.assignment for step in refined.trace] == truth.measured
     assert [step.source for step in refined.trace[:2]] == ["uniform w3", "additive loss"]
-    assert {step.source for step in refined.trace[2:]} == {"local search"}
+    assert {step.source for step in refined.trace[2:]} == {"corrected model", "local search"}
     assert len(refined.trace) == 14
     accepted = [step.measured.mean for step in refined.trace if step.accepted]
     assert accepted == sorted(accepted, reverse=True)

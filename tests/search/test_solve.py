@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -7,15 +10,26 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from search.backends import pulp
 from search.problem import Problem, ProblemError, Row, Status
 from search.solve import least_budget, solve
 
-CASES = 600
+CASES = 300
+MANY = 5000
 
 
 def test_random_problems_of_every_kind_equal_brute_force(random_case: Callable[[int], Problem]) -> None:
+    _agree(random_case, range(CASES))
+
+
+@pytest.mark.slow
+def test_thousands_of_random_problems_equal_brute_force(random_case: Callable[[int], Problem]) -> None:
+    _agree(random_case, range(CASES, MANY))
+
+
+def _agree(random_case: Callable[[int], Problem], seeds: range) -> None:
     statuses = set()
-    for seed in range(CASES):
+    for seed in seeds:
         problem = random_case(seed)
         truth, found = solve(problem, solver="brute"), solve(problem)
         assert found.status == truth.status, seed
@@ -36,6 +50,63 @@ def test_labels_and_highs_agree_on_larger_problems(
     first, second = solve(problem), solve(problem, solver="highs")
     assert first.status == second.status == Status.OPTIMAL
     assert first.objective == pytest.approx(second.objective, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_plain_program_agrees(knapsack: Callable[..., Problem], rows: int, seed: int) -> None:
+    problem = knapsack(40, 6, rows, seed=seed)
+    assert solve(problem).objective == pytest.approx(_plain_program(problem), rel=1e-9)
+
+
+def _plain_program(problem: Problem) -> float:
+    """The least objective by PuLP and HiGHS: a binary per cell, no presolve of ours."""
+    program = pulp.LpProblem("plain", pulp.LpMinimize)
+    cells = [
+        [program.add_variable(f"x_{g}_{c}", 0, 1, "Integer") for c in range(len(row))]
+        for g, row in enumerate(problem.costs)
+    ]
+    pairs = [(cell, g, c) for g, row in enumerate(cells) for c, cell in enumerate(row)]
+    program += pulp.lpSum([float(problem.costs[g, c]) * cell for cell, g, c in pairs])
+    for row in cells:
+        program += pulp.lpSum(row) == 1
+    for limit in problem.rows:
+        program += pulp.lpSum([float(limit.usage[g, c]) * cell for cell, g, c in pairs]) <= float(limit.limit)
+    program.solve(pulp.HiGHS(msg=False, gapRel=0.0, threads=1))
+    choice = tuple(max(range(len(row)), key=lambda c: float(row[c].value() or 0)) for row in cells)
+    assert problem.feasible(choice)
+    return problem.objective(choice)
+
+
+ANSWERS = """
+import numpy as np
+from search.backends import pulp
+from search.problem import Problem, Row
+from search.solve import solve
+for seed in range(6):
+    random = np.random.default_rng(seed)
+    usages = [np.sort(random.integers(1, 50, (60, 5)), axis=1) for _ in range(2)]
+    rows = tuple(Row(f"r{k}", "<=", usage, int(usage.mean() * 55)) for k, usage in enumerate(usages))
+    found = solve(Problem(np.round(random.random((60, 5)), 1 + seed % 3), rows))
+    print(found.choice, found.bound, found.method)
+"""
+
+
+@pytest.mark.slow
+def test_every_process_gives_the_same_answers() -> None:
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", ANSWERS],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "4711")
+    }
+    assert len(printed) == 1
+    assert printed.pop().count("(") == 6
 
 
 def test_a_gap_of_zero_is_proven(knapsack: Callable[..., Problem]) -> None:
@@ -101,8 +172,9 @@ def test_least_budget_falls_back_to_each_resource_alone() -> None:
     assert "limit on a, b" in solve(problem).reason
 
 
-def test_a_group_without_schemes_is_infeasible_and_named() -> None:
-    solution = solve(Problem(np.array([[1.0], [np.nan]]), (), groups=("q+k", "o")))
+@pytest.mark.parametrize("rows", [(), (Row("a", "<=", np.array([[1], [0]]), 5),)])
+def test_a_group_without_schemes_is_infeasible_and_named(rows: tuple[Row, ...]) -> None:
+    solution = solve(Problem(np.array([[1.0], [np.nan]]), rows, groups=("q+k", "o")))
     assert solution.status is Status.INFEASIBLE
     assert "no scheme is left for o" in solution.reason
     assert dict(solution.least_budget) == {}
@@ -141,3 +213,48 @@ def test_misuse_is_refused() -> None:
             solve(problem, time_limit=seconds)
     with pytest.raises(ProblemError, match="at most 5000000 choices"):
         solve(Problem(np.zeros((40, 2))), solver="brute")
+
+
+def test_the_solution_says_what_decided_and_why(knapsack: Callable[..., Problem]) -> None:
+    free = solve(Problem(np.array([[3.0, 1.0]])))
+    assert (free.method, free.why) == ("dual", "a choice met on the way is within the gap of its bound")
+    usage = np.array([[1, 3]])
+    refused = solve(Problem(np.zeros((1, 2)), (Row("x", "<=", usage, 0),)))
+    assert (refused.method, refused.why) == ("presolve", "one limit alone cannot be met")
+    listed = solve(knapsack(40, 6, 2))
+    assert listed.method == "labels"
+    assert "groups stayed open" in listed.why
+    assert solve(knapsack(40, 6, 2), solver="highs").method == "ilp highs"
+    assert solve(knapsack(3, 2), solver="brute").method == "enumeration"
+    late = solve(knapsack(2000, 12, 2), time_limit=1e-6)
+    assert late.method == "heuristic"
+    assert late.why.startswith("time limit")
+
+
+def test_equal_layers_with_nearly_equal_scores_are_decided() -> None:
+    random = np.random.default_rng(0)
+    kind = np.arange(96) % 3
+    bits = np.array([2, 3, 4, 8])
+    size = np.array([[4096], [8192], [20480]])
+    costs = (size * 4.0**-bits)[kind] * (1 + 1e-9 * random.normal(size=(96, 4)))
+    usage = (size * bits // 8)[kind]
+    limit = int(0.6 * usage.min(axis=1).sum() + 0.4 * usage.max(axis=1).sum())
+    problem = Problem(costs, (Row("bytes", "<=", usage, limit),))
+    found = solve(problem)
+    assert found.status is Status.OPTIMAL
+    assert found.objective == pytest.approx(_by_bytes(costs, usage, limit), rel=1e-12)
+
+
+def _by_bytes(costs: np.ndarray, usage: np.ndarray, limit: int) -> float:
+    """The best total cost by dynamic programming over exact bytes, one layer after the other."""
+    unit = int(np.gcd.reduce(usage.ravel()))
+    room = limit // unit
+    best = np.full(room + 1, np.inf)
+    best[0] = 0.0
+    for row, used in zip(costs, usage // unit, strict=True):
+        grown = np.full(room + 1, np.inf)
+        for cost, step in zip(row.tolist(), used.tolist(), strict=True):
+            if step <= room:
+                grown[step:] = np.minimum(grown[step:], best[: room + 1 - step] + cost)
+        best = grown
+    return float(best.min())

@@ -1,0 +1,1 @@
+"""What plans are solved for: one objective, one file."""
