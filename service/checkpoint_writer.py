@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ class CheckpointWriter:
             archive(out, folder / RESULT)
         else:
             os.replace(out, folder / RESULT)
-        provenance = asdict(written.provenance)
+        provenance = written.provenance.as_json()
         size = (folder / RESULT).stat().st_size
         return UnitResult(facts={"layout": layout.as_json(), "provenance": provenance, "bytes": size})
 

@@ -66,16 +66,52 @@ class Client:
             )
         return upload(self.transport, "calibration", (local_file(path),), on_bytes)
 
+    def make_calibration(
+        self,
+        model: str | Path,
+        method: str,
+        *,
+        samples: int = 192,
+        sequence_length: int = 512,
+        shape: Sequence[int] = (),
+        seed: int = 0,
+        on_bytes: OnBytes | None = None,
+    ) -> JobHandle:
+        """Have the server make calibration data from a model alone; `model` is a folder or an id.
+
+        The ended job's `resource["summary"]["calibration"]` is the id to submit with. `method` is one of
+        GET /v1/calibration-methods, `shape` channels, height and width of images.
+        """
+        model_id = self._input(model, "model_", self.upload_model, on_bytes)
+        body = {
+            "method": method,
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "shape": list(shape),
+            "seed": seed,
+        }
+        return JobHandle(self.transport, self.transport.post(f"/v1/models/{model_id}/calibrations", body))
+
     def submit(
         self,
         model: str | Path,
         calibration: str | Path,
-        budgets: Sequence[str],
+        budgets: Sequence[str] = (),
         *,
+        targets: Sequence[str] = (),
         schemes: Sequence[str] | str | None = None,
+        kv_cache: Sequence[str] | str = (),
         metrics: Sequence[str] = ("output_kl",),
+        refine_metric: str | None = None,
+        time_budget_seconds: float | None = None,
         interactions: bool = True,
         corrections: Sequence[str] = (),
+        role_metrics: Mapping[str, str] | None = None,
+        roles: Mapping[str, str] | None = None,
+        role_limits: Mapping[str, str] | None = None,
+        ratios: Sequence[float] | None = None,
+        protect: Sequence[str] = (),
+        contexts: Mapping[str, Any] | None = None,
         task: str = "auto",
         limits: Sequence[str] = (),
         pins: Mapping[str, str] | None = None,
@@ -89,10 +125,12 @@ class Client:
         relative_error: float = 0.1,
         max_probes: int = 128,
         batch_size: int = 8,
+        memory_limit: str | None = None,
         evaluations: int = 40,
         chooser: str = "local_search",
         time_limit_seconds: float = 60.0,
         gap: float = 1e-9,
+        objective: str = "sum",
         runtime: str | None = None,
         latency: str | Mapping[str, Mapping[str, float]] | None = None,
         energy: str | Mapping[str, Mapping[str, float]] | None = None,
@@ -112,10 +150,20 @@ class Client:
             "model": self._input(model, "model_", self.upload_model, on_bytes),
             "calibration": self._input(calibration, "cal_", self.upload_calibration, on_bytes),
             "budgets": list(budgets),
+            "targets": list(targets),
             **({} if schemes is None else {"schemes": _listed(schemes)}),
+            "kv_cache": _listed(kv_cache),
             "metrics": list(metrics),
+            "refine_metric": refine_metric,
+            "time_budget_seconds": time_budget_seconds,
             "interactions": interactions,
             "corrections": list(corrections),
+            "role_metrics": dict(role_metrics or {}),
+            "roles": dict(roles or {}),
+            "role_limits": dict(role_limits or {}),
+            **({} if ratios is None else {"ratios": list(ratios)}),
+            "protect": list(protect),
+            "contexts": None if contexts is None else dict(contexts),
             "task": task,
             "limits": list(limits),
             "pins": dict(pins or {}),
@@ -129,10 +177,12 @@ class Client:
             "relative_error": relative_error,
             "max_probes": max_probes,
             "batch_size": batch_size,
+            "memory_limit": memory_limit,
             "evaluations": evaluations,
             "chooser": chooser,
             "time_limit_seconds": time_limit_seconds,
             "gap": gap,
+            "objective": objective,
             "runtime": runtime,
             "latency": latency,
             "latency_ns": latency_ns,

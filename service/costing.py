@@ -10,6 +10,7 @@ from quant.costs import CostError, Grid, Latency, latency_from_mapping
 from quant.deployment import Deployment, deployment_resources
 from quant.devices import DEVICES, Device, read_device
 from quant.geometry import Geometry, geometry_from_json
+from quant.kv_cache import Caches
 from quant.latency import Timing, cases, device_energy, measured_latency, roofline_latency
 from quant.layers import Inventory
 from quant.schemes import Scheme
@@ -85,6 +86,11 @@ def cost_request(*requests: Mapping[str, Any]) -> CostRequest:
     )
 
 
+def without_costs(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request without the members that decide the costs."""
+    return {name: value for name, value in request.items() if name not in MEMBERS}
+
+
 @dataclass(frozen=True)
 class Costs:
     """Tables and resources beside bytes and BOPs. `sources` says where each came from, for answers."""
@@ -101,26 +107,34 @@ def costs_of(
     schemes: Sequence[Scheme],
     geometry: Geometry | None,
     timings: Timings | None,
+    caches: Caches | None = None,
 ) -> Costs:
-    """Every table that a request asks for. Raises CostError, DeviceError, LatencyMissing (no timings)."""
+    """Every table that a request asks for; where `caches` are decided, those of a deployment, if need be the
+    default one. Raises CostError, DeviceError, LatencyMissing (no timings).
+    """
     latency, latency_source = _latency(request, inventory, schemes, timings, geometry)
     energy, energy_source = _energy(request, inventory, schemes, geometry)
     grids: Mapping[str, Grid] = {}
-    if request.deployment is not None:
-        grids = deployment_resources(inventory, schemes, request.deployment, geometry)
+    if request.deployment is not None or caches is not None:
+        deployment = request.deployment or Deployment()
+        grids = deployment_resources(inventory, schemes, deployment, geometry, caches)
     sources = {"latency": latency_source, "energy": energy_source}
     return Costs(latency, energy, grids, {name: value for name, value in sources.items() if value})
 
 
 def unmeasured(
-    request: CostRequest, inventory: Inventory, schemes: Sequence[Scheme], geometry: Geometry | None
+    request: CostRequest,
+    inventory: Inventory,
+    schemes: Sequence[Scheme],
+    geometry: Geometry | None,
+    caches: Caches | None = None,
 ) -> Costs:
     """The same with zeros for latencies that are still to be measured: for checks of what limits name."""
     if not request.is_measured:
-        return costs_of(request, inventory, schemes, geometry, None)
+        return costs_of(request, inventory, schemes, geometry, None, caches)
     wanted = cases(inventory.layers, schemes, request.batch, geometry)
     zeros = Timings("", {case.key: Timing(0, 0, 0) for case in wanted})
-    return costs_of(request, inventory, schemes, geometry, zeros)
+    return costs_of(request, inventory, schemes, geometry, zeros, caches)
 
 
 def geometry_in(facts: Mapping[str, Any]) -> Geometry | None:

@@ -24,12 +24,11 @@ from service.records import CalibrationRecord, JobRecord, ModelRecord
 from service.runner.catalog import load_handlers
 from service.runner.loop import Runner
 from service.settings import Settings
-from service.states import TERMINAL, InputState, JobKind, JobState
+from service.states import PENDING, InputState, JobKind
 from service.store.blobs import BlobStore
-from service.wire import JobRequest
+from service.wire import CorrelationJob, LocalJobRequest
 
 OnJob = Callable[[Mapping[str, Any]], None]
-UNFINISHED = frozenset(state for state in JobState if state not in TERMINAL)
 
 
 class Local:
@@ -81,19 +80,22 @@ class Local:
 
     def request(
         self, model: ModelRecord, calibration: CalibrationRecord, parameters: Mapping[str, Any]
-    ) -> JobRequest:
-        """A search of these inputs. Raises pydantic's ValidationError, a ValueError."""
-        return JobRequest.model_validate({"model": model.id, "calibration": calibration.id, **parameters})
+    ) -> LocalJobRequest:
+        """A search of these inputs; `user_metric`, if given, names a function of the caller's own.
 
-    def run(self, request: JobRequest, on_job: OnJob | None = None) -> JobRecord:
+        Raises pydantic's ValidationError, a ValueError.
+        """
+        return LocalJobRequest.model_validate(
+            {"model": model.id, "calibration": calibration.id, **parameters}
+        )
+
+    def run(self, request: LocalJobRequest, on_job: OnJob | None = None) -> JobRecord:
         """Run the search in this process to its end; one that was interrupted goes on where it stopped."""
-        job = self._job(request.model_dump(mode="json"))
+        return self._run(JobKind.SEARCH, request.model_dump(mode="json"), on_job)
 
-        def tell(_: object) -> None:
-            if on_job is not None:
-                on_job(self.job(job.id))
-
-        return self._runner.run_job(job.id, tell)
+    def correlate(self, asked: CorrelationJob, on_job: OnJob | None = None) -> JobRecord:
+        """As `run` for correlations; the record's summary is the answer."""
+        return self._run(JobKind.CORRELATE, asked.model_dump(mode="json"), on_job)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """The job's resource, as the API shows it."""
@@ -108,13 +110,20 @@ class Local:
         with self.database.read() as session:
             return [Plan.of(record).model_dump(mode="json") for record in plans.list_job(session, job_id)]
 
-    def _job(self, request: Mapping[str, Any]) -> JobRecord:
-        """The unfinished job of this request, or a new one."""
+    def _run(self, kind: JobKind, request: Mapping[str, Any], on_job: OnJob | None) -> JobRecord:
+        job = self._job(kind, request)
+
+        def tell(_: object) -> None:
+            if on_job is not None:
+                on_job(self.job(job.id))
+
+        return self._runner.run_job(job.id, tell)
+
+    def _job(self, kind: JobKind, request: Mapping[str, Any]) -> JobRecord:
+        """The job of this request that waits or runs, or a new one."""
         with self.database.write() as session:
-            known = jobs.find_by_request(session, digest(request), UNFINISHED)
-            return known or jobs.create(
-                session, kind=JobKind.SEARCH, request=request, request_digest=digest(request)
-            )
+            known = jobs.find_by_request(session, digest(request), PENDING)
+            return known or jobs.create(session, kind=kind, request=request, request_digest=digest(request))
 
 
 def local_settings(data_dir: Path | None = None) -> Settings:

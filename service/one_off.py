@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,16 @@ def measure(
 
 
 def run_units(
-    settings: Settings, spec: SessionSpec, units: Sequence[Unit], session_factory: str | None = None
+    settings: Settings,
+    spec: SessionSpec,
+    units: Sequence[Unit],
+    session_factory: str | None = None,
+    on_done: Callable[[int], None] = lambda done: None,
 ) -> list[UnitResult]:
-    """The results of a few units, in their order. Raises ServiceError for the first that has none."""
+    """The results of a few units, in their order; `on_done` is told how many there are after each.
+
+    Raises ServiceError for the first unit that has none.
+    """
     with tempfile.TemporaryDirectory(prefix="bitplan-", ignore_cleanup_errors=True) as folder:
         log = Path(folder)
         executor = make_executor(
@@ -56,9 +63,13 @@ def run_units(
             outcomes: dict[str, Outcome] = {}
             while len(outcomes) < len({unit.key for unit in units}):
                 outcomes |= {outcome.key: outcome for outcome in executor.wait(WAIT_SECONDS)}
+                on_done(len(outcomes))
+                if any(outcome.failure is not None for outcome in outcomes.values()):
+                    break
         finally:
             executor.close(0)
-    return [_result(outcomes[unit.key], unit) for unit in units]
+    failed = [unit for unit in units if unit.key in outcomes and outcomes[unit.key].failure is not None]
+    return [_result(outcomes[unit.key], unit) for unit in failed or units]
 
 
 def _result(outcome: Outcome, unit: Unit) -> UnitResult:

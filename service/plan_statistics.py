@@ -49,5 +49,5 @@ def from_calibration(plan: Plan, spec: SessionSpec) -> FromCalibration:
     from sensitivity.session import Session
 
     session = Session(spec)
-    corrected = session.corrections.tensors(plan.assignment.items(), plan.corrections or ())
+    corrected = session.corrections.tensors(plan.weights.items(), plan.corrections or ())
     return FromCalibration(session.inputs, corrected)

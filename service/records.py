@@ -163,18 +163,6 @@ class UnitRecord:
 
 
 @dataclass(frozen=True)
-class MeasurementRecord:
-    """A whole assignment that was measured on one part of the data; an empty one is full precision."""
-
-    score_set: str
-    key: str
-    part: str
-    assignment: tuple[tuple[str, str], ...]
-    facts: Json
-    artifact: str | None
-
-
-@dataclass(frozen=True)
 class FaultRecord:
     """A repeated unit that gave another result than the one that was kept."""
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from search.budget import parse_bytes
+
 
 def default_data_dir() -> Path:
     """Where blobs, logs and the SQLite file live unless told otherwise."""
@@ -24,7 +26,8 @@ class Settings(BaseSettings):
     """What an operator may choose.
 
     ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
-    `model_folders` is an allow-list, separated like PATH. The lease must outlive at least two heartbeats.
+    `model_folders` is an allow-list, separated like PATH. `memory_limit` ("2 GiB") holds for each worker that
+    measures (searches, correlations, evidence, evaluation). The lease must outlive at least two heartbeats.
     """
 
     model_config = SettingsConfigDict(
@@ -44,6 +47,7 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(default=10.0, ge=0)
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
+    memory_limit: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("data_dir")
@@ -55,6 +59,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _amount(cls, value: str) -> str:
+        if value:
+            parse_bytes(value)
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

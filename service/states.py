@@ -22,6 +22,7 @@ class Stage(StrEnum):
     """What a running job is doing."""
 
     LOADING = "loading"
+    GENERATING = "generating"
     SCORING = "scoring"
     SOLVING = "solving"
     MEASURING = "measuring"
@@ -35,6 +36,8 @@ class JobKind(StrEnum):
     VERIFY_MODEL = "verify_model"
     MEASURE_PLAN = "measure_plan"
     WRITE_CHECKPOINT = "write_checkpoint"
+    MAKE_CALIBRATION = "make_calibration"
+    CORRELATE = "correlate"
 
 
 class UploadState(StrEnum):
@@ -54,6 +57,9 @@ class InputState(StrEnum):
 
 
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+
+PENDING = frozenset({JobState.QUEUED, JobState.RUNNING})
+"""States of jobs that may still succeed."""
 
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLING, JobState.EXPIRED}),

@@ -1,137 +1,84 @@
-"""What requests may say. Unknown members, NaN and infinity are refused; every bound is written here once."""
+"""What requests may say. Unknown members, NaN and infinity are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from itertools import pairwise
+from math import prod
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from quant.catalog import CHECKPOINTS, CORRECTIONS
-from quant.devices import DeviceError, read_device
+from quant.catalog import CORRECTIONS
 from quant.geometry import CACHE_BITS
+from quant.kv_cache import FULL, FULL_TYPES, cache_scheme, is_cache
 from quant.runtimes import RUNTIMES, default_menu
-from quant.schemes import parse_scheme
-from search.budget import BudgetError, parse_budget, parse_limits
+from search.budget import parse_limits
 from search.choosers import CHOOSERS
-from sensitivity.catalog import SCORERS, TASKS, unseen_activations
-
-LARGEST_SEED = 2**53 - 1
-MOST_BUDGETS, MOST_SCHEMES, MOST_PATTERNS, MOST_FILES = 64, 64, 1000, 10_000
-
-WILDCARDS = frozenset("*?")
-
-_T = TypeVar("_T")
-
-
-def _problem(slug: str, message: str) -> PydanticCustomError:
-    """A fault with its own slug; pydantic's own kinds have no dash in their names."""
-    return PydanticCustomError(slug, "{message}", {"message": message})
-
-
-def _scheme(text: str) -> str:
-    try:
-        return parse_scheme(text).name
-    except ValueError as error:
-        raise _problem("unknown-scheme", str(error)) from None
-
-
-def _budget(text: str) -> str:
-    try:
-        parse_budget(text)
-    except BudgetError as error:
-        raise _problem("invalid-budget", str(error)) from None
-    return text.strip()
-
-
-def _one_of(kind: str, names: Any) -> Callable[[str], str]:
-    """A validator that knows the catalog when it is called, so that a new entry needs no line here."""
-
-    def check(name: str) -> str:
-        if name not in names:
-            raise _problem(
-                f"unknown-{kind}",
-                f"A {kind} must be one of {', '.join(names)}. Got {name!r}. Pick one of them.",
-            )
-        return name
-
-    return check
-
-
-def _device(value: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return read_device(value).as_json()
-    except DeviceError as error:
-        raise _problem("invalid-device", str(error)) from None
-
-
-def _number(value: Any) -> Any:
-    """Numbers may come as 64 or 64.0, not as text or booleans."""
-    if isinstance(value, bool | str):
-        raise PydanticCustomError("number_type", "Input should be a number")
-    return value
+from search.decoupled import RATIOS
+from search.objectives.catalog import DEFAULT as DEFAULT_OBJECTIVE
+from search.objectives.catalog import parse_objective
+from search.objectives.quadratic import Quadratic
+from sensitivity.catalog import AUTO, DATA_FREE, DECOUPLED, INTERACTIONS, SCORERS, unseen
+from service.fields import (
+    LARGEST_SEED,
+    MOST_FILES,
+    MOST_NUMBERS,
+    MOST_PATTERNS,
+    MOST_SCHEMES,
+    WILDCARDS,
+    AnyBudgets,
+    Budgets,
+    CacheType,
+    Correction,
+    CostTable,
+    DeviceProfile,
+    EnergySource,
+    Gap,
+    Integer,
+    LatencySource,
+    Limits,
+    MemoryText,
+    Metric,
+    MetricOrAuto,
+    Name,
+    Number,
+    ObjectiveText,
+    Patterns,
+    Pins,
+    Protect,
+    Ratio,
+    RoleLimits,
+    RoleMetrics,
+    RoleName,
+    Runtime,
+    Scheme,
+    SmallerCache,
+    Targets,
+    Task,
+    Text,
+    Ties,
+    TimeLimit,
+    any_scheme,
+    checkpoint_consumer,
+    distinct,
+    objective_fault,
+    one_of,
+    refusal,
+)
 
 
-def _distinct(values: list[_T]) -> list[_T]:
-    if repeated := next((value for n, value in enumerate(values) if value in values[:n]), None):
-        raise _problem("repeated-value", f"Entries must be distinct. Got {repeated!r} twice. Leave one out.")
-    return values
-
-
-Name = Annotated[str, Field(min_length=1, max_length=500)]
-Text = Annotated[str, Field(min_length=1, max_length=2000)]
-Scheme = Annotated[Text, AfterValidator(_scheme)]
-BudgetText = Annotated[Text, AfterValidator(_budget)]
-Correction = Annotated[Name, AfterValidator(_one_of("correction", CORRECTIONS))]
-Metric = Annotated[Name, AfterValidator(_one_of("metric", SCORERS))]
-Runtime = Annotated[Name, AfterValidator(_one_of("runtime", RUNTIMES))]
-CacheType = Annotated[Name, AfterValidator(_one_of("kv_cache", CACHE_BITS))]
-Task = Annotated[Name, AfterValidator(_one_of("task", ("auto", *TASKS)))]
-Integer = Annotated[int, BeforeValidator(_number)]
-Number = Annotated[float, BeforeValidator(_number)]
-CostTable = dict[Text, dict[Text, Annotated[Number, Field(ge=0)]]]
-LatencySource = Annotated[
-    Annotated[str, Field(pattern="^(measured|roofline:.+)$", max_length=200)] | CostTable,
-    Field(
-        description='"measured" on the worker\'s device, "roofline:h100" from a device profile, or a table: '
-        "layer -> scheme -> nanoseconds.",
-        examples=["roofline:h100"],
-    ),
-]
-EnergySource = Annotated[
-    Annotated[str, Field(pattern="^device:.+$", max_length=200)] | CostTable,
-    Field(description='"device:h100" from a device profile, or a table: layer -> scheme -> picojoules.'),
-]
-DeviceProfile = Annotated[
-    dict[str, Any],
-    AfterValidator(_device),
-    Field(description="A device of your own, as GET /v1/devices lists them; refer to it by its name."),
-]
-Patterns = Annotated[list[Text], Field(max_length=MOST_PATTERNS)]
-Budgets = Annotated[
-    list[BudgetText],
-    Field(
-        min_length=1,
-        max_length=MOST_BUDGETS,
-        description='Alternatives, each gives a plan: "3.5 bpw", "7 GiB", "bytes<=2 MiB,latency<=12 ms".',
-        examples=[["3.5 bpw"]],
-    ),
-]
-Limits = Annotated[
-    list[BudgetText],
-    Field(max_length=MOST_BUDGETS, description="Limits that hold together with every budget."),
-]
-Pins = Annotated[
-    dict[Text, Scheme],
-    Field(max_length=MOST_PATTERNS, description="Layer name or pattern -> the scheme it must get."),
-]
-Ties = Annotated[
-    list[Annotated[list[Text], Field(min_length=1, max_length=MOST_PATTERNS)]],
-    Field(max_length=MOST_PATTERNS, description="Sets of layer names or patterns that get one scheme."),
-]
-TimeLimit = Annotated[Number, Field(gt=0, le=3600, description="Seconds for one solve.")]
-Gap = Annotated[Number, Field(ge=0, le=1, description="Proven relative gap to stop at.")]
+def _can_refine(name: str, entry: Any) -> bool:
+    alone = entry.unit == "choice" and name not in INTERACTIONS
+    return bool(alone and entry.additive and entry.direction == "min")
 
 
 class WireModel(BaseModel):
@@ -166,7 +113,7 @@ class ModelRequest(WireModel):
     @model_validator(mode="after")
     def _one_source(self) -> ModelRequest:
         if (self.upload is None) == (self.folder is None):
-            raise _problem(
+            raise refusal(
                 "invalid-source",
                 "A model must come from either upload or folder. Got both or none. Name one of them.",
             )
@@ -179,12 +126,71 @@ class CalibrationRequest(WireModel):
     upload: Name = Field(description="Id of an upload whose blobs have all arrived.")
 
 
+class MakeCalibrationRequest(WireModel):
+    """Calibration data that are made from a model alone."""
+
+    method: Annotated[
+        str, AfterValidator(one_of("method", DATA_FREE)), Field(description="How the data are made.")
+    ]
+    samples: Annotated[Integer, Field(ge=6, le=100_000)] = Field(
+        default=192, description="Samples in all; a search cuts them into three parts."
+    )
+    sequence_length: Annotated[Integer, Field(ge=2, le=2**20)] = Field(
+        default=512, description="Tokens per sequence."
+    )
+    shape: list[Annotated[Integer, Field(ge=1, le=2**14)]] = Field(
+        default=[],
+        max_length=3,
+        description="Channels, height and width of images; the model's own when left out.",
+    )
+    seed: Annotated[Integer, Field(ge=0, le=LARGEST_SEED)] = 0
+
+    @model_validator(mode="after")
+    def _whole_shape(self) -> MakeCalibrationRequest:
+        if len(self.shape) not in (0, 3):
+            raise refusal(
+                "invalid-shape",
+                f"A shape must be channels, height and width. Got {self.shape}. Give three numbers or none.",
+            )
+        if prod(self.shape) > MOST_NUMBERS:
+            raise refusal(
+                "invalid-shape",
+                f"A shape must have at most {MOST_NUMBERS} numbers. Got {self.shape}. Make images smaller.",
+            )
+        return self
+
+
 class Deployment(WireModel):
     """How the model will be served: adds checkpoint, cache, memory and active bytes to the resources."""
 
     context_length: Integer = Field(default=4096, ge=1, le=2**24, description="Tokens in each cache.")
     batch: Integer = Field(default=1, ge=1, le=65_536, description="Sequences at a time.")
-    kv_cache: CacheType = Field(default="float16", description="Type of cached keys and values.")
+    kv_cache: CacheType = Field(
+        default="float16", description="Type of cached keys and values where a job does not decide them."
+    )
+
+
+class Contexts(WireModel):
+    """Scores split by what the samples are: classes that the data name, or ranges of timesteps."""
+
+    plans: Literal["weighted", "maximum", "each"] = Field(
+        default="weighted",
+        description="One plan by the weighted mean over the contexts, or by the worst of them, or one each.",
+    )
+    edges: Annotated[list[Annotated[Number, Field(gt=0)]], Field(max_length=32)] = Field(
+        default=[], description="Rising timesteps that cut ranges; none: the classes of the data."
+    )
+    weights: Annotated[dict[Name, Annotated[Number, Field(ge=0)]], Field(max_length=1000)] = Field(
+        default={}, description="Of contexts in a weighted plan; 1 for those left out."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Contexts:
+        if any(low >= high for low, high in pairwise(self.edges)):
+            raise refusal("invalid-contexts", f"Edges must rise. Got {self.edges}. Sort them.")
+        if self.weights and self.plans != "weighted":
+            raise refusal("invalid-contexts", f"Weights must come with weighted plans. Got {self.plans!r}.")
+        return self
 
 
 class JobRequest(WireModel):
@@ -192,33 +198,68 @@ class JobRequest(WireModel):
 
     model: Name = Field(description="Id of a model.", examples=["model_0199a0..."])
     calibration: Name = Field(description="Id of a calibration set.", examples=["cal_0199a0..."])
-    budgets: Budgets
+    targets: Targets = []
+    budgets: AnyBudgets = Field(default=[], validate_default=True)
     runtime: Runtime | None = Field(
         default=None, description="What will run the plans: its rules become ties and forbidden choices."
     )
     schemes: Annotated[
-        list[Scheme], Field(min_length=1, max_length=MOST_SCHEMES), AfterValidator(_distinct)
+        list[Scheme], Field(min_length=1, max_length=MOST_SCHEMES), AfterValidator(distinct)
     ] = Field(
         default_factory=lambda: list(default_menu()),
         description="The menu; the runtime's default one when left out (GET /v1/runtimes). Short names mean "
         "per output channel, symmetric, float16 scales, MSE-clipped.",
     )
-    metrics: Annotated[list[Metric], Field(min_length=1, max_length=32), AfterValidator(_distinct)] = Field(
-        default=["output_kl"], description="What to measure; the first decides."
+    kv_cache: Annotated[list[SmallerCache], AfterValidator(distinct)] = Field(
+        default=[],
+        max_length=len(CACHE_BITS),
+        description="Types of key-value cache to choose from for each attention layer, beside the full one;"
+        " none: caches are not decided.",
+        examples=[["fp8", "int8"]],
+    )
+    metrics: Annotated[list[MetricOrAuto], Field(min_length=1, max_length=32), AfterValidator(distinct)] = (
+        Field(
+            default=["output_kl"],
+            description='What to measure; the first decides. ["auto"] picks by task, menu, memory and '
+            "time, and says why.",
+        )
+    )
+    refine_metric: Metric | None = Field(
+        default=None,
+        description="Decides instead of the first metric, but is measured only for choices near a decision "
+        "at the budgets; elsewhere the first one stands for it, calibrated.",
+    )
+    time_budget_seconds: Number | None = Field(
+        default=None, gt=0, le=10_000_000, description="What the search may take; for the metric auto."
     )
     interactions: bool = Field(
         default=True, description="Also measure gram_output and try quadratic models of the plan's loss."
     )
-    corrections: Annotated[list[Correction], AfterValidator(_distinct)] = Field(
+    corrections: Annotated[list[Correction], AfterValidator(distinct)] = Field(
         default=[],
         max_length=len(CORRECTIONS),
         description="What plans change beside weights, on the calibration data: bias, batch_norm. Whole plans"
         " and uniform schemes are measured so.",
     )
+    role_metrics: RoleMetrics = {}
+    roles: Annotated[dict[Text, RoleName], Field(max_length=MOST_PATTERNS)] = Field(
+        default={},
+        description="Layer name or pattern -> its role, where the model's structure does not tell.",
+    )
+    ratios: Annotated[list[Ratio], Field(min_length=1, max_length=32), AfterValidator(distinct)] = Field(
+        default=list(RATIOS),
+        description="For metric_decoupled: bits per weight of one metric's layers over those of the rest;"
+        " each ratio gives a plan that is measured.",
+    )
+    contexts: Contexts | None = Field(
+        default=None, description="Split scores by the samples' contexts; left out, all count together."
+    )
     task: Task = Field(default="auto", description="What the model is for.")
     limits: Limits = []
+    role_limits: RoleLimits = {}
     pins: Pins = {}
     ties: Ties = []
+    protect: Protect = []
     include: Patterns = Field(default=[], description="Embeddings or heads that take part too (patterns).")
     exclude: Patterns = Field(default=[], description="Layers that keep their precision (patterns).")
     samples: Integer = Field(
@@ -234,14 +275,21 @@ class JobRequest(WireModel):
         default=128, ge=2, le=100_000, description="Most Hutchinson probes per layer."
     )
     batch_size: Integer = Field(default=8, ge=1, le=4096, description="Samples per forward pass.")
+    memory_limit: MemoryText | None = Field(
+        default=None,
+        description="Most anonymous memory of a worker; what does not fit is streamed block by block. The"
+        " service's own limit holds too (BITPLAN_MEMORY_LIMIT).",
+        examples=["2 GiB"],
+    )
     evaluations: Integer = Field(
         default=40, ge=0, le=10_000, description="Measured plans of the local search, per budget."
     )
-    chooser: Annotated[Name, AfterValidator(_one_of("chooser", CHOOSERS))] = Field(
+    chooser: Annotated[Name, AfterValidator(one_of("chooser", CHOOSERS))] = Field(
         default="local_search", description="How plans are tried beyond the candidates: see GET /v1/solvers."
     )
     time_limit_seconds: TimeLimit = 60.0
     gap: Gap = 1e-9
+    objective: ObjectiveText = DEFAULT_OBJECTIVE
     latency: LatencySource | None = None
     latency_ns: CostTable | None = Field(
         default=None, description="A latency table, as `latency` takes it too; give one of the two."
@@ -264,13 +312,40 @@ class JobRequest(WireModel):
         known = runtime if isinstance(runtime, str) and runtime in RUNTIMES else None
         return {**members, "schemes": list(default_menu(known))}
 
+    @field_validator("budgets")
+    @classmethod
+    def _some(cls, budgets: list[str], info: ValidationInfo) -> list[str]:
+        """A search has a budget or a target; a bad target is told on its own."""
+        if not budgets and not info.data.get("targets", True):
+            raise PydanticCustomError(
+                "too_short", 'A search must have a budget or a target. Add for example "3.5 bpw".'
+            )
+        return budgets
+
+    @model_validator(mode="after")
+    def _plain_targets(self) -> JobRequest:
+        """A target is of all samples, and takes the plain objective and scores of every choice."""
+        odd = {
+            "contexts": self.contexts is not None,
+            "refine_metric": self.refine_metric is not None,
+            "objective": self.objective != DEFAULT_OBJECTIVE,
+        }
+        named = [name for name, used in odd.items() if used]
+        if self.targets and named:
+            raise refusal(
+                "invalid-target",
+                "A target must be searched over all samples for the plain objective, without a refining"
+                f" metric. Got {' and '.join(named)}. Leave that out, or ask for budgets.",
+            )
+        return self
+
     @model_validator(mode="after")
     def _uniform_schemes(self) -> JobRequest:
         """A limit such as "uniform w4" must name a scheme that is measured."""
-        known = {*self.schemes, *self.pins.values()}
-        for limit in parse_limits((*self.budgets, *self.limits)):
-            if limit.uniform and _scheme(limit.uniform) not in known:
-                raise _problem(
+        known = {*self.schemes, *self.pins.values(), *map(cache_scheme, (FULL, *self.kv_cache))}
+        for limit in parse_limits((*self.budgets, *self.limits, *self.role_limits.values())):
+            if limit.uniform and any_scheme(limit.uniform) not in known:
+                raise refusal(
                     "unknown-scheme",
                     f"A uniform limit must name a scheme of the menu: {', '.join(self.schemes)}."
                     f" Got {limit.uniform!r:.80}. Pick one of them, or add it to the schemes.",
@@ -278,34 +353,147 @@ class JobRequest(WireModel):
         return self
 
     @model_validator(mode="after")
+    def _auto_alone(self) -> JobRequest:
+        if AUTO in self.metrics and (len(self.metrics) > 1 or self.refine_metric):
+            raise refusal(
+                "invalid-metrics",
+                f"The metric auto must stand alone. Got it beside {[*self.metrics, self.refine_metric]}."
+                " Name the metrics, or leave all to auto.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refines(self) -> JobRequest:
+        """What refines is measured one choice at a time, adds up, and is not the cheap metric."""
+        refined = self.refine_metric
+        if refined is None:
+            return self
+        if self.contexts is not None:
+            raise refusal(
+                "invalid-metrics",
+                f"A refining metric must decide over all samples. Got {refined!r} beside contexts. Name it in"
+                " metrics, or leave the contexts out.",
+            )
+        fit = [name for name, entry in SCORERS.items() if _can_refine(name, entry)]
+        cheap = SCORERS[self.metrics[0]]
+        if refined not in fit or refined in self.metrics or not (cheap.additive and cheap.direction == "min"):
+            raise refusal(
+                "invalid-metrics",
+                f"A refining metric must be one of {', '.join(fit)}, beside an additive first metric to be"
+                f" calibrated. Got {refined!r} beside {', '.join(self.metrics)}. Use for example gram_fisher"
+                " refined by output_kl.",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_latency(self) -> JobRequest:
         if self.latency is not None and self.latency_ns is not None:
-            raise _problem(
+            raise refusal(
                 "repeated-value", "Latency must come from latency or latency_ns. Got both. Leave one out."
             )
         return self
 
     @model_validator(mode="after")
-    def _seen_activations(self) -> JobRequest:
-        rounding = [name for name in (*self.schemes, *self.pins.values()) if parse_scheme(name).activation]
-        blind = [name for name in self.metrics if not SCORERS[name].sees_activations]
-        if rounding and blind:
-            raise _problem("metric-not-offered", unseen_activations(blind[0], rounding[0]))
+    def _metrics_of_roles(self) -> JobRequest:
+        if self.role_metrics and DECOUPLED not in self.metrics:
+            raise refusal(
+                "unused-metric",
+                f"role_metrics must come with the metric {DECOUPLED}. Got {', '.join(self.metrics)}. "
+                "Add it, or leave role_metrics out.",
+            )
+        named = (self.metrics[0], *self.role_metrics.values()) if self.contexts else ()
+        whole = [name for name in named if name == AUTO or not SCORERS[name].by_context]
+        if whole:
+            split = ", ".join(name for name, entry in SCORERS.items() if entry.by_context)
+            raise refusal(
+                "metric-not-offered", f"Contexts must be planned by one of {split}. Got {whole[0]!r}."
+            )
+        caches = self.kv_cache or any(is_cache(scheme) for scheme in self.pins.values())
+        if caches and DECOUPLED in self.metrics:
+            raise refusal(
+                "metric-not-offered",
+                f"{DECOUPLED} must decide weights alone: caches have no role. Got kv_cache. Leave it out.",
+            )
+        if DECOUPLED in self.role_metrics.values():
+            raise refusal(
+                "unknown-metric", f"A role must have a metric of its own. Got {DECOUPLED}. Pick another one."
+            )
         return self
+
+    @model_validator(mode="after")
+    def _named_metrics(self) -> JobRequest:
+        """Objectives and limits may name metrics that the job measures."""
+        measured = (*self.metrics, self.refine_metric)
+        fault = objective_fault(self.objective, self.metrics)
+        if fault is not None:
+            raise refusal("invalid-objective", fault)
+        paired = (self.interactions and self.refine_metric is None) or set(INTERACTIONS) & set(self.metrics)
+        if isinstance(parse_objective(self.objective), Quadratic) and not paired:
+            raise refusal(
+                "invalid-objective",
+                "The objective quadratic must have interactions, which this search does not measure. Got"
+                f" interactions {self.interactions}, refine_metric {self.refine_metric}. Leave both out.",
+            )
+        for limit in parse_limits((*self.budgets, *self.limits)):
+            split = self.contexts is not None and self.contexts.plans == "each"
+            if limit.resource in SCORERS and (split or limit.resource not in measured):
+                raise refusal(
+                    "invalid-budget",
+                    f"A limit on a metric must be on one of the search: {', '.join(self.metrics)}, and not"
+                    f" beside a plan per context. Got {limit.resource!r}. Add it to the metrics, or drop it.",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _seen(self) -> JobRequest:
+        asked = (*self.metrics, self.refine_metric, *self.role_metrics.values())
+        named = [name for name in asked if name not in (AUTO, None)]
+        for blind in (unseen(str(name), self.rounding) for name in named):
+            if blind is not None:
+                raise refusal("metric-not-offered", blind)
+        return self
+
+    @model_validator(mode="after")
+    def _pinned_caches(self) -> JobRequest:
+        """Caches are pinned where they are decided, and a menu decides what a deployment would assume."""
+        pinned = [name for name, scheme in self.pins.items() if is_cache(scheme)]
+        if pinned and not self.kv_cache:
+            raise refusal(
+                "missing-cache-types",
+                f"A pin of a cache must come with a menu of cache types. Got {pinned[0]!r}:"
+                f' {self.pins[pinned[0]]!r} and no kv_cache. Add kv_cache, for example ["int8"].',
+            )
+        if self.kv_cache and self.deployment is not None and self.deployment.kv_cache not in FULL_TYPES:
+            raise refusal(
+                "repeated-value",
+                "A cache that a menu leaves full must be one of"
+                f" {', '.join(FULL_TYPES)}. Got {self.deployment.kv_cache!r} in the deployment. Put it into"
+                " kv_cache, and leave it out of the deployment.",
+            )
+        return self
+
+    @property
+    def rounding(self) -> tuple[str, ...]:
+        """Every scheme that may be measured: of the menu, of pins, of caches."""
+        return (*self.schemes, *self.pins.values(), *map(cache_scheme, self.kv_cache))
+
+    @property
+    def deciding_metric(self) -> str:
+        """The metric whose sum the plans minimize."""
+        return self.refine_metric or self.metrics[0]
 
     @property
     def takes_part(self) -> tuple[str, ...]:
         """The patterns of `include`, and every pin that names a layer outright: a pinned head takes part."""
-        named = [pattern for pattern in self.pins if not WILDCARDS & set(pattern)]
+        pins = [name for name, scheme in self.pins.items() if not is_cache(scheme)]
+        named = [pattern for pattern in pins if not WILDCARDS & set(pattern)]
         return tuple(dict.fromkeys((*self.include, *named)))
 
 
 class CheckpointRequest(WireModel):
     """What a plan's weights are written for."""
 
-    consumer: Annotated[
-        str, AfterValidator(_one_of("consumer", CHECKPOINTS)), Field(description="Who loads them.")
-    ]
+    consumer: Annotated[str, AfterValidator(checkpoint_consumer), Field(description="Who loads them.")]
     force: bool = Field(
         default=False,
         description="Write them although the plan was made with other versions of quantizers; told in the"
@@ -313,20 +501,81 @@ class CheckpointRequest(WireModel):
     )
 
 
+SampledPlans = Annotated[
+    Integer,
+    Field(ge=8, le=1000, description="So many random plans per budget, and so many near the optimum."),
+]
+
+
+class CorrelationRequest(WireModel):
+    """How well the metrics of a search rank plans that are measured."""
+
+    plans: SampledPlans = 60
+    budgets: Budgets | None = Field(default=None, description="Those of the search when left out.")
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=32), AfterValidator(distinct)] | None = (
+        Field(
+            default=None,
+            description="Measured where they are not stored; every stored one when left out.",
+        )
+    )
+
+
+class LocalJobRequest(JobRequest):
+    """A search of this machine's own user, who may run his own code in it; never read from HTTP."""
+
+    user_metric: Text | None = None
+
+
+class CorrelationJob(WireModel):
+    """What a job of correlations works on; `job` is the search that it was asked of, if any."""
+
+    search: LocalJobRequest
+    plans: SampledPlans = 60
+    every_stored: bool = False
+    job: Name | None = None
+
+    @model_validator(mode="after")
+    def _of_all_samples(self) -> CorrelationJob:
+        """What is correlated is one metric's score of every layer on all samples, at budgets."""
+        if not self.search.budgets:
+            raise refusal(
+                "invalid-budget",
+                "Correlations must be at a budget. Got a search with targets alone. Name budgets.",
+            )
+        got = [DECOUPLED] * (DECOUPLED in self.search.metrics) + ["contexts"] * (
+            self.search.contexts is not None
+        )
+        if got:
+            raise refusal(
+                "metric-not-offered",
+                "Correlations must be of metrics that score every layer on all samples. "
+                f"Got a search with {' and '.join(got)}. Name other metrics, or ask a search without.",
+            )
+        return self
+
+
 class PlansRequest(WireModel):
-    """An instant re-solve from stored scores; limits, pins and ties that are left out are those of the
-    job.
+    """An instant re-solve from stored scores; limits, pins, ties and protected layers that are left out are
+    those of the job.
     """
 
     budgets: Budgets
     limits: Limits | None = None
     pins: Pins | None = None
     ties: Ties | None = None
+    protect: Protect | None = None
+    role_limits: RoleLimits | None = None
     metric: Metric | None = Field(
-        default=None, description="A metric of the job; its first one when left out."
+        default=None, description="A metric of the job; the one that decides when left out."
+    )
+    context: Name | None = Field(
+        default=None, description="For a job with a plan per context: whose scores to plan by."
     )
     time_limit_seconds: Annotated[Number, Field(gt=0, le=60, description="Seconds for one solve.")] = 10.0
     gap: Gap = 1e-9
+    objective: ObjectiveText | None = Field(
+        default=None, description="See GET /v1/objectives; the job's own when left out."
+    )
     runtime: Runtime | None = Field(
         default=None, description='Its rules hold too; the job\'s own when left out, "generic" for none.'
     )

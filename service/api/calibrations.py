@@ -11,9 +11,9 @@ from service.api.context import After, Ctx, Limit
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.intake import check_uploaded_calibration, store_calibration
 from service.api.lookup import find_calibration
-from service.api.models import refuse_in_use
 from service.api.pages import page_of, position
 from service.api.resources import Calibration, Page
+from service.api.usage import refuse_in_use
 from service.db.repositories import calibrations
 from service.errors import NotFound
 from service.records import CalibrationRecord
@@ -60,7 +60,7 @@ def get_calibration(calibration_id: CalibrationId, context: Ctx) -> Calibration:
 
 @router.delete("/{calibration_id}", status_code=204)
 def delete_calibration(calibration_id: CalibrationId, context: Ctx) -> None:
-    """Delete a calibration set that no unfinished search uses."""
+    """Delete a calibration set that no unfinished job uses."""
     with context.database.write() as session:
         find_calibration(context, session, calibration_id)
         refuse_in_use(context, session, "calibration", calibration_id)

@@ -15,10 +15,11 @@ from quant.schemes import grammar, parse_scheme
 from search.budget import BYTE_UNITS, EXAMPLES, TIME_UNITS
 from search.catalog import SOLVERS
 from search.choosers import CHOOSERS
+from search.objectives.catalog import DEFAULT, OBJECTIVES
 from sensitivity.catalog import SCORERS, TASKS
 from service.api.context import LARGEST_PAGE, Ctx
+from service.fields import MOST_BUDGETS, MOST_FILES, MOST_SCHEMES
 from service.ingest.kinds import CALIBRATION_FILES, MODEL_FILES
-from service.wire import MOST_BUDGETS, MOST_FILES, MOST_SCHEMES
 
 router = APIRouter(prefix="/v1", tags=["catalogs"])
 
@@ -63,6 +64,7 @@ def metrics() -> dict[str, Any]:
                 "additive": metric.additive,
                 "needs": sorted(metric.needs),
                 "sees_activations": metric.sees_activations,
+                "sees_caches": metric.sees_caches,
                 "cost": metric.cost,
                 "source": metric.source,
                 "version": metric.version,
@@ -78,6 +80,18 @@ def solvers() -> dict[str, Any]:
     return {
         "items": [{"name": name, "summary": solver.summary} for name, solver in SOLVERS.items()],
         "choosers": [{"name": name, "summary": chooser.summary} for name, chooser in CHOOSERS.items()],
+    }
+
+
+@router.get("/objectives")
+def objectives() -> dict[str, Any]:
+    """What plans can be solved for, and how each objective is written."""
+    return {
+        "items": [
+            {"name": entry.name, "summary": entry.summary, "examples": list(entry.examples)}
+            for entry in OBJECTIVES.values()
+        ],
+        "default": DEFAULT,
     }
 
 

@@ -19,18 +19,17 @@ from service.api.context import Context, Ctx
 from service.api.exports import deployment_of
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_resources import Job
-from service.api.jobs import RETRY_SECONDS, accepted
+from service.api.jobs import RETRY_SECONDS, accepted, queued_once
 from service.api.lookup import find_job, find_plan
 from service.api.plans import PlanId
 from service.checkpoints import request_of, require_calibration, require_model
 from service.db.repositories import jobs
 from service.errors import Conflict, NotFound, Unprocessable
 from service.records import JobRecord, PlanRecord
-from service.states import TERMINAL, JobKind, JobState
+from service.states import JobKind, JobState
 from service.wire import CheckpointRequest
 
 router = APIRouter(prefix="/v1", tags=["checkpoints"])
-ALIVE = frozenset(JobState) - TERMINAL | {JobState.SUCCEEDED}
 Consumer = Annotated[str, Query(max_length=100, description=f"One of {', '.join(CHECKPOINTS)}.")]
 
 
@@ -115,15 +114,8 @@ def _require_accepted(context: Context, plan_id: str, consumer: str) -> None:
 def _job(context: Context, session: Session, plan: PlanRecord, body: CheckpointRequest) -> JobRecord:
     """The job that writes this checkpoint or has written it, or a new one."""
     request, digest = request_of(plan, body.consumer, force=body.force)
-    known = jobs.find_by_request(session, digest, ALIVE, context.tenant)
-    if known is not None and (not known.finished or _is_there(context, known)):
-        return known
-    return jobs.create(
-        session,
-        kind=JobKind.WRITE_CHECKPOINT,
-        request=request,
-        request_digest=digest,
-        tenant=context.tenant,
+    return queued_once(
+        context, session, JobKind.WRITE_CHECKPOINT, request, digest, lambda job: _is_there(context, job)
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
 from service.api.cursors import Cursors
+from service.api.kept_inputs import KeptInputs
 from service.db.engine import Database
 from service.settings import Settings
 from service.store.blobs import BlobStore
@@ -17,13 +18,16 @@ LARGEST_PAGE = 200
 
 @dataclass(frozen=True)
 class Context:
-    """One request's view of the service; `tenant` limits every statement it makes."""
+    """One request's view of the service; `tenant` limits every statement it makes, `kept` are planning inputs
+    that requests share.
+    """
 
     settings: Settings
     database: Database
     store: BlobStore
     cursors: Cursors
     tenant: str = "default"
+    kept: KeptInputs = field(default_factory=KeptInputs)
 
 
 async def request_context(request: Request) -> Context:

@@ -24,6 +24,7 @@ from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import Context, Ctx
 from service.api.lookup import find_job, find_model, find_plan, stored_inventory
 from service.api.plans import PlanId
+from service.consumers import consumer_fault
 from service.errors import Conflict, NotFound, Unprocessable
 from service.records import ModelRecord
 
@@ -64,11 +65,9 @@ def get_export(
 
     A plan that the consumer cannot run is refused with every violation: layer, rule, and what the plan has.
     """
-    if consumer not in EXPORTERS:
-        raise NotFound(
-            "consumer-not-found",
-            f"A consumer must be one of {', '.join(EXPORTERS)}. Got {consumer[:60]!r}. Pick one of them.",
-        )
+    fault = consumer_fault(consumer, EXPORTERS)
+    if fault:
+        raise NotFound("consumer-not-found", fault)
     try:
         content = archive(export(consumer, deployment_of(context, plan_id, model), force=force))
     except ExportRefused as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +10,25 @@ from sqlalchemy.orm import Session
 
 from quant.costs import CostError, latency_from_mapping
 from quant.devices import read_device
+from quant.kv_cache import Caches, is_cache
 from quant.layers import Excluded, Inventory
-from quant.lint import RuntimeRefuses, require_choices
+from quant.lint import RuntimeRefuses, require_cache_choices, require_choices
 from quant.patterns import PatternError, matches, select
 from quant.runtimes import RUNTIMES
 from search.budget import parse_limits
-from sensitivity.catalog import SCORERS, offered_metrics
+from sensitivity.catalog import AUTO, SCORERS, offered_metrics
+from sensitivity.scorers.metric_decoupled import ROLES
 from service.api.context import Context
 from service.api.lookup import stored_inventory, usable
-from service.costing import DEVICE, MEASURED, ROOFLINE, named_device
+from service.costing import DEVICE, MEASURED, ROOFLINE, geometry_in, named_device
 from service.db.repositories import calibrations, models
 from service.errors import Unprocessable, json_pointer
-from service.planning import expand_pins
+from service.planning.selection import expand_pins
 from service.records import CalibrationRecord, ModelRecord
 from service.wire import JobRequest
+
+KEYED = (("pins",), ("roles",), ("role_metrics",), ("role_limits",))
+"""Members whose keys are patterns."""
 
 
 def check_job(context: Context, session: Session, body: JobRequest) -> None:
@@ -45,19 +50,26 @@ def _check_metrics(body: JobRequest, calibration: CalibrationRecord) -> None:
         return
     has_labels = bool((calibration.summary or {}).get("has_labels"))
     offered = offered_metrics(body.task, has_labels=has_labels)
-    for position, metric in enumerate(body.metrics):
-        if metric not in offered:
+    named: list[tuple[tuple[str | int, ...], str | None]] = [
+        *((("metrics", position), metric) for position, metric in enumerate(body.metrics)),
+        *((("role_metrics", key), metric) for key, metric in body.role_metrics.items()),
+        (("refine_metric",), body.refine_metric),
+    ]
+    for place, metric in named:
+        if metric is not None and metric != AUTO and metric not in offered:
             needs = ", ".join(sorted(SCORERS[metric].needs))
             raise Unprocessable(
                 "metric-not-offered",
                 f"A metric must suit the task and data: {', '.join(offered)}. Got {metric!r}, which needs "
                 f"{needs}. Pick another metric, or send calibration data with labels.",
-                pointer=json_pointer("metrics", position),
+                pointer=json_pointer(*place),
             )
 
 
 def _check_latency(body: JobRequest) -> None:
-    limited = {limit.resource for limit in parse_limits([*body.budgets, *body.limits])}
+    limited = {
+        limit.resource for limit in parse_limits([*body.budgets, *body.limits, *body.role_limits.values()])
+    }
     table = body.latency_ns if body.latency is None else body.latency
     if "latency_ns" in limited and table is None:
         raise Unprocessable(
@@ -96,18 +108,43 @@ def _check_names(body: JobRequest, model: ModelRecord) -> None:
     inventory = stored_inventory(model)
     if inventory is None:
         return
+    caches = _caches(body, model.summary or {})
+    attention = () if caches is None else caches.layers
     listed = (*inventory["layers"], *inventory["excluded"])
     everything = [name for item in listed for name in (item["name"], *item.get("aliases", ()))]
     _require(body.include, everything, "include")
     _require(body.exclude, everything, "exclude")
-    _require(body.pins, everything, "pins")
+    _require(body.protect, everything, "protect")
+    _require(body.roles, everything, "roles")
+    _require([key for key in body.role_metrics if key not in ROLES], everything, "role_metrics")
+    _require([key for key in body.role_limits if key not in ROLES], everything, "role_limits")
+    for pattern, scheme in body.pins.items():
+        if not is_cache(scheme) or caches is not None:
+            _require([pattern], attention if is_cache(scheme) else everything, "pins")
+    if caches is None and body.kv_cache:
+        return
     for position, tie in enumerate(body.ties):
-        _require(tie, everything, "ties", position)
+        _require(tie, (*everything, *attention), "ties", position)
     if body.runtime is not None:
-        _check_runtime(body, body.runtime, Inventory.from_json(inventory))
+        _check_runtime(body, body.runtime, Inventory.from_json(inventory), caches)
 
 
-def _check_runtime(body: JobRequest, runtime: str, inventory: Inventory) -> None:
+def _caches(body: JobRequest, summary: Mapping[str, Any]) -> Caches | None:
+    """The attention layers to decide; None too for a model that was verified before these were looked for,
+    which the worker sees.
+    """
+    geometry = summary.get("geometry")
+    if "geometry" not in summary or (geometry is not None and "attention" not in geometry):
+        return None
+    try:
+        return Caches.of(body.kv_cache, geometry_in(summary), body.pins.values())
+    except CostError as error:
+        raise Unprocessable("no-kv-cache", str(error), pointer="/kv_cache") from None
+
+
+def _check_runtime(
+    body: JobRequest, runtime: str, inventory: Inventory, caches: Caches | None = None
+) -> None:
     """Every layer of the verified model that takes part must have a choice; the worker sees the others."""
     left_out = {
         layer.name
@@ -121,8 +158,11 @@ def _check_runtime(body: JobRequest, runtime: str, inventory: Inventory) -> None
         if layer.name in left_out
     ]
     present = {layer.name for layer in layers}
-    pins = expand_pins(inventory, _known_pins(body, inventory))
+    attention = () if caches is None else caches.layers
+    pins = expand_pins(inventory, _known_pins(body, inventory, attention), attention)
     try:
+        if caches is not None:
+            require_cache_choices(caches, pins, RUNTIMES[runtime])
         require_choices(
             replace(inventory, layers=layers, excluded=tuple(kept)),
             body.schemes,
@@ -133,9 +173,9 @@ def _check_runtime(body: JobRequest, runtime: str, inventory: Inventory) -> None
         raise Unprocessable("runtime-refuses", str(error), pointer="/runtime") from None
 
 
-def _known_pins(body: JobRequest, inventory: Inventory) -> dict[str, str]:
+def _known_pins(body: JobRequest, inventory: Inventory, attention: Sequence[str]) -> dict[str, str]:
     """The pins that name a layer; those of embeddings and heads that are to take part do not yet."""
-    names = list(inventory.by_name)
+    names = [*inventory.by_name, *attention]
     return {
         pattern: scheme
         for pattern, scheme in body.pins.items()
@@ -143,10 +183,10 @@ def _known_pins(body: JobRequest, inventory: Inventory) -> dict[str, str]:
     }
 
 
-def _require(patterns: Iterable[str], names: list[str], *place: Any) -> None:
+def _require(patterns: Iterable[str], names: Sequence[str], *place: Any) -> None:
     for position, pattern in enumerate(patterns):
         try:
             select([pattern], names)
         except PatternError as error:
-            member = pattern if place == ("pins",) else position
+            member = pattern if place in KEYED else position
             raise Unprocessable("unknown-layer", str(error), pointer=json_pointer(*place, member)) from None

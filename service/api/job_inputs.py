@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from quant.costs import CostError
 from quant.devices import DeviceError
+from quant.digest import digest
+from quant.kv_cache import Caches
 from quant.layers import Inventory
 from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
@@ -16,15 +19,21 @@ from quant.plan import Calibration, Digests
 from quant.schemes import parse_scheme
 from search.budget import BudgetError
 from search.compile import CompileError
+from search.objectives.objective import ObjectiveError
+from sensitivity.catalog import SCORERS
+from sensitivity.contexts import context_of, without_context
 from sensitivity.units import InspectUnit
 from service.api.context import Context
+from service.cascade import with_calibrated
 from service.costing import LatencyMissing, cost_request, costs_of, geometry_in, timings_from_json
 from service.db.repositories import calibrations, models, scores, units
+from service.deciding import EACH, Deciding, deciding_of, with_roles
 from service.errors import Conflict, ServiceError, Unprocessable
-from service.planning import PlanningInputs, ScoresMissing, score_table, table_schemes
+from service.picking import is_settled, settled
+from service.planning.inputs import PlanningInputs, ScoresMissing, planning_menu, score_table, table_schemes
 from service.records import JobRecord
-from service.states import JobKind
-from service.wire import JobRequest
+from service.states import JobKind, JobState
+from service.wire import LocalJobRequest
 
 UNPROCESSABLE: dict[type[Exception], tuple[str, str | None]] = {
     RuntimeRefuses: ("runtime-refuses", "/runtime"),
@@ -33,6 +42,7 @@ UNPROCESSABLE: dict[type[Exception], tuple[str, str | None]] = {
     PatternError: ("unknown-layer", None),
     CostError: ("invalid-costs", None),
     CompileError: ("invalid-request", None),
+    ObjectiveError: ("invalid-objective", "/objective"),
 }
 CONFLICTS: dict[type[Exception], str] = {ScoresMissing: "scores-missing", LatencyMissing: "latency-missing"}
 PLANNING_ERRORS = (*UNPROCESSABLE, *CONFLICTS)
@@ -57,13 +67,43 @@ def planning_inputs(
     """What a re-solve of a search job works on; `metrics`, `pins` and `costs` (members of a request that
     decide latency, energy and memory) default to the job's own.
 
+    Those of a job that succeeded are kept for the next question of this kind, until scores are added.
+
     Raises Conflict while the job has nothing to plan with, and CostError, DeviceError or LatencyMissing.
     """
-    request = job.request
+    if job.state is not JobState.SUCCEEDED or job.score_set is None:
+        return _inputs(context, session, job, metrics, pins, costs)
+    made_from = [
+        context.tenant,
+        job.id,
+        job.version,
+        scores.count(session, job.score_set),
+        None if metrics is None else list(metrics),
+        None if pins is None else list(pins.items()),
+        None if costs is None else dict(costs),
+    ]
+    return context.kept.get(digest(made_from), lambda: _inputs(context, session, job, metrics, pins, costs))
+
+
+def _inputs(
+    context: Context,
+    session: Session,
+    job: JobRecord,
+    metrics: Collection[str] | None,
+    pins: Mapping[str, str] | None,
+    costs: Mapping[str, Any] | None,
+) -> PlanningInputs:
+    request = settled(job.request, job.summary)
     facts = _facts(session, job)
-    inventory = Inventory.from_json(facts["inventory"])
+    inventory = with_roles(request, Inventory.from_json(facts["inventory"]))
     wanted = list(metrics or request["metrics"])
-    schemes = table_schemes(request["schemes"], request["pins"] if pins is None else pins)
+    cheap, refined = str(request["metrics"][0]), request.get("refine_metric")
+    if refined in wanted:
+        wanted = list(dict.fromkeys((*wanted, cheap)))
+    deciding = deciding_of(request, [without_context(name) for name in wanted], inventory, facts)
+    named = request["pins"] if pins is None else pins
+    schemes = table_schemes(request["schemes"], named)
+    caches = Caches.of(request.get("kv_cache", ()), geometry_in(facts), named.values())
     timings = (job.summary or {}).get("latency")
     found = costs_of(
         cost_request(costs or {}, request),
@@ -71,31 +111,61 @@ def planning_inputs(
         [parse_scheme(name) for name in schemes],
         geometry_in(facts),
         None if timings is None else timings_from_json(timings),
+        caches,
     )
-    rows = scores.list_all(session, str(job.score_set), wanted)
-    return PlanningInputs(
+    for name in wanted:
+        _check_context(deciding, name)
+    wanted += [name for metric in wanted for name in deciding.compared(metric) if name not in wanted]
+    rows = scores.list_all(session, str(job.score_set), deciding.all_measured)
+    inputs = PlanningInputs(
         inventory=inventory,
-        table=score_table(inventory, schemes, rows, wanted, costs=found),
-        menu=table_schemes(request["schemes"], {}),
+        table=score_table(inventory, schemes, rows, wanted, costs=found, deciding=deciding, caches=caches),
+        menu=planning_menu(request["schemes"], caches),
         digests=_digests(context, session, job),
         sources=found.sources,
         calibration=Calibration.of(request),
         corrections=tuple(request.get("corrections", ())),
+        deciding=deciding,
+        caches=caches,
+    )
+    return inputs if refined is None or refined not in wanted else with_calibrated(inputs, cheap, refined)
+
+
+def _check_context(deciding: Deciding, metric: str) -> None:
+    """A context must be one of the job's, and be named where each has its own plan."""
+    context, names = context_of(metric), ", ".join(deciding.contexts) or "none"
+    needed = (
+        deciding.plans == EACH and bool(deciding.contexts) and SCORERS[without_context(metric)].by_context
+    )
+    if (context is None and needed) or (context is not None and context not in deciding.contexts):
+        raise Unprocessable(
+            "unknown-context",
+            f"The context must be one of the job's: {names}. Got {context!r:.80}. Name one of them.",
+            pointer="/context",
+        )
+
+
+def job_deciding(session: Session, job: JobRecord, metrics: Sequence[str]) -> Deciding:
+    """What is measured for some metrics of a search job. Raises Conflict before it looked at its model."""
+    facts = _facts(session, job)
+    return deciding_of(
+        job.request, metrics, with_roles(job.request, Inventory.from_json(facts["inventory"])), facts
     )
 
 
 def search_job(job: JobRecord) -> JobRecord:
-    """The job, which must be a search with a score set."""
+    """The job, which must be a search with a score set; its request with the metrics that `auto` picked."""
     if job.kind != JobKind.SEARCH:
         raise Conflict("not-a-search", f"Plans and scores must be asked of a search. Got a {job.kind} job.")
-    if job.score_set is None:
+    request = settled(job.request, job.summary)
+    if job.score_set is None or not is_settled(request):
         raise Conflict(
             "scores-missing",
             f"A job must have scores before it can be asked for them. Got a {job.state} job without any. "
             "Ask again when its stage is past loading.",
             headers={"Retry-After": "2"},
         )
-    return job
+    return replace(job, request=request)
 
 
 def _facts(session: Session, job: JobRecord) -> Mapping[str, Any]:
@@ -104,7 +174,7 @@ def _facts(session: Session, job: JobRecord) -> Mapping[str, Any]:
     """
     stored: Mapping[str, Any] | None = job.summary
     if stored is None or stored.get("inventory") is None:
-        request = JobRequest.model_validate(dict(job.request))
+        request = LocalJobRequest.model_validate(dict(job.request))
         unit = InspectUnit(request.takes_part, tuple(request.exclude))
         inspection = units.get(session, str(job.score_set), unit.key)
         stored = inspection.facts if inspection else None

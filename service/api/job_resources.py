@@ -23,11 +23,11 @@ class Job(Resource):
     """A job as it stands."""
 
     id: str
-    kind: str = Field(description="search, verify_model, measure_plan, write_checkpoint")
+    kind: str = Field(description=", ".join(JobKind))
     name: str | None = Field(description="As the request has it.")
     labels: dict[str, str]
     state: str = Field(description="queued, running, cancelling, succeeded, failed, cancelled, expired")
-    stage: str | None = Field(description="loading, scoring, solving, measuring, packaging")
+    stage: str | None = Field(description="loading, generating, scoring, solving, measuring, packaging")
     progress: Progress
     request: Json
     summary: Json | None
@@ -61,7 +61,14 @@ class Job(Resource):
             started_at=record.started_at,
             finished_at=record.finished_at,
             links=links_of(
-                f"/v1/jobs/{record.id}", "events", "scores", "plans", "frontier", "cancel", "resume"
+                f"/v1/jobs/{record.id}",
+                "events",
+                "scores",
+                "correlations",
+                "plans",
+                "frontier",
+                "cancel",
+                "resume",
             )
             | _download(record),
         )
@@ -98,10 +105,16 @@ class Score(Resource):
     value: float
     stderr: float | None
     samples: int
+    difference: float | None = Field(None, description="Value less that of the scheme `against`.")
+    difference_stderr: float | None = Field(
+        None, description="Of the difference, over paired samples; null where none were kept."
+    )
 
     @classmethod
-    def of(cls, record: ScoreRecord) -> Score:
-        """From the record."""
+    def of(
+        cls, record: ScoreRecord, difference: float | None = None, difference_stderr: float | None = None
+    ) -> Score:
+        """From the record, and how far it is from another scheme's."""
         return cls(
             layer=record.layer,
             scheme=record.scheme,
@@ -109,6 +122,8 @@ class Score(Resource):
             value=record.value,
             stderr=record.stderr,
             samples=record.samples,
+            difference=difference,
+            difference_stderr=difference_stderr,
         )
 
 
@@ -127,10 +142,38 @@ class Plan(Resource):
     gap: float | None = Field(
         None, description="(objective - bound) / max(1e-12, |objective|), sign adjusted."
     )
+    method: str = Field(
+        "", description="What decided: presolve, dual, labels, neighborhoods, ilp, heuristic."
+    )
+    why: str = Field("", description="Why that method decided.")
+    parts: list[Json] = Field(
+        [], description="Every number that the objective is about, with its bound and gap where proven."
+    )
     source: str | None = Field(None, description="Which candidate this is.")
     candidates: list[Json] = Field([], description="What was measured on the choosing part.")
+    shadow_prices: Json = Field(
+        {}, description="Per limit: how much less is lost per unit of the resource by which it is relaxed."
+    )
     least_budget: Json = Field({}, description="When infeasible: the least budget per limit.")
+    conflict: Json | None = Field(
+        None,
+        description="When infeasible: limits, pins, ties and rules that no plan keeps all, and what giving "
+        "way at each would buy.",
+    )
+    reference: Json | None = Field(
+        None,
+        description="The Gaussian rate-distortion reference at the plan's bits: to compare, not a bound.",
+    )
     resources: Json = Field({}, description="Exact totals.")
+    target: Json | None = Field(
+        None,
+        description="For a target: what was measured on the choosing and on the reporting part, whether that"
+        " confirms it (yes: the whole interval, mean, no), and every size that was tried.",
+    )
+    score_sources: Json | None = Field(
+        None,
+        description="Where a refining metric was measured only near decisions: by layer, what stands there.",
+    )
     digest: str | None = Field(None, description="SHA-256 of the plan document.")
     document: Json | None = Field(None, description="The plan; null when nothing fits.")
     evidence: Json | None = Field(None, description="Measured quality; null until measured.")
@@ -149,7 +192,7 @@ class Plan(Resource):
             "document": as_json(record.document),
             "evidence": as_json(record.evidence),
             "created_at": record.created_at,
-            "links": links_of(f"/v1/plans/{record.id}", "document", "measure", "checkpoint")
+            "links": links_of(f"/v1/plans/{record.id}", "document", "explanation", "measure", "checkpoint")
             | {"job": f"/v1/jobs/{record.job_id}"},
         }
         return cls.model_validate({**record.result, **own})
@@ -165,6 +208,12 @@ class FrontierPoint(Resource):
     """One plan that no other beats in both the metric and the resource."""
 
     objective: float = Field(description="The metric summed over the layers.")
+    bound: float = Field(description="No plan that uses as much or less of the resource is better than this.")
+    gap: float = Field(description="Between the two, relative.")
+    price: float | None = Field(
+        description="Supported: what a unit of the resource costs in the metric where this plan is optimal. "
+        "Null where the bound was proven at this total."
+    )
     resources: Json = Field(description="Exact totals, bits_per_weight among them.")
     layers: dict[str, str] | None = Field(None, description="Layer -> scheme, when asked for.")
 
@@ -175,3 +224,7 @@ class Frontier(Resource):
     resource: str
     metric: str
     items: list[FrontierPoint]
+    complete: bool | None = Field(None, description="With `between`: whether every such plan is there.")
+    next_between: list[float | int] | None = Field(
+        None, description="With `between`: the totals between which plans are still to come."
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Path, Query, Response
@@ -22,11 +23,12 @@ from service.api.resources import Page
 from service.db.repositories import events, jobs
 from service.errors import Conflict
 from service.records import JobRecord
-from service.states import IllegalTransition, JobKind, JobState
-from service.wire import JobRequest
+from service.states import PENDING, IllegalTransition, JobKind, JobState
+from service.wire import JobRequest, LocalJobRequest
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 RETRY_SECONDS = "1"
+ALIVE = PENDING | {JobState.SUCCEEDED}
 POLL_SECONDS = 0.1
 
 JobId = Annotated[str, Path(max_length=100)]
@@ -121,7 +123,7 @@ def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
                 "Wait for it, or ask a succeeded one for other plans at /plans.",
             )
         if job.kind == JobKind.SEARCH:
-            check_job(context, session, JobRequest.model_validate(job.request))
+            check_job(context, session, LocalJobRequest.model_validate(job.request))
         return accepted(
             jobs.create(
                 session,
@@ -166,6 +168,23 @@ def accepted(job: JobRecord) -> Answer:
     """202 with where to ask and when."""
     headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **_retry_headers(job)}
     return Answer(202, Job.of(job), headers)
+
+
+def queued_once(
+    context: Context,
+    session: Session,
+    kind: JobKind,
+    request: Mapping[str, Any],
+    content: str,
+    is_there: Callable[[JobRecord], bool] = lambda job: True,
+) -> JobRecord:
+    """The job whose digest is `content` that waits, runs or succeeded, or else a new one; `is_there` says
+    whether what a finished one made is still to be had.
+    """
+    known = jobs.find_by_request(session, content, ALIVE, context.tenant)
+    if known is not None and (not known.finished or is_there(known)):
+        return known
+    return jobs.create(session, kind=kind, request=request, request_digest=content, tenant=context.tenant)
 
 
 def _file_of_none(context: Context, session: Session, job: JobRecord) -> str | None:

@@ -14,7 +14,9 @@ from service.api.intake import check_folder_model, check_uploaded_model, store_m
 from service.api.lookup import find_model, stored_inventory
 from service.api.pages import page_of, position
 from service.api.resources import Layers, Model, Page
-from service.db.repositories import jobs, models
+from service.api.usage import refuse_in_use
+from service.costing import geometry_in
+from service.db.repositories import models
 from service.errors import Conflict, NotFound
 from service.records import ModelRecord
 from service.states import InputState
@@ -70,12 +72,13 @@ def get_layers(model_id: ModelId, context: Ctx) -> Layers:
             "Ask again when GET /v1/models/{id} says ready.",
             headers={"Retry-After": "1"},
         )
-    return Layers.model_validate(dict(inventory))
+    geometry = geometry_in(model.summary or {})
+    return Layers.model_validate({**inventory, "caches": [] if geometry is None else geometry.attention})
 
 
 @router.delete("/{model_id}", status_code=204)
 def delete_model(model_id: ModelId, context: Ctx) -> None:
-    """Delete a model that no unfinished search uses; finished jobs keep their scores and plans."""
+    """Delete a model that no unfinished job uses; finished jobs keep their scores and plans."""
     with context.database.write() as session:
         find_model(context, session, model_id)
         refuse_in_use(context, session, "model", model_id)
@@ -85,17 +88,6 @@ def delete_model(model_id: ModelId, context: Ctx) -> None:
 def model_answer(model: ModelRecord) -> Answer:
     """201 with where the model is."""
     return Answer(201, Model.of(model), {"Location": f"/v1/models/{model.id}"})
-
-
-def refuse_in_use(context: Context, session: Session, kind: str, ident: str) -> None:
-    """Raise Conflict while an unfinished search names this model or calibration set."""
-    for job in jobs.unfinished(session, tenant=context.tenant):
-        if job.kind == "search" and job.request.get(kind) == ident:
-            raise Conflict(
-                f"{kind}-in-use",
-                f"A {kind} must not be in use when it is deleted. Got job {job.id}, which is {job.state}. "
-                "Wait for it or cancel it first.",
-            )
 
 
 def _existing(context: Context, model_id: str) -> ModelRecord:

@@ -8,20 +8,25 @@ from fastapi import APIRouter, Path, Response
 from sqlalchemy.orm import Session
 
 from quant.digest import canonical_json, digest
+from search.objectives.objective import ObjectiveError
+from sensitivity.contexts import in_context
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import After, Context, Ctx, Limit
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
 from service.api.job_resources import Job, Plan, Plans
-from service.api.jobs import JobId, accepted
+from service.api.jobs import JobId, accepted, queued_once
 from service.api.lookup import find_job, find_plan
 from service.api.pages import page_of, position
 from service.api.resources import Page
-from service.costing import cost_request
-from service.db.repositories import jobs, plans
+from service.costing import cost_request, without_costs
+from service.db.repositories import plans
 from service.errors import Conflict, NotFound
-from service.planning import Answer as Solved
-from service.planning import Ask, solve_budget
+from service.fields import objective_fault
+from service.picking import deciding
+from service.planning.answer import Answer as Solved
+from service.planning.answer import solve_budget
+from service.planning.ask import Ask
 from service.records import JobRecord, PlanRecord
 from service.states import JobKind
 from service.wire import PlansRequest
@@ -108,25 +113,12 @@ def measure_plan(plan_id: PlanId, context: Ctx, key: IdempotencyKey = None) -> R
 
 def _asks(body: PlansRequest, job: JobRecord) -> list[Ask]:
     """One question per budget; what the body leaves out is as the job has it."""
-    limits = job.request["limits"] if body.limits is None else body.limits
-    pins = job.request["pins"] if body.pins is None else body.pins
-    ties = job.request["ties"] if body.ties is None else body.ties
-    costs = cost_request(body.model_dump(mode="json"), job.request).members
-    runtime = job.request.get("runtime") if body.runtime is None else body.runtime
-    return [
-        Ask(
-            budget=budget,
-            limits=tuple(limits),
-            pins=dict(pins),
-            ties=tuple(tuple(tie) for tie in ties),
-            metric=body.metric or job.request["metrics"][0],
-            time_limit_seconds=body.time_limit_seconds,
-            gap=body.gap,
-            runtime=runtime,
-            costs=costs,
-        )
-        for budget in body.budgets
-    ]
+    own = {name: value for name, value in body.model_dump(mode="json").items() if value is not None}
+    costs = cost_request(own, job.request).members
+    request = {**without_costs(job.request), **without_costs(own), **costs}
+    metric = body.metric or deciding(job.request)
+    name = in_context(metric, body.context) if body.context else metric
+    return [Ask.of(request, budget, name) for budget in body.budgets]
 
 
 def _solve(context: Context, job_id: str, body: PlansRequest) -> list[Question]:
@@ -137,9 +129,13 @@ def _solve(context: Context, job_id: str, body: PlansRequest) -> list[Question]:
     try:
         with context.database.read() as session:
             job = search_job(find_job(context, session, job_id))
+            _check_objective(body, job)
             asks = _asks(body, job)
             first = asks[0]
-            inputs = planning_inputs(context, session, job, [str(first.metric)], first.pins, first.costs)
+            metrics = list(
+                dict.fromkeys((str(first.metric), *(n for ask in asks for n in ask.named_metrics)))
+            )
+            inputs = planning_inputs(context, session, job, metrics, first.pins, first.costs)
             settings = digest(["solve", first.settings_digest(inputs.menu)])
             known = [plans.find(session, job_id, ask.budget, settings) for ask in asks]
         return [
@@ -148,6 +144,13 @@ def _solve(context: Context, job_id: str, body: PlansRequest) -> list[Question]:
         ]
     except PLANNING_ERRORS as error:
         raise planning_problem(error) from None
+
+
+def _check_objective(body: PlansRequest, job: JobRecord) -> None:
+    """Its metrics must be the search's. Raises ObjectiveError."""
+    fault = None if body.objective is None else objective_fault(body.objective, job.request["metrics"])
+    if fault is not None:
+        raise ObjectiveError(fault)
 
 
 def _stored(context: Context, session: Session, job_id: str, solved: Question) -> PlanRecord:
@@ -170,15 +173,7 @@ def _stored(context: Context, session: Session, job_id: str, solved: Question) -
 
 
 def _measurement(context: Context, session: Session, plan: PlanRecord) -> JobRecord:
-    """The unfinished measurement of this plan, or a new one."""
-    request = {"plan": plan.id, "job": plan.job_id}
-    for job in jobs.unfinished(session, tenant=context.tenant):
-        if job.kind == JobKind.MEASURE_PLAN and job.request.get("plan") == plan.id:
-            return job
-    return jobs.create(
-        session,
-        kind=JobKind.MEASURE_PLAN,
-        request=request,
-        request_digest=digest(request),
-        tenant=context.tenant,
-    )
+    """The measurement of this plan that waits or runs, or a new one."""
+    request, kind = {"plan": plan.id, "job": plan.job_id}, JobKind.MEASURE_PLAN
+    content = digest([kind, request])
+    return queued_once(context, session, kind, request, content, is_there=lambda job: False)

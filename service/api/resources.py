@@ -95,6 +95,9 @@ class Layers(Resource):
 
     layers: list[Json]
     excluded: list[Json]
+    caches: list[str] = Field(
+        [], description="Attention layers whose key-value caches can be decided: see kv_cache of a job."
+    )
     total_parameters: int | None = None
     other_bytes: int | None = None
 

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 
-from sensitivity.catalog import with_interactions
+from quant.kv_cache import FULL, cache_scheme, is_cache, scheme_name
+from quant.schemes import SchemeError
+from sensitivity.catalog import DECOUPLED
 from service.api.context import LARGEST_PAGE, After, Context, Ctx, Limit
-from service.api.job_inputs import search_job
+from service.api.job_inputs import job_deciding, search_job
 from service.api.job_resources import Score
 from service.api.jobs import JobId
 from service.api.lookup import find_job
 from service.api.resources import Page
-from service.db.repositories import scores
+from service.db.repositories import scores, units
 from service.db.repositories.scores import ScoreKey
+from service.deciding import scored_metrics
+from service.draws import Draws
 from service.errors import Unprocessable
-from service.planning import table_schemes
+from service.planning.inputs import table_schemes
 from service.records import JobRecord, ScoreRecord
 
 router = APIRouter(prefix="/v1/jobs", tags=["scores"])
 COLUMNS = ("layer", "scheme", "metric", "value", "stderr", "samples")
+PAIRED = ("difference", "difference_stderr")
 
 MetricName = Annotated[str | None, Query(max_length=100, description="Only this metric.")]
+Against = Annotated[
+    str | None,
+    Query(max_length=200, description="Also give each score's difference from that of this scheme."),
+]
 Format = Annotated[Literal["json", "csv"], Query(alias="format", description="csv gives all rows at once.")]
 
 
@@ -38,26 +48,33 @@ def list_scores(
     limit: Limit = 200,
     cursor: After = None,
     metric: MetricName = None,
+    against: Against = None,
     form: Format = "json",
 ) -> Response | Page[Score]:
     """The scores that are stored for the job's schemes and metrics, ordered by layer, scheme and metric."""
     with context.database.read() as session:
         job = search_job(find_job(context, session, job_id))
-    metrics = _metrics(job, metric)
+    metrics, other = _metrics(context, job, metric), _scheme(job, against)
     if form == "csv":
         name = f'attachment; filename="bitplan-{job.id}-scores.csv"'
-        lines = _csv(_all_rows(context, job, metrics))
+        pages = _pages(context, job, metrics)
+        lines = _csv((score for rows in pages for score in _scores(context, rows, other)), other)
         return StreamingResponse(lines, media_type="text/csv", headers={"Content-Disposition": name})
     kind = f"scores of {job_id} {metric}"
     after = None if cursor is None else tuple(context.cursors.read(kind, cursor))
     rows = _rows(context, job, metrics, limit, after)
     more = context.cursors.make(kind, _key(rows[-1])) if len(rows) == limit else None
-    return Page(items=[Score.of(row) for row in rows], next_cursor=more)
+    return Page(items=_scores(context, rows, other), next_cursor=more)
 
 
-def _metrics(job: JobRecord, metric: str | None) -> list[str]:
-    named = job.request["metrics"]
-    measured = with_interactions(named) if job.request["interactions"] else named
+def _metrics(context: Context, job: JobRecord, metric: str | None) -> list[str]:
+    """The metrics that are stored for the job: those of roles and contexts by their own names."""
+    named, refined = job.request["metrics"], job.request.get("refine_metric")
+    measured = scored_metrics(named, refined, interactions=job.request["interactions"])
+    measured += [] if refined is None else [refined]
+    if DECOUPLED in named or job.request.get("contexts"):
+        with context.database.read() as session:
+            measured = job_deciding(session, job, measured).all_measured
     if metric is None:
         return measured
     if metric not in measured:
@@ -70,18 +87,60 @@ def _metrics(job: JobRecord, metric: str | None) -> list[str]:
     return [metric]
 
 
+def _scheme(job: JobRecord, against: str | None) -> str | None:
+    """The scheme to compare with, in canonical spelling."""
+    schemes = _schemes(job)
+    name = against
+    with suppress(SchemeError):
+        name = None if against is None else scheme_name(against)
+    if name is not None and name not in schemes:
+        raise Unprocessable(
+            "unknown-scheme",
+            f"against must be a scheme of the job: {', '.join(schemes)}. Got {against!r:.80}. Pick one of "
+            "them.",
+            pointer="/query/against",
+        )
+    return name
+
+
+def _scores(context: Context, rows: Sequence[ScoreRecord], against: str | None) -> list[Score]:
+    """A page of rows as answers; `against` a scheme, each with its difference from that scheme's score."""
+    if against is None or not rows:
+        return [Score.of(row) for row in rows]
+    score_set = rows[0].score_set
+    with context.database.read() as session:
+        others = scores.of_scheme(session, score_set, against, {row.layer for row in rows})
+        keys = {row.unit_key for row in (*rows, *others.values())}
+        found = units.get_many(session, score_set, keys)
+    draws = Draws(found.get, context.store.get_array)
+    pairs = [(row, others.get((row.layer, row.metric))) for row in rows]
+    return [
+        Score.of(row) if other is None else Score.of(row, *draws.difference(row, other))
+        for row, other in pairs
+    ]
+
+
 def _rows(
     context: Context, job: JobRecord, metrics: list[str], limit: int, after: ScoreKey | None
 ) -> tuple[ScoreRecord, ...]:
-    schemes = table_schemes(job.request["schemes"], job.request["pins"])
     with context.database.read() as session:
-        return scores.list_page(session, str(job.score_set), limit, after, metrics=metrics, schemes=schemes)
+        return scores.list_page(
+            session, str(job.score_set), limit, after, metrics=metrics, schemes=_schemes(job)
+        )
 
 
-def _all_rows(context: Context, job: JobRecord, metrics: list[str]) -> Iterator[ScoreRecord]:
+def _schemes(job: JobRecord) -> tuple[str, ...]:
+    """Those of weights, and then those of caches where they are decided."""
+    kinds, pins = job.request.get("kv_cache", ()), job.request["pins"]
+    pinned = [scheme for scheme in pins.values() if is_cache(scheme)]
+    caches = dict.fromkeys((*map(cache_scheme, (FULL, *kinds)), *pinned)) if kinds else ()
+    return (*table_schemes(job.request["schemes"], pins), *caches)
+
+
+def _pages(context: Context, job: JobRecord, metrics: list[str]) -> Iterator[tuple[ScoreRecord, ...]]:
     after: ScoreKey | None = None
     while rows := _rows(context, job, metrics, LARGEST_PAGE, after):
-        yield from rows
+        yield rows
         after = _key(rows[-1])
 
 
@@ -89,11 +148,18 @@ def _key(row: ScoreRecord) -> ScoreKey:
     return (row.layer, row.scheme, row.metric)
 
 
-def _csv(rows: Iterator[ScoreRecord]) -> Iterator[str]:
-    yield _line(COLUMNS)
+def _csv(rows: Iterator[Score], against: str | None) -> Iterator[str]:
+    columns = COLUMNS if against is None else (*COLUMNS, *PAIRED)
+    yield _line(columns)
     for row in rows:
-        texts = (cell(row.layer), cell(row.scheme), cell(row.metric))
-        yield _line((*texts, repr(row.value), "" if row.stderr is None else repr(row.stderr), row.samples))
+        yield _line(tuple(_text(getattr(row, name)) for name in columns))
+
+
+def _text(value: str | float | None) -> str:
+    """Numbers with all their digits, nothing for null."""
+    if value is None:
+        return ""
+    return cell(value) if isinstance(value, str) else repr(value)
 
 
 def _line(values: tuple[object, ...]) -> str:

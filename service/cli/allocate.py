@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from quant.patterns import select
-from search.budget import parse_limits
 from search.catalog import SOLVERS
-from search.compile import Compiled, compile_problem, exact_number
+from search.compile import Compiled, exact_number
+from search.conflict import conflict_of
+from search.objectives.catalog import DEFAULT, OBJECTIVES, parse_objective, solve_objective
+from search.objectives.objective import Objective, Optimum
 from search.problem import DEFAULT_GAP, Solution, Status
-from search.solve import solve
-from sensitivity.table_reader import parse_table
+from search.question import Question
+from search.rate_distortion import rate_distortion
 from service.cli.exits import exits, leave_with, plan_exit
-from service.cli.options import Json, Pins, Ties, assignments, names
-from service.cli.output import console, print_json
+from service.cli.options import Json, Pins, Ties
+from service.cli.output import console, print_json, show_conflict, show_reference
+from service.cli.table_question import Forbidden, TableFile, TableLimits, TableMetric, table_question
+from service.explaining import conflict_json, reference_json
 
-TableFile = Annotated[
-    Path, typer.Argument(metavar="TABLE.json", help='Scores and resources, "bitplan.table/1".')
-]
-TableLimits = Annotated[
-    list[str] | None,
+ObjectiveText = Annotated[
+    str,
     typer.Option(
-        "--limit",
-        help='"bytes<=2 MiB", "latency<=12 ms", "3.5 bpw", "x>=Y", "bytes<=0.25 of range". All hold.',
+        "--objective",
+        help="What to solve for: " + "; ".join(entry.examples[-1] for entry in OBJECTIVES.values()) + ".",
     ),
-]
-TableMetric = Annotated[
-    str | None, typer.Option("--metric", help="Needed when the table has several metrics.")
 ]
 SolverName = Annotated[str, typer.Option("--solver", help=f"auto, {', '.join(SOLVERS)}.")]
 Seconds = Annotated[
@@ -49,7 +44,9 @@ def allocate(
     limit: TableLimits = None,
     tie: Ties = None,
     pin: Pins = None,
+    forbid: Forbidden = None,
     metric: TableMetric = None,
+    objective: ObjectiveText = DEFAULT,
     solver: SolverName = "auto",
     time_limit: Seconds = DEFAULT_SECONDS,
     gap: TargetGap = DEFAULT_GAP,
@@ -58,56 +55,57 @@ def allocate(
 ) -> None:
     """Pick one scheme per layer of a score table under limits. Needs no model."""
     with exits(as_json=as_json, interrupted="nothing is kept: run it again from the beginning"):
-        compiled = _compiled(table, limit or (), tie, pin, metric)
-        solution = solve(compiled.problem, solver=solver, gap=gap, time_limit=time_limit)
-        answer = allocation_json(compiled, solution)
+        wanted = parse_objective(objective)
+        question = table_question(table, limit, tie, pin, metric, wanted, forbid)
+        compiled = question.compiled()
+        found = solve_objective(compiled, wanted, solver=solver, gap=gap, time_limit=time_limit, prices=True)
+        solution = found.solution
+        answer = allocation_json(question, wanted, found)
     if verbose:
         _tell(solution)
     if as_json:
         print_json(answer)
     else:
-        _show(compiled, solution, answer)
+        _show(compiled, wanted, solution, answer)
     leave_with(plan_exit([solution.status.value]))
 
 
-def allocation_json(compiled: Compiled, solution: Solution) -> dict[str, Any]:
-    """The answer as `bitplan allocate --json` prints it; the objective is summed anew from the table."""
+def allocation_json(question: Question, wanted: Objective, found: Optimum) -> dict[str, Any]:
+    """The answer as `bitplan allocate --json` prints it; a metric's sum is summed anew from the table."""
+    compiled, solution = question.compiled(), found.solution
+    infeasible = solution.status is Status.INFEASIBLE
+    conflict = conflict_of(question, solution.least_budget) if infeasible else None
     assignment = None if solution.choice is None else compiled.assignment(solution.choice)
     return {
         "status": solution.status.value,
-        "objective": None if assignment is None else compiled.objective(assignment),
+        "solved_for": wanted.text,
+        "objective": _value(compiled, wanted, solution),
         "bound": solution.bound,
         "gap": solution.gap,
+        "parts": [part.as_json() for part in found.parts],
         "choice": assignment,
         "fused": [],
         "resources": {} if assignment is None else _numbers(compiled.resources(assignment)),
+        "reference": _reference(compiled, assignment),
+        "shadow_prices": dict(solution.prices),
         "least_budget": _numbers(solution.least_budget),
+        "conflict": conflict_json(conflict),
         "seconds": solution.seconds,
+        "method": solution.method,
+        "why": solution.why,
     }
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Layer names as a user gives them: an exact name first, else a pattern."""
-
-    known: tuple[str, ...]
-
-    def expand(self, given: Iterable[str]) -> list[str]:
-        found: dict[str, None] = {}
-        for name in given:
-            is_pattern = name not in self.known and ("*" in name or "?" in name)
-            found.update(dict.fromkeys(select([name], self.known) if is_pattern else (name,)))
-        return list(found)
+def _value(compiled: Compiled, wanted: Objective, solution: Solution) -> float | None:
+    if solution.choice is None or wanted.text != DEFAULT:
+        return solution.objective
+    return compiled.objective(compiled.assignment(solution.choice))
 
 
-def _compiled(
-    path: Path, limit: Iterable[str], tie: list[str] | None, pin: list[str] | None, metric: str | None
-) -> Compiled:
-    table = parse_table(path.read_bytes())
-    layers = _Names(table.layer_names)
-    pins = {layer: scheme for given, scheme in assignments(pin).items() for layer in layers.expand([given])}
-    ties = [layers.expand(members) for members in names(tie)]
-    return compile_problem(table, metric=metric, limits=parse_limits(limit), ties=ties, pins=pins)
+def _reference(compiled: Compiled, assignment: Mapping[str, str] | None) -> dict[str, Any] | None:
+    if assignment is None:
+        return None
+    return reference_json(rate_distortion(compiled.table, compiled.metric, assignment))
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
@@ -116,31 +114,40 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
 
 def _tell(solution: Solution) -> None:
     stream = Console(stderr=True, highlight=False, soft_wrap=True)
-    for line in (*solution.log, f"{solution.solver}: {solution.status} in {solution.seconds:.3f} s"):
+    for line in (*solution.log, _outcome_line(solution)):
         stream.print(line, markup=False)
 
 
-def _show(compiled: Compiled, solution: Solution, answer: Mapping[str, Any]) -> None:
+def _outcome_line(solution: Solution) -> str:
+    how = f" by {solution.method}: {solution.why}" if solution.method else ""
+    return f"{solution.solver}: {solution.status} in {solution.seconds:.3f} s{how}"
+
+
+def _show(compiled: Compiled, wanted: Objective, solution: Solution, answer: Mapping[str, Any]) -> None:
     if solution.choice is None:
         _show_refusal(solution, answer)
         return
-    shown = Table(
-        "layer", "scheme", title=f"{compiled.metric}: {answer['objective']:.9g} ({solution.status})"
-    )
+    named = compiled.metric if wanted.text == DEFAULT else wanted.text
+    shown = Table("layer", "scheme", title=f"{named}: {answer['objective']:.9g} ({solution.status})")
     for layer, scheme in answer["choice"].items():
         shown.add_row(layer, scheme)
     console().print(shown)
     totals = ", ".join(f"{name} {value}" for name, value in answer["resources"].items())
     proof = "" if solution.bound is None else f"bound {solution.bound:.9g}, gap {solution.gap:.2g}"
     console().print(f"{totals}\n{proof}", markup=False)
+    for part in answer["parts"]:
+        console().print(f"{part['name']}: {part['value']:.9g}", markup=False)
+    for name, price in solution.prices.items():
+        console().print(f"price of {name}: {price:.4g} per unit", markup=False)
+    show_reference(answer["reference"])
 
 
 def _show_refusal(solution: Solution, answer: Mapping[str, Any]) -> None:
     if solution.status is Status.UNKNOWN:
-        console().print(
-            "No plan was found within the time limit. Give more time with --time-limit.", markup=False
-        )
+        late = "No plan was found within the time limit. Give more time with --time-limit."
+        console().print(f"No plan: {solution.reason}." if solution.reason else late, markup=False)
         return
     console().print(f"Infeasible: {solution.reason}.", markup=False)
     for name, value in answer["least_budget"].items():
         console().print(f"  {name}: {value} would fit", markup=False)
+    show_conflict(answer["conflict"])

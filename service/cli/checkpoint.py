@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +13,14 @@ from service.cli import options
 from service.cli.exits import exits
 from service.cli.output import console, print_json, size
 from service.cli.plan_files import read_plan
+from service.consumers import require_consumer
 
 if TYPE_CHECKING:
+    from quant.checkpoints.front import Written
     from quant.checkpoints.protocol import Layout
     from quant.checkpoints.source import Source
     from quant.export.protocol import Deployment
     from quant.plan import Plan
-    from service.remote.handles import JobHandle, PlanHandle
 
 NOTHING = "no checkpoint was written"
 ModelDir = Annotated[
@@ -41,14 +41,14 @@ def apply(
     with exits(as_json=as_json, interrupted=NOTHING):
         wanted = read_plan(plan)
 
-        from quant.checkpoints.front import apply_plan, require_corrected, require_inputs
+        from quant.checkpoints.front import plan_deployment
+        from quant.checkpoints.source import Source
 
-        require_inputs(wanted, given=calibration is not None)
-        require_corrected(wanted, given=calibration is not None)
-        found = _from_calibration(wanted, model, calibration, force=force)
-        written = apply_plan(model, wanted, output, force=force, **found)
+        source = Source.open(model)
+        deployment = plan_deployment(wanted, source)
+        written = _written("pytorch", source, deployment, output, calibration, force=force)
         if as_json:
-            print_json({"output": str(output), **asdict(written.provenance)})
+            print_json({"output": str(output), **written.provenance.as_json()})
         else:
             console().print(f"wrote {output}", markup=False)
 
@@ -79,9 +79,9 @@ def checkpoint(
 ) -> None:
     """Write the quantized weights as a runtime loads them, or say which layer breaks which of its rules."""
     with exits(as_json=as_json, interrupted=NOTHING):
-        from quant.checkpoints.front import checkpoint_of, layout
+        from quant.checkpoints.front import layout
 
-        checkpoint_of(to)
+        require_consumer(to, CHECKPOINTS)
         if output is None and not dry_run:
             raise ValueError("--output must name the checkpoint. Got none. Pass -o OUT, or --dry-run.")
         if plan is None:
@@ -104,19 +104,27 @@ def _deployment(model: Path, plan: Plan) -> tuple[Source, Deployment]:
 def _write(
     model: Path, plan: Plan, to: str, output: Path, calibration: Path | None, *, force: bool, as_json: bool
 ) -> None:
-    from quant.checkpoints.front import require_corrected, require_inputs, write
-
-    require_inputs(plan, given=calibration is not None)
-    require_corrected(plan, given=calibration is not None)
     source, deployment = _deployment(model, plan)
-    found = _from_calibration(plan, model, calibration, force=force)
-    written = write(to, source, deployment, output, force=force, **found)
-    _told(output, {**asdict(written.provenance), **written.layout.as_json()}, as_json=as_json)
+    written = _written(to, source, deployment, output, calibration, force=force)
+    _told(output, {**written.provenance.as_json(), **written.layout.as_json()}, as_json=as_json)
+
+
+def _written(
+    to: str, source: Source, deployment: Deployment, output: Path, calibration: Path | None, *, force: bool
+) -> Written:
+    """Write it. What is wrong with the model or the plan is said before what is wrong with the data."""
+    from quant.checkpoints.front import layout, require_corrected, require_inputs, write
+
+    layout(to, source, deployment, force=force)
+    require_inputs(deployment.plan, given=calibration is not None)
+    require_corrected(deployment.plan, given=calibration is not None)
+    found = _from_calibration(deployment.plan, source.folder, calibration, force=force)
+    return write(to, source, deployment, output, force=force, **found)
 
 
 def _remote(plan: str, to: str, output: Path | None, server: str, *, force: bool, as_json: bool) -> None:
     """Have a server write the checkpoint of one of its plans, and fetch it."""
-    from service.cli.remote import client_of, follow
+    from service.cli.remote import client_of, follow, plan_named
 
     if not plan.startswith(("plan_", "job_")) or Path(plan).exists():
         raise ValueError(
@@ -126,19 +134,11 @@ def _remote(plan: str, to: str, output: Path | None, server: str, *, force: bool
     if output is None:
         raise ValueError("--dry-run must have the model here. Got a server's plan. Pass MODEL_DIR PLAN.json.")
     with client_of(server, patient=True) as client:
-        handle = _only_plan(client.job(plan)) if plan.startswith("job_") else client.plan(plan)
+        handle = plan_named(client, plan)
         job = handle.write_checkpoint(to, force=force)
         follow(job, as_json=as_json)
         handle.save_checkpoint(to, output)
         _told(output, {"job": job.id, **job.resource["summary"]}, as_json=as_json)
-
-
-def _only_plan(job: JobHandle) -> PlanHandle:
-    found = [plan for plan in job.plans() if plan.document is not None]
-    if len(found) != 1:
-        named = ", ".join(f"{plan.id} ({plan.resource['budget']})" for plan in found) or "none"
-        raise ValueError(f"A job must have one plan to be named by it. Got {named}. Pass the id of a plan.")
-    return found[0]
 
 
 def _told(output: Path, facts: dict[str, Any], *, as_json: bool) -> None:

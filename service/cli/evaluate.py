@@ -10,6 +10,8 @@ import typer
 from rich.table import Table
 
 from quant.geometry import CACHE_BITS
+from quant.kv_cache import FULL, cache_scheme, cache_type
+from quant.storage import SchemeError
 from service.cli import options
 from service.cli.exits import exits
 from service.cli.output import console, interval, print_json
@@ -43,6 +45,7 @@ def evaluate(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     batch_size: options.BatchSize = 8,
+    memory_limit: options.MemoryLimit = None,
     calibration: options.PlanCalibration = None,
     kv_cache: CacheTypes = None,
     force: options.Force = False,
@@ -66,26 +69,28 @@ def evaluate(
             "seed": seed,
             "device": device,
             "batch_size": batch_size,
+            "memory_limit": memory_limit,
         }
         spec = _spec(wanted, found, read, chosen)
         if wanted.reads_calibration:
             spec = _with_statistics(spec, wanted, calibration, force=force)
         asked: dict[str, dict[str, str]] = {"full_precision": {}, "plan": wanted.assignment}
         if kv_cache:
-            asked["plan_and_cache"] = wanted.assignment | _caches(kv_cache)
+            asked["plan_and_cache"] = wanted.weights | _caches(kv_cache)
         found_rows = measure(settings, spec, list(asked.values()), wanted.corrections or ())
         _show(wanted, dict(zip(asked, found_rows, strict=True)), as_json=as_json)
 
 
 def _caches(texts: list[str]) -> dict[str, str]:
     """Pattern of attention layers -> scheme of its cache. Raises ValueError for an unknown type."""
-    pairs = [text.rpartition("=")[::2] for text in texts]
-    for _, kind in pairs:
-        if kind not in CACHE_BITS:
-            raise ValueError(
-                f"--kv-cache must be one of {', '.join(CACHE_BITS)}, or LAYERS=TYPE. Got {kind!r}. Use int8."
-            )
-    return {pattern or "*": f"kv-{kind}" for pattern, kind in pairs}
+    found = {}
+    for text in texts:
+        pattern, _, kind = text.rpartition("=")
+        try:
+            found[pattern or "*"] = cache_scheme(cache_type(kind, (FULL, *CACHE_BITS)))
+        except SchemeError as error:
+            raise ValueError(f"--kv-cache must be TYPE or LAYERS=TYPE. {error}") from None
+    return found
 
 
 def _require_same_model(plan: Plan, model: ModelSource, *, force: bool) -> None:
@@ -108,6 +113,7 @@ def _with_statistics(spec: SessionSpec, plan: Plan, calibration: Path | None, *,
 
 
 def _spec(plan: Plan, model: ModelSource, data: LocalData, chosen: dict[str, Any]) -> SessionSpec:
+    from service.local import local_settings
     from service.runner.inputs import spec_of
     from service.wire import JobRequest
 
@@ -120,7 +126,7 @@ def _spec(plan: Plan, model: ModelSource, data: LocalData, chosen: dict[str, Any
             **chosen,
         }
     )
-    return spec_of(request, model, data.source)
+    return spec_of(request, model, data.source, local_settings().memory_limit)
 
 
 def _show(plan: Plan, measured: dict[str, Any], *, as_json: bool) -> None:

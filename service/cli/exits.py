@@ -114,9 +114,42 @@ def explain(error: Exception) -> Told | None:
 OPTIONS = {
     "latency_ns": "latency-table",
     "time_limit_seconds": "time-limit",
+    "time_budget_seconds": "time-budget",
     "interactions": "no-interactions",
+    "deployment": "context-length",
+    "deployment/batch": "serving-batch",
+    "deployment/kv_cache": "kv-cache-type",
+    "contexts/edges": "timestep-edge",
+    "contexts/weights": "context-weight",
 }
-REPEATED = frozenset({"budgets", "corrections", "limits", "metrics", "pins", "ties"})
+"""Members of a request, those of nested ones too, whose option has another name."""
+REPEATED = frozenset(
+    {
+        "budgets",
+        "corrections",
+        "limits",
+        "metrics",
+        "pins",
+        "ratios",
+        "role_limits",
+        "role_metrics",
+        "roles",
+        "targets",
+        "ties",
+    }
+)
+
+
+def option_of(*place: str | int) -> str:
+    """The option that a member of a request comes from.
+
+    >>> option_of("role_limits", "*.conv_in"), option_of("deployment", "batch")
+    ('--role-limit', '--serving-batch')
+    """
+    member = str(place[0])
+    nested = "/".join(str(part) for part in place[:2])
+    own = member.removesuffix("s") if member in REPEATED else member
+    return "--" + OPTIONS.get(nested, OPTIONS.get(member, own)).replace("_", "-")
 
 
 def validation_message(error: ValidationError) -> str:
@@ -130,10 +163,9 @@ def _fault(fault: Any, title: str) -> str:
     member = str(fault["loc"][0])
     if title == "Settings":
         return f"BITPLAN_{member.upper()}: {fault['msg']}. Got {fault['input']!r}."
-    option = "--" + OPTIONS.get(member, member.removesuffix("s") if member in REPEATED else member)
     own_words = "-" in fault["type"]
     words = fault["msg"] if own_words else f"{fault['msg']}. Got {fault['input']!r}."
-    return f"{option.replace('_', '-')}: {words}"
+    return f"{option_of(*fault['loc'])}: {words}"
 
 
 def _unreadable(error: OSError) -> str:

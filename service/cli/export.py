@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +11,14 @@ import typer
 
 from quant.catalog import EXPORTERS
 from quant.digest import folder_digest
+from quant.export.front import PROVENANCE_FILE
 from quant.export.front import export as export_files
 from quant.export.protocol import Deployment
 from quant.plan import Plan, parse_plan
 from service.cli import options
 from service.cli.exits import exits
 from service.cli.output import console, print_json
+from service.consumers import require_consumer
 from service.model_facts import model_facts
 
 
@@ -33,15 +36,20 @@ def export(
 ) -> None:
     """Write the plan as the configuration that a runtime reads, or say which layer breaks which rule."""
     with exits(as_json=as_json):
+        require_consumer(to, EXPORTERS)
         wanted = parse_plan(plan.read_text(encoding="utf-8"))
         folder = model or _known_folder(wanted, data_dir)
         facts = replace(model_facts(folder, wanted), digest=folder_digest(folder)[0])
         files = export_files(to, Deployment(wanted, facts), force=force)
         _write(files, output)
+        switches = json.loads(files[PROVENANCE_FILE]).get("switches")
         if as_json:
-            print_json({"output": str(output), "files": sorted(files)})
+            found = {"output": str(output), "files": sorted(files)}
+            print_json(found if switches is None else {**found, "switches": switches})
         else:
             console().print(f"wrote {', '.join(sorted(files))} to {output}")
+            if switches is not None:
+                console().print(f"run it with {switches}: no file asks for the caches")
 
 
 def _known_folder(plan: Plan, data_dir: Path | None) -> Path:

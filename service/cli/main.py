@@ -9,10 +9,14 @@ from typing import Annotated
 import typer
 
 from service.cli.allocate import allocate
+from service.cli.calibrate import calibrate
 from service.cli.checkpoint import apply, checkpoint
+from service.cli.correlate import correlate
 from service.cli.evaluate import evaluate
 from service.cli.exits import Exit, refuse
+from service.cli.explain import explain
 from service.cli.export import export
+from service.cli.frontier import frontier
 from service.cli.lint import lint
 from service.cli.remote import cancel, jobs, models, plan, resume, scores, status, submit, watch
 from service.cli.run import run
@@ -22,7 +26,19 @@ from service.logs import hush_libraries
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 PANELS = {
-    "On this machine": (run, apply, checkpoint, evaluate, export, allocate, lint),
+    "On this machine": (
+        run,
+        correlate,
+        calibrate,
+        apply,
+        checkpoint,
+        evaluate,
+        export,
+        allocate,
+        explain,
+        frontier,
+        lint,
+    ),
     "The service": (serve, runner, migrate),
     "A server's jobs": (submit, watch, status, jobs, models, scores, plan, cancel, resume),
 }

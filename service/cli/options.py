@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from quant.geometry import CACHE_BITS
 from quant.runtimes import RUNTIMES
+from sensitivity.scorers.metric_decoupled import ROLES
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
@@ -20,6 +22,14 @@ Factory = Annotated[
     typer.Option(
         "--factory",
         help="Instead of MODEL_DIR: package.module:function of your own that returns an nn.Module.",
+    ),
+]
+UserMetric = Annotated[
+    str | None,
+    typer.Option(
+        "--user-metric",
+        help="package.module:function of your own, (outputs, batch, reference) -> one number per sample, "
+        "smaller is better: measured of every plan; with --metric user_metric it decides.",
     ),
 ]
 Calibration = Annotated[
@@ -41,16 +51,82 @@ Budgets = Annotated[
         "--budget", "-b", help='One budget per option: "3.5 bpw", "7 GiB", "bytes<=2 MiB,latency<=12 ms".'
     ),
 ]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        help='A quality to keep in the fewest bytes, one plan each: "kl<=0.01", "perplexity within 2 %",'
+        ' "accuracy within 0.5 points".',
+    ),
+]
 Limits = Annotated[
     list[str] | None,
     typer.Option("--limit", help="A limit that holds for every budget (repeat for several)."),
 ]
 Metrics = Annotated[
     list[str] | None,
-    typer.Option("--metric", help="Sensitivity metric; repeat to store several, the first decides."),
+    typer.Option("--metric", help="Sensitivity metric, or auto; repeat to store several, the first decides."),
+]
+RefineMetric = Annotated[
+    str | None,
+    typer.Option(
+        "--refine-metric",
+        help="Decides instead of the first metric; measured only for choices near a decision.",
+    ),
+]
+TimeBudget = Annotated[
+    str | None,
+    typer.Option("--time-budget", help='What the search may take, for --metric auto: "10min", "2h", "90s".'),
+]
+RoleMetrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--role-metric",
+        help='For --metric metric_decoupled: what decides a role, layer or pattern: "cross_attention=ssim".',
+    ),
+]
+Roles = Annotated[
+    list[str] | None,
+    typer.Option("--role", help=f'Role of a layer or pattern, "*.proj_out=head": {", ".join(ROLES)}.'),
+]
+RoleLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--role-limit", help='A limit on a role, layer or pattern alone: "convolution=5 bpw" (repeat).'
+    ),
+]
+Ratios = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--ratio",
+        help="For metric_decoupled: bits of one metric's layers over those of the rest (repeat for a sweep).",
+    ),
+]
+ContextPlans = Annotated[
+    str | None,
+    typer.Option(
+        "--contexts",
+        help="Split scores by context; one plan by their weighted mean or maximum, or a plan for each:"
+        " weighted, maximum or each.",
+    ),
+]
+TimestepEdges = Annotated[
+    list[float] | None,
+    typer.Option("--timestep-edge", help="Contexts are ranges of timesteps cut here (repeat, rising)."),
+]
+ContextWeights = Annotated[
+    list[str] | None,
+    typer.Option("--context-weight", help='Weight of a context, "code=2" (repeat).'),
+]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option("--protect", help="Matching layers get the largest scheme of the menu (glob)."),
 ]
 Task = Annotated[
-    str, typer.Option("--task", help="auto, causal_lm, image_classification, sequence_embedding or generic.")
+    str,
+    typer.Option(
+        "--task", help="auto, causal_lm, image_classification, sequence_embedding, diffusion or generic."
+    ),
 ]
 Samples = Annotated[
     int,
@@ -62,7 +138,10 @@ SequenceLength = Annotated[int, typer.Option("--sequence-length", min=2, help="T
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the three parts, probes and searches.")]
 Device = Annotated[str, typer.Option("--device", help="Where the workers measure: cpu or cuda.")]
 Pins = Annotated[
-    list[str] | None, typer.Option("--pin", help='Fix the scheme of a layer or pattern: "lm_head=w8".')
+    list[str] | None,
+    typer.Option(
+        "--pin", help='Fix the scheme of a layer or pattern: "lm_head=w8", "*.0.self_attn=kv-full".'
+    ),
 ]
 Ties = Annotated[
     list[str] | None, typer.Option("--tie", help='Layers or patterns that get one scheme: "a,b".')
@@ -96,22 +175,51 @@ ContextLength = Annotated[
 ]
 ServingBatch = Annotated[int, typer.Option("--serving-batch", min=1, help="Sequences served at a time.")]
 CacheType = Annotated[
-    str, typer.Option("--kv-cache", help=f"Type of cached keys and values: {', '.join(CACHE_BITS)}.")
+    str,
+    typer.Option(
+        "--kv-cache-type",
+        help=f"Type of caches that are not decided, as memory counts them: {', '.join(CACHE_BITS)}.",
+    ),
+]
+CacheTypes = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        help="Decide each attention layer's cache too: types to choose from beside the full one, for example"
+        " fp8,int8,int4.",
+    ),
 ]
 TimeLimit = Annotated[float, typer.Option("--time-limit", min=0.0, help="Seconds for one solve.")]
 Gap = Annotated[float, typer.Option("--gap", min=0.0, help="Proven relative gap to stop at.")]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        help='What plans are solved for: sum, minimax, "lexicographic: output_kl within 1%, sqnr" ...; see'
+        " `bitplan allocate --help`.",
+    ),
+]
 Evaluations = Annotated[
     int, typer.Option("--evaluations", min=0, help="Measured plans of the local search, per budget.")
 ]
 ChooserName = Annotated[
     str,
-    typer.Option("--chooser", help="How plans are tried beyond the candidates: local_search or black_box."),
+    typer.Option(
+        "--chooser", help="How plans are tried beyond the candidates: local_search, black_box or nsga2."
+    ),
 ]
 RelativeError = Annotated[
     float, typer.Option("--relative-error", help="Relative standard error at which a Hessian trace is done.")
 ]
 MaxProbes = Annotated[int, typer.Option("--max-probes", min=2, help="Most Hutchinson probes per layer.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per forward pass.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        help='Most anonymous memory of a worker, as "2 GiB": what does not fit is streamed block by block.',
+    ),
+]
 Corrections = Annotated[
     list[str] | None,
     typer.Option(
@@ -136,7 +244,9 @@ DataDir = Annotated[
 ]
 
 
-def assignments(pairs: list[str] | None) -> dict[str, str]:
+def assignments(
+    pairs: list[str] | None, what: str = "A pin", form: str = "LAYER=SCHEME", example: str = "lm_head=w8"
+) -> dict[str, str]:
     """`["lm_head=w8"]` as a mapping.
 
     >>> assignments(["lm_head=w8"])
@@ -146,9 +256,26 @@ def assignments(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or ():
         name, sign, scheme = pair.rpartition("=")
         if not (sign and name.strip() and scheme.strip()):
-            raise ValueError(f'A pin must be written LAYER=SCHEME, as in "lm_head=w8". Got {pair!r}.')
+            raise ValueError(f'{what} must be written {form}, as in "{example}". Got {pair!r}.')
         found[name.strip()] = scheme.strip()
     return found
+
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def seconds(text: str | None) -> float | None:
+    """A time as people write it. Raises ValueError.
+
+    >>> seconds("10min"), seconds("1.5 h"), seconds(None)
+    (600.0, 5400.0, None)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip())
+    if found is None or not float(found[1]):
+        raise ValueError(f'A time must be a number with s, min or h, as in "10min". Got {text!r}.')
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def names(groups: list[str] | None) -> list[list[str]]:
@@ -158,3 +285,20 @@ def names(groups: list[str] | None) -> list[list[str]]:
     [['a', 'b']]
     """
     return [[name.strip() for name in group.split(",") if name.strip()] for group in groups or ()]
+
+
+def role_limits(texts: list[str] | None) -> dict[str, str] | None:
+    """Limits by what they are about, the first "=" between them; None where there are none.
+
+    >>> role_limits(["convolution=bytes<=2 KiB", "*.ff.*=4 bpw"])
+    {'convolution': 'bytes<=2 KiB', '*.ff.*': '4 bpw'}
+    """
+    found: dict[str, str] = {}
+    for text in texts or ():
+        key, sign, limit = text.partition("=")
+        if not (sign and key.strip() and limit.strip()):
+            raise ValueError(
+                f'A limit of a role must be written ROLE=LIMIT, as in "convolution=5 bpw". Got {text!r}.'
+            )
+        found[key.strip()] = limit.strip()
+    return found or None

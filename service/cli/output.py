@@ -9,8 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from quant.kv_cache import cache_scheme
+from service.cli.plan_files import title_of
 
 Json = Mapping[str, Any]
 DIGITS = 4
@@ -32,19 +36,24 @@ def print_json(value: object) -> None:
 class JobProgress:
     """A bar per stage with the time left, fed with job resources; shown on standard error.
 
+    Where that is no terminal, a line as each stage begins and for each tenth of it.
+
     >>> with JobProgress(quiet=True) as bar:
     ...     bar({"stage": "scoring", "progress": {"done": 3, "total": 10, "eta_seconds": 1.5}})
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
+        shown = Console(stderr=True)
+        self._lines = not (quiet or shown.is_terminal)
+        self._tenths: dict[str, int] = {}
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
+            console=shown,
+            disable=quiet or self._lines,
         )
         self._tasks: dict[str, TaskID] = {}
 
@@ -60,6 +69,9 @@ class JobProgress:
         stage, progress = job.get("stage"), job.get("progress") or {}
         if stage is None or not progress.get("total"):
             return
+        if self._lines:
+            self._say(stage, progress)
+            return
         for earlier, task in self._tasks.items():
             if earlier != stage:
                 self._fill(task)
@@ -68,6 +80,15 @@ class JobProgress:
         eta, total = progress.get("eta_seconds"), progress.get("total") or None
         left = f"{duration(eta)} left" if eta else ""
         self._progress.update(self._tasks[stage], completed=progress.get("done", 0), total=total, left=left)
+
+    def _say(self, stage: str, progress: Json) -> None:
+        done, total = progress.get("done", 0), progress["total"]
+        tenth = 10 * done // total
+        if self._tenths.get(stage, -1) < tenth:
+            self._tenths[stage] = tenth
+            eta = progress.get("eta_seconds")
+            left = f", {duration(eta)} left" if eta else ""
+            print(f"{stage} {done}/{total}{left}", file=sys.stderr, flush=True)
 
     def _fill(self, task: TaskID) -> None:
         total = self._progress.tasks[task].total
@@ -104,7 +125,8 @@ def size(count: int) -> str:
 
 
 def plans_table(title: str, plans: Sequence[Json]) -> Group:
-    """What was measured on the reporting part: full precision, uniform schemes, the plans; then the verdicts.
+    """What was measured on the reporting part: full precision, uniform schemes, each plan below its other
+    rivals; then the verdicts.
 
     `plans` are plan resources of one job; only those with evidence have rows.
     """
@@ -117,8 +139,12 @@ def plans_table(title: str, plans: Sequence[Json]) -> Group:
         table.add_column(heading, justify="right", no_wrap=True)
     _add_references(table, evidence, qualities)
     for plan in measured:
-        entry = next(row for row in plan["evidence"]["entries"] if row["name"] == "plan")
-        table.add_row(*_measured_cells(f"plan {plan['budget']}", entry, qualities), style="bold")
+        entries = plan["evidence"]["entries"]
+        for entry in entries[1:]:
+            if not _is_uniform(entry):
+                name = f"{entry['name']} ({title_of(plan)})"
+                table.add_row(*_measured_cells(name, entry, qualities))
+        table.add_row(*_measured_cells(f"plan {title_of(plan)}", entries[0], qualities), style="bold")
     return Group(table, *(_verdict(plan) for plan in measured))
 
 
@@ -126,15 +152,19 @@ def _add_references(table: Table, evidence: Json, qualities: Sequence[str]) -> N
     full = evidence["full_precision"]
     size_cells = (_count(full["bytes"]), _bits(full["bits_per_weight"]))
     table.add_row("full precision", *size_cells, "0", *_qualities(full, qualities))
-    uniforms = [entry for entry in evidence["entries"] if entry["name"].startswith("uniform ")]
+    uniforms = [entry for entry in evidence["entries"] if _is_uniform(entry)]
     for entry in sorted(uniforms, key=lambda row: -int(row["bytes"])):
         table.add_row(*_measured_cells(entry["name"], entry, qualities))
 
 
+def _is_uniform(entry: Json) -> bool:
+    return str(entry["name"]).startswith("uniform ")
+
+
 def _verdict(plan: Json) -> str:
     """One line: what the best uniform scheme that fits loses more than the plan, in paired samples."""
-    evidence, budget = plan["evidence"], plan["budget"]
-    rivals = [entry for entry in evidence["entries"] if entry["within_limits"] and entry["name"] != "plan"]
+    evidence, budget = plan["evidence"], title_of(plan)
+    rivals = [entry for entry in evidence["entries"] if entry["within_limits"] and _is_uniform(entry)]
     if not rivals:
         return f"plan {budget}: no uniform scheme fits"
     nearest = min(rivals, key=lambda entry: float(entry["divergence"]["mean"]))
@@ -178,6 +208,12 @@ def _bits(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def show_warnings(facts: Json | None) -> None:
+    """Print the warnings of a job's summary or a preview on standard error."""
+    for warning in (facts or {}).get("warnings") or ():
+        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
+
+
 def show_plans(plans: Sequence[Json], *, as_json: bool) -> None:
     """Print plan resources: the evidence where it was measured, else what is predicted and proven."""
     if as_json:
@@ -186,15 +222,50 @@ def show_plans(plans: Sequence[Json], *, as_json: bool) -> None:
     if any(plan.get("evidence") for plan in plans):
         console().print(plans_table("Measured on the reporting part", plans))
     console().print(certificates_table(plans))
+    for plan in plans:
+        show_conflict(plan.get("conflict"), f" at {title_of(plan)}")
+        if plan.get("target"):
+            console().print(target_line(plan["target"]), markup=False, soft_wrap=True)
+
+
+CONFIRMED = {
+    "yes": "confirmed",
+    "mean": "confirmed by the mean, not by the whole interval",
+    "no": "NOT confirmed",
+}
+
+
+def target_line(target: Json) -> str:
+    """What a target came to: the measured values of both parts, and how many sizes were tried."""
+    tried = f"{len({step['bytes'] for step in target['steps']})} sizes tried"
+    if target["choosing"] is None:
+        return f"target {target['text']}: not met; {tried}"
+    unit = f" {target['unit']}".rstrip()
+    parts = (f"{interval(target[part])}{unit} on the {part} part" for part in ("choosing", "reporting"))
+    return f"target {target['text']}: {', '.join(parts)}: {CONFIRMED[target['confirmed']]}; {tried}"
+
+
+def show_work(summary: Json) -> None:
+    """What a search took, in forward passes of one sample, beside the estimate before it; and its notes."""
+    if summary.get("picked"):
+        console().print(f"metric auto: {summary['picked']['why']}", markup=False)
+    spent, estimated = summary["forwards"], sum(summary["estimate"]["forwards"].values())
+    parts = ", ".join(f"{stage} {count:,.0f}" for stage, count in spent.items())
+    total = f"{sum(spent.values()):,.0f} forward passes of one sample"
+    by_stage = f" ({parts})" if parts else ""
+    console().print(f"work: {total}{by_stage}; estimated {estimated:,.0f}", markup=False)
+    for note in summary.get("notes", ()):
+        console().print(f"note: {note}", markup=False)
 
 
 def certificates_table(plans: Sequence[Json]) -> Table:
-    """Per budget: what the program proved, the plan's size and schemes, or the least budget."""
+    """Per budget: what was proved, what each limit costs, its size and schemes, or the least budget."""
     table = Table(
         "budget",
         "program",
         "optimum",
         "gap",
+        "price per unit",
         "bytes",
         "bits/weight",
         "plan found by",
@@ -205,10 +276,11 @@ def certificates_table(plans: Sequence[Json]) -> Table:
         least = plan.get("least_budget") or {}
         needs = ", ".join(f"{name} {value:g}" for name, value in least.items())
         table.add_row(
-            plan["budget"],
+            title_of(plan),
             plan["status"],
             _number(plan.get("objective")),
             _number(plan.get("gap")),
+            ", ".join(f"{name} {price:.3g}" for name, price in (plan.get("shadow_prices") or {}).items()),
             _count(used.get("bytes")),
             _bits(used.get("bits_per_weight")),
             plan.get("source") or plan.get("reason") or "",
@@ -218,11 +290,55 @@ def certificates_table(plans: Sequence[Json]) -> Table:
 
 
 def _schemes(document: Json | None) -> str:
-    """How many layers got each scheme, the narrowest first: "w2 x 4, w4 x 9"."""
+    """How many layers got each scheme, the narrowest first, and caches each type: "w2 x 4, w4 x 9, kv-int8 x
+    2".
+    """
     layers = (document or {}).get("layers", {}).values()
     found = Counter((layer["weight_bits"], layer["scheme"]) for layer in layers)
-    return ", ".join(f"{scheme} x {count}" for (_, scheme), count in sorted(found.items()))
+    caches = Counter(map(cache_scheme, ((document or {}).get("kv_cache") or {}).values()))
+    counts = [(scheme, count) for (_, scheme), count in sorted(found.items())] + sorted(caches.items())
+    return ", ".join(f"{scheme} x {count}" for scheme, count in counts)
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def show_conflict(conflict: Json | None, what: str = "") -> None:
+    """Print which limits and restrictions cannot hold together, and what giving way at each would buy;
+    `what` says where, if that is not plain.
+    """
+    if not conflict or not conflict["members"]:
+        return
+    kind = "smallest" if conflict["smallest"] else "irreducible" if conflict["irreducible"] else "known"
+    table = Table(
+        "",
+        "as it is",
+        "a plan fits",
+        "optimum then",
+        title=escape(f"Cannot hold together{what} ({kind} set)"),
+        title_justify="left",
+    )
+    for one in conflict["members"]:
+        freed = _amount(one["least"]) if one["kind"] == "limit" else "without it"
+        table.add_row(
+            escape(f"{one['kind']} {one['name']}"),
+            _amount(one.get("limit")),
+            {True: freed, False: "not by this alone", None: "not known in time"}[one["fits"]],
+            _number(one["objective"]),
+        )
+    console().print(table)
+
+
+def show_reference(reference: Json | None) -> None:
+    """Print the rate-distortion reference beside what the plan loses on the same layers."""
+    if reference is not None:
+        console().print(
+            f"{reference['name']}: {reference['objective']:.4g} at {reference['bits_per_weight']:.3f} "
+            f"bits/weight, the plan {reference['plan']:.4g}",
+            markup=False,
+        )
+
+
+def _amount(value: float | None) -> str:
+    return "" if value is None else f"{value:,.10g}"

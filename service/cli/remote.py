@@ -12,9 +12,9 @@ from rich.table import Table
 
 from service.cli import options
 from service.cli.exits import exits, leave_with, plan_exit
-from service.cli.output import JobProgress, console, print_json, show_plans
-from service.cli.plan_files import check_output, file_of
-from service.cli.request import CostOptions, SearchOptions, required
+from service.cli.output import JobProgress, console, print_json, show_plans, show_warnings, show_work
+from service.cli.plan_files import check_output, file_of, title_of
+from service.cli.request import CostOptions, SearchOptions, required, several_plans
 from service.cli.run import show_preview
 from service.cli.spread import spread
 
@@ -53,7 +53,7 @@ def submit(
     """Send a model and calibration data to a server and start a search there; -o waits for its plans."""
     with exits(as_json=as_json, interrupted=GOES_ON):
         parameters = search.parameters()
-        check_output(output, parameters["budgets"])
+        check_output(output, several=several_plans(parameters))
         if dry_run:
             _preview(Path(model), Path(calibration), parameters, as_json=as_json)
             return
@@ -63,7 +63,8 @@ def submit(
                 _print_job(job, as_json=as_json)
                 return
             follow(job, as_json=as_json)
-            _finish(job.plans(), output, several=len(parameters["budgets"]) > 1, as_json=as_json)
+            show_warnings(job.resource.get("summary"))
+            _finish(job.plans(), output, job, several=several_plans(parameters), as_json=as_json)
 
 
 def models(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
@@ -93,7 +94,7 @@ def watch(job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: 
     with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=True) as client:
         handle = client.job(job)
         follow(handle, as_json=as_json)
-        _finish(handle.plans(), as_json=as_json)
+        _finish(handle.plans(), None, handle, as_json=as_json)
 
 
 def cancel(
@@ -115,13 +116,19 @@ def resume(
 def scores(
     job: JobId,
     metric: Annotated[str | None, typer.Option("--metric", help="Only this metric.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Also show each score's difference from that of this scheme, paired."),
+    ] = None,
     server: options.Server = options.DEFAULT_SERVER,
     as_json: options.Json = False,
 ) -> None:
     """Show what each layer loses in each scheme, with standard errors."""
     with exits(as_json=as_json), client_of(server) as client:
-        rows = [vars(score) for score in client.job(job).scores(metric)]
-        _show_rows(("layer", "scheme", "metric", "value", "stderr", "samples"), rows, as_json=as_json)
+        rows = [vars(score) for score in client.job(job).scores(metric, against)]
+        columns = ("layer", "scheme", "metric", "value", "stderr", "samples")
+        paired = ("difference", "difference_stderr") if against else ()
+        _show_rows((*columns, *paired), rows, as_json=as_json)
 
 
 @spread
@@ -132,9 +139,15 @@ def plan(
     limits: options.Limits = None,
     pins: options.Pins = None,
     ties: options.Ties = None,
+    protect: options.Protect = None,
+    role_limits: options.RoleLimits = None,
+    context: Annotated[
+        str | None, typer.Option("--context", help="For a job with a plan per context: which one.")
+    ] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="A stored metric of the job.")] = None,
     time_limit: options.TimeLimit = 60.0,
     gap: options.Gap = 1e-9,
+    objective: options.Objective = None,
     output: options.Output = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure evidence for the new plans too.")
@@ -142,18 +155,22 @@ def plan(
     server: options.Server = options.DEFAULT_SERVER,
     as_json: options.Json = False,
 ) -> None:
-    """Plan from stored scores, in milliseconds: other budgets, limits, pins or ties than the job had."""
+    """Plan from stored scores, in milliseconds: other budgets, limits, pins, ties or protected layers."""
     with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=measure) as client:
         wanted = required(budgets)
-        check_output(output, wanted)
+        check_output(output, several=len(wanted) > 1)
         solved = client.job(job).solve(
             wanted,
             limits=limits,
             pins=options.assignments(pins) if pins is not None else None,
             ties=options.names(ties) if ties is not None else None,
+            protect=protect,
+            role_limits=options.role_limits(role_limits),
             metric=metric,
+            context=context,
             time_limit_seconds=time_limit,
             gap=gap,
+            objective=objective,
             **search.cost_parameters(),
         )
         if measure:
@@ -171,6 +188,22 @@ def client_of(server: str, *, patient: bool = False) -> Client:
             f"Use for example {options.DEFAULT_SERVER}."
         )
     return Client(server) if patient else Client(server, retries=SHORT_TRIES)
+
+
+def is_remote(name: str) -> bool:
+    """Whether a word on the command line is the id of a server's plan or job, and no file here."""
+    return name.startswith(("plan_", "job_")) and not Path(name).exists()
+
+
+def plan_named(client: Client, name: str) -> PlanHandle:
+    """A plan by its id, or by that of a job with one plan. Raises ValueError for a job with several."""
+    if not name.startswith("job_"):
+        return client.plan(name)
+    found = [plan for plan in client.job(name).plans() if plan.document is not None]
+    if len(found) != 1:
+        named = ", ".join(f"{plan.id} ({plan.resource['budget']})" for plan in found) or "none"
+        raise ValueError(f"A job must have one plan to be named by it. Got {named}. Pass the id of a plan.")
+    return found[0]
 
 
 def _preview(model: Path, calibration: Path, parameters: Mapping[str, Any], *, as_json: bool) -> None:
@@ -194,12 +227,20 @@ def follow(job: JobHandle, *, as_json: bool) -> None:
 
 
 def _finish(
-    plans: Sequence[PlanHandle], output: Path | None = None, *, several: bool = False, as_json: bool
+    plans: Sequence[PlanHandle],
+    output: Path | None = None,
+    job: JobHandle | None = None,
+    *,
+    several: bool = False,
+    as_json: bool,
 ) -> None:
     show_plans([plan.resource for plan in plans], as_json=as_json)
+    summary = {} if job is None else job.resource.get("summary") or {}
+    if "forwards" in summary and not as_json:
+        show_work(summary)
     for one in plans:
         if output is not None and one.document is not None:
-            written = one.save(file_of(output, one.resource["budget"], several=several))
+            written = one.save(file_of(output, title_of(one.resource), several=several))
             if not as_json:
                 console().print(f"wrote {written}", markup=False)
     leave_with(plan_exit([plan.status for plan in plans]))

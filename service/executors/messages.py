@@ -1,11 +1,16 @@
-"""Results as bytes and back: JSON and npz, never pickle, because a worker may have loaded a hostile model."""
+"""Units and results as bytes and back: JSON and npz, never pickle, because a worker may have loaded a hostile
+model.
+"""
 
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from sensitivity.units import ScoreRow, UnitResult
+from numpy.typing import NDArray
+
+from sensitivity.units import BlockUnit, ScoreRow, Unit, UnitResult, unit_from_json
 from service.executors.protocol import Failure
 from service.store.arrays import read_arrays, write_arrays
 
@@ -25,12 +30,23 @@ def unpack(message: bytes) -> dict[str, Any]:
     return value
 
 
+def pack_unit(unit: Unit) -> tuple[bytes, bytes]:
+    """The unit's JSON, and the arrays that a block is given."""
+    given = unit.given if isinstance(unit, BlockUnit) else {}
+    return pack(unit.as_json()), _pack_arrays(given)
+
+
+def unpack_unit(head: bytes, arrays: bytes) -> Unit:
+    """The inverse of `pack_unit`."""
+    unit = unit_from_json(unpack(head))
+    given = read_arrays(io.BytesIO(arrays))
+    return replace(unit, given=given) if isinstance(unit, BlockUnit) else unit
+
+
 def pack_result(result: UnitResult) -> tuple[bytes, bytes]:
     """The scores and facts, and the arrays. Raises ValueError when a number is not finite."""
     rows = [[row.layer, row.scheme, row.metric, row.value, row.stderr, row.samples] for row in result.scores]
-    buffer = io.BytesIO()
-    write_arrays(buffer, result.arrays)
-    return pack({"scores": rows, "facts": dict(result.facts)}), buffer.getvalue()
+    return pack({"scores": rows, "facts": dict(result.facts)}), _pack_arrays(result.arrays)
 
 
 def unpack_result(head: bytes, arrays: bytes) -> UnitResult:
@@ -41,6 +57,12 @@ def unpack_result(head: bytes, arrays: bytes) -> UnitResult:
         for layer, scheme, metric, number, stderr, samples in value["scores"]
     )
     return UnitResult(scores=scores, arrays=read_arrays(io.BytesIO(arrays)), facts=value["facts"])
+
+
+def _pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    buffer = io.BytesIO()
+    write_arrays(buffer, arrays)
+    return buffer.getvalue()
 
 
 def failure_of(error: BaseException, kind: str) -> Failure:

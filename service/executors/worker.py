@@ -12,9 +12,8 @@ import traceback
 from multiprocessing.connection import Connection
 
 from sensitivity.spec import SessionSpec
-from sensitivity.units import unit_from_json
 from service.executors import sessions
-from service.executors.messages import failure_of, pack, pack_result, unpack
+from service.executors.messages import failure_of, pack, pack_result, unpack, unpack_unit
 from service.executors.protocol import Session
 from service.failpoints import failpoint
 
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> None:
         hello = unpack(connection.recv_bytes())
         session = _build(connection, hello["factory"], SessionSpec.from_json(hello["spec"]))
         while session is not None:
-            _answer(connection, session, connection.recv_bytes())
+            _answer(connection, session, (connection.recv_bytes(), connection.recv_bytes()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
@@ -51,11 +50,11 @@ def _build(connection: Connection, factory: str, spec: SessionSpec) -> Session |
     return session
 
 
-def _answer(connection: Connection, session: Session, message: bytes) -> None:
+def _answer(connection: Connection, session: Session, message: tuple[bytes, bytes]) -> None:
     """Run one unit; what it prints, and the trace of what it raises, goes to the log."""
     failpoint("worker.before_unit")
     try:
-        head, arrays = pack_result(session.run(unit_from_json(unpack(message))))
+        head, arrays = pack_result(session.run(unpack_unit(*message)))
     except Exception as error:
         traceback.print_exc()
         connection.send_bytes(pack({"failure": failure_of(error, "unit_error").as_json()}))

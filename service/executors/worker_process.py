@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from sensitivity.spec import SessionSpec
 from sensitivity.units import Unit, UnitResult
 from service import failpoints
-from service.executors.messages import MAXIMUM_BYTES, pack, unpack, unpack_result
+from service.executors.messages import MAXIMUM_BYTES, pack, pack_unit, unpack, unpack_result
 from service.executors.protocol import Failure
 
 KEPT_VARIABLES = (
@@ -77,7 +77,8 @@ class WorkerProcess:
 
     def run(self, unit: Unit) -> UnitResult | Failure:
         """Run one unit and wait for its end."""
-        self._send(pack(unit.as_json()))
+        for message in pack_unit(unit):
+            self._send(message)
         failure = self._failure_or_ready()
         if failure is not None:
             return failure

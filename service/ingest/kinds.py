@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from quant.digest import INDEXES
 from service.errors import ServiceError, Unprocessable, UnsupportedFile, json_pointer
 
 MODEL_FILES: tuple[str, ...] = (
     "config.json",
     "*.safetensors",
-    "model.safetensors.index.json",
+    *INDEXES,
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -104,8 +105,8 @@ def refusal(name: str, pointer: str, allowed: str) -> ServiceError:
     if lowered.endswith((".py", ".pyc", ".so", ".dll", ".ipynb")):
         return Unprocessable(
             "remote-code",
-            f"A model must be built from classes of the installed transformers library. Got the program file "
-            f"{name!r}. Leave it out, or run bitplan on your own machine with --factory "
+            "A model must be built from classes of the installed transformers or diffusers library. Got the "
+            f"program file {name!r}. Leave it out, or run bitplan on your own machine with --factory "
             "package.module:function.",
             pointer=pointer,
         )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quant.digest import DIFFUSERS_CLASS
+from sensitivity.diffusers_models import diffusers_class
+from sensitivity.errors import BadModel
 from service.errors import Unprocessable, json_pointer
 
 LARGEST_SIZE = 2**26  # of one dimension: a vocabulary or hidden size beyond 67 million is no model
@@ -15,14 +18,15 @@ _SIZES = ("_size", "_dim", "_positions", "_length", "_channels")
 
 
 def check_config(config: Mapping[str, Any]) -> str:
-    """The `model_type` of a sound config.json; raises Unprocessable with what is wrong and what to send.
+    """The `model_type` of a sound config.json, or the class that diffusers builds from it; raises
+    Unprocessable with what is wrong and what to send.
 
-    >>> check_config({"model_type": "llama", "hidden_size": 64})
-    'llama'
+    >>> check_config({"model_type": "llama", "hidden_size": 64}), check_config({"_class_name": "UNet2DModel"})
+    ('llama', 'UNet2DModel')
     """
     _refuse_code(config)
     _refuse_quantized(config)
-    model_type = config.get("model_type")
+    model_type = _diffusers_class(config) or config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise Unprocessable(
             "invalid-config",
@@ -32,6 +36,13 @@ def check_config(config: Mapping[str, Any]) -> str:
         )
     _refuse_absurd(config)
     return model_type
+
+
+def _diffusers_class(config: Mapping[str, Any]) -> str | None:
+    try:
+        return diffusers_class(config)
+    except BadModel as error:
+        raise Unprocessable("invalid-config", str(error), pointer=json_pointer(DIFFUSERS_CLASS)) from None
 
 
 def _refuse_code(config: Mapping[str, Any]) -> None:

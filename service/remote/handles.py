@@ -33,6 +33,8 @@ class Score:
     value: float
     stderr: float | None
     samples: int
+    difference: float | None = None
+    difference_stderr: float | None = None
 
 
 class PlanHandle:
@@ -75,6 +77,11 @@ class PlanHandle:
         target = Path(path)
         target.write_bytes(self._transport.send("GET", f"/v1/plans/{self.id}/document").content)
         return target
+
+    def explanation(self, draws: int = 200, seed: int = 0) -> dict[str, Any]:
+        """Why the plan is as it is: steps, margins, stability, prices; or why nothing fits."""
+        path = f"/v1/plans/{self.id}/explanation"
+        return dict(self._transport.get(path, {"draws": draws, "seed": seed}))
 
     def measure(self) -> JobHandle:
         """Ask for evidence; wait for the job, then `refresh`."""
@@ -194,9 +201,13 @@ class JobHandle:
         limits: Sequence[str] | None = None,
         pins: Mapping[str, str] | None = None,
         ties: Sequence[Sequence[str]] | None = None,
+        protect: Sequence[str] | None = None,
+        role_limits: Mapping[str, str] | None = None,
         metric: str | None = None,
+        context: str | None = None,
         time_limit_seconds: float = 10.0,
         gap: float = 1e-9,
+        objective: str | None = None,
         runtime: str | None = None,
         latency: str | Mapping[str, Mapping[str, float]] | None = None,
         energy: str | Mapping[str, Mapping[str, float]] | None = None,
@@ -209,9 +220,13 @@ class JobHandle:
             "limits": None if limits is None else list(limits),
             "pins": None if pins is None else dict(pins),
             "ties": None if ties is None else [list(tie) for tie in ties],
+            "protect": None if protect is None else list(protect),
+            "role_limits": None if role_limits is None else dict(role_limits),
             "metric": metric,
+            "context": context,
             "time_limit_seconds": time_limit_seconds,
             "gap": gap,
+            "objective": objective,
             "runtime": runtime,
             "latency": latency,
             "energy": energy,
@@ -221,14 +236,52 @@ class JobHandle:
         answer = self._transport.post(f"{self._path()}/plans", body)
         return [PlanHandle(self._transport, resource) for resource in answer["items"]]
 
-    def scores(self, metric: str | None = None) -> list[Score]:
-        """The stored scores, of one metric or all."""
-        query = {"metric": metric} if metric else {}
+    def scores(self, metric: str | None = None, against: str | None = None) -> list[Score]:
+        """The stored scores, of one metric or all; `against` a scheme, each with its difference from that
+        scheme's score of the same layer, and the standard error over paired samples.
+        """
+        named = {"metric": metric, "against": against}
+        query = {name: value for name, value in named.items() if value}
         return [Score(**row) for row in self._transport.pages(f"{self._path()}/scores", query)]
+
+    def correlate(
+        self, plans: int = 60, *, budgets: Sequence[str] | None = None, metrics: Sequence[str] | None = None
+    ) -> JobHandle:
+        """Start measuring how well metrics rank plans: so many random ones and so many near the optimum at
+        each budget. None means the job's budgets, and every metric that is stored for it.
+        """
+        body = {
+            "plans": plans,
+            "budgets": None if budgets is None else list(budgets),
+            "metrics": None if metrics is None else list(metrics),
+        }
+        return JobHandle(self._transport, self._transport.post(f"{self._path()}/correlations", body))
+
+    def correlations(self) -> dict[str, Any]:
+        """How well each metric ranks measured plans, once `correlate` has been waited for."""
+        return dict(self._transport.get(f"{self._path()}/correlations"))
 
     def frontier(self, resource: str = "bytes") -> list[dict[str, Any]]:
         """The Pareto-optimal plans over a resource, predicted from stored scores."""
-        return list(self._transport.get(f"{self._path()}/frontier", {"resource": resource})["items"])
+        return list(self.trade_off(resource)["items"])
+
+    def trade_off(
+        self,
+        resource: str = "bytes",
+        *,
+        metric: str | None = None,
+        between: tuple[str, str] | None = None,
+        points: int = 100,
+    ) -> dict[str, Any]:
+        """The same with certificates; with `between` every plan between two totals, and what is left out."""
+        asked = {
+            "resource": resource,
+            "metric": metric,
+            "between": None if between is None else ",".join(between),
+            "points": points,
+        }
+        query = {name: value for name, value in asked.items() if value is not None}
+        return dict(self._transport.get(f"{self._path()}/frontier", query))
 
     def events(self) -> list[dict[str, Any]]:
         """What happened to the job, in order."""

@@ -12,6 +12,8 @@ HANDLERS: Mapping[JobKind, str] = {
     JobKind.VERIFY_MODEL: "service.runner.verify_job:run_verification",
     JobKind.MEASURE_PLAN: "service.runner.measure_job:run_measurement",
     JobKind.WRITE_CHECKPOINT: "service.runner.checkpoint_job:run_checkpoint",
+    JobKind.MAKE_CALIBRATION: "service.runner.calibration_job:run_making",
+    JobKind.CORRELATE: "service.runner.correlate_job:run_correlations",
 }
 
 

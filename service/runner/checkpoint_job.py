@@ -6,9 +6,7 @@ empty folder; the blob appears whole or not at all, and the job's summary is wha
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ from service.failpoints import failpoint
 from service.records import CalibrationRecord, ModelRecord
 from service.runner.context import JobContext, JobFailed
 from service.runner.dispatch import run_alone
+from service.runner.folders import own_folder
 from service.runner.inputs import data_source, model_source
 from service.runner.problems import problem_of_failure
 from service.states import Stage
 
-PREFIX = "checkpoint-"
 WRITER = "service.checkpoint_writer:CheckpointWriter"
 
 
@@ -41,7 +39,7 @@ def run_checkpoint(context: JobContext) -> Mapping[str, Any]:
     consumer = str(request["consumer"])
     plan, model, calibration = context.read(lambda session: _inputs(context, session))
     spec = _spec(context, plan, model, calibration)
-    with _own_folder(context) as folder:
+    with own_folder(context, "checkpoint") as folder:
         (folder / PLAN).write_text(canonical_json(plan.as_json()), encoding="utf-8")
         context.report_progress(Stage.PACKAGING, 0, len(plan.layers))
         outcome = run_alone(
@@ -83,28 +81,6 @@ def _spec(
         return SessionSpec(model=source, calibration=NO_DATA)
     data = data_source(calibration, context.store)
     return SessionSpec(model=source, calibration=data, include=tuple(plan.layers), **asdict(plan.calibration))
-
-
-@contextmanager
-def _own_folder(context: JobContext) -> Iterator[Path]:
-    """A new folder of this claim; what claims left whose runners died is removed first."""
-    temporary = context.settings.data_dir / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
-    for left in temporary.glob(f"{PREFIX}*"):
-        if _is_left(context, left.name.removeprefix(PREFIX).partition("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = temporary / f"{PREFIX}{context.job.id}-{context.epoch}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_left(context: JobContext, job_id: str) -> bool:
-    """Whether nobody writes into the folders of a job: it is this claim's own, has ended, or is gone."""
-    job = context.read(lambda session: jobs.get(session, job_id))
-    return job is None or job.finished or job.id == context.job.id
 
 
 def _report(context: JobContext, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session
 
 from sensitivity.spec import SessionSpec
 from service.db.engine import Database
-from service.db.repositories import events, jobs, leases, score_sets, scores
+from service.db.repositories import events, jobs, leases, score_sets
 from service.db.repositories.leases import LeaseLost
 from service.executors.protocol import Executor, ExecutorSettings
-from service.records import JobRecord, ScoreRecord
+from service.records import JobRecord
 from service.runner.problems import JobFailed
 from service.runner.signals import Cancelled, ShuttingDown
 from service.settings import Settings
@@ -159,12 +159,6 @@ class JobContext:
             leases.set_score_set(session, self.job.id, self.epoch, digest)
 
         self.write(change)
-
-    def scored(self, score_set: str, metrics: Collection[str] | None = None) -> tuple[ScoreRecord, ...]:
-        """The scores that are stored by now, of all metrics or of `metrics`, ordered by (layer, scheme,
-        metric).
-        """
-        return self.read(lambda session: scores.list_all(session, score_set, metrics))
 
     def heartbeat(self) -> None:
         """Extend the lease; called by the heartbeat thread."""

@@ -20,7 +20,6 @@ from service.runner.problems import problem_of_failure
 from service.runner.signals import Interruption, LeaseLost
 from service.states import Stage
 
-OnResult = Callable[[Unit, UnitResult], None]
 DEATHS = 3
 QUEUED_PER_WORKER = 2
 WAIT_SECONDS = 0.5
@@ -52,15 +51,11 @@ def run_units(
     stage: Stage,
     *,
     span: Span = Span(),
-    on_result: OnResult | None = None,
 ) -> Dispatched:
     """Have every unit of `wanted` stored in `score_set` (which must exist), measuring only what is missing.
 
-    executor    started; the caller closes it. After any exception but those of `on_result` it is closed
+    executor    started; the caller closes it. After any exception it is closed
     span        what progress is counted in, when the stage has several calls
-    on_result   called once per newly stored unit, after its commit, in the order of arrival; a `ScoreUnit`
-                of which some metrics were stored before comes with the missing ones. Not called for reused
-                units: read those with `stored_result` or `context.scored`
 
     A worker that dies costs its unit an attempt (counted in the database, per job); after three the job
     fails as worker-crash. A unit that raises fails the job at once, with its layer and scheme in the
@@ -70,7 +65,7 @@ def run_units(
     Raises `ServiceError` for failures, and what `context.check` raises.
     """
     missing = missing_units(context, score_set, wanted)
-    dispatch = _Dispatch(context, executor, score_set, missing, stage, span=span, on_result=on_result)
+    dispatch = _Dispatch(context, executor, score_set, missing, stage, span=span)
     dispatch.run()
     return Dispatched(dispatch.measured, dispatch.reused)
 
@@ -154,9 +149,7 @@ def _rest(unit: Unit, keys: frozenset[str], known: frozenset[scores.ScoreKey]) -
 
 
 def stored_result(context: JobContext, score_set: str, key: str) -> UnitResult | None:
-    """The facts and arrays of a stored unit, None when it is not stored; its scores are in
-    `context.scored`.
-    """
+    """The facts and arrays of a stored unit, without its scores; None when it is not stored."""
     record = context.read(lambda session: units.get(session, score_set, key))
     return None if record is None else result_of(context, record)
 
@@ -179,7 +172,6 @@ class _Dispatch:
         stage: Stage,
         *,
         span: Span,
-        on_result: OnResult | None,
     ):
         self._context, self._executor, self._score_set = context, executor, score_set
         self._waiting = deque(missing.units)
@@ -187,7 +179,6 @@ class _Dispatch:
         self._total = max(span.total, span.before + len(missing.units) + missing.reused)
         self._flying: dict[str, Unit] = {}
         self._finished: dict[str, Unit] = {}
-        self._on_result = on_result
         self.measured, self.reused = 0, missing.reused
 
     def run(self) -> None:
@@ -235,15 +226,13 @@ class _Dispatch:
     def _store(self, unit: Unit, result: UnitResult, first: bool) -> None:
         failpoint("runner.before_store")
         require_finite(unit, result)
-        new = persist(self._context, self._score_set, unit, result)
+        persist(self._context, self._score_set, unit, result)
         failpoint("runner.after_store")
         failpoint(place_of(unit))
         self._finished[unit.key] = unit
         if first:
             self.measured += 1
             self._report()
-        if first and new and self._on_result is not None:
-            self._on_result(unit, result)
 
     def _report(self) -> None:
         done = self._before + self.measured + self.reused

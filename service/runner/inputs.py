@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sensitivity.spec import DataSource, ModelSource, SessionSpec
+from search.budget import parse_bytes
+from sensitivity.spec import DataSource, ModelSource, SessionSpec, UserMetric
+from sensitivity.user_code import user_metric
+from service.errors import Conflict, Unprocessable
 from service.records import CalibrationRecord, ModelRecord
+from service.states import InputState
 from service.store.blobs import BlobStore
-from service.wire import JobRequest
+from service.wire import JobRequest, LocalJobRequest
 
 
 def model_source(model: ModelRecord, store: BlobStore) -> ModelSource:
@@ -23,6 +27,19 @@ def model_source(model: ModelRecord, store: BlobStore) -> ModelSource:
     return ModelSource("folder", str(store.materialize(manifest, model.digest)), model.digest)
 
 
+def require_usable(model: ModelRecord | None, ident: str) -> ModelRecord:
+    """The model, unless it was rejected or deleted. Raises Conflict with the cause."""
+    if model is None or model.state in (InputState.DELETED, InputState.REJECTED):
+        cause = dict((model.problem if model else None) or {})
+        why = f"rejected: {cause['detail']}" if cause else "deleted."
+        raise Conflict(
+            "model-not-usable",
+            f"The model must be usable. Got {ident}, which was {why} Send a model again.",
+            extra={"cause": cause} if cause else {},
+        )
+    return model
+
+
 def data_source(calibration: CalibrationRecord, store: BlobStore) -> DataSource:
     """Where a worker finds the calibration file."""
     file: Mapping[str, Any] = calibration.source["files"][0]
@@ -31,14 +48,22 @@ def data_source(calibration: CalibrationRecord, store: BlobStore) -> DataSource:
 
 
 def session_spec(
-    request: JobRequest, model: ModelRecord, calibration: CalibrationRecord, store: BlobStore
+    request: JobRequest,
+    model: ModelRecord,
+    calibration: CalibrationRecord,
+    store: BlobStore,
+    memory_limit: str = "",
 ) -> SessionSpec:
     """What the workers of this job measure."""
-    return spec_of(request, model_source(model, store), data_source(calibration, store))
+    return spec_of(request, model_source(model, store), data_source(calibration, store), memory_limit)
 
 
-def spec_of(request: JobRequest, model: ModelSource, calibration: DataSource) -> SessionSpec:
-    """What workers measure for this request in this model with these data."""
+def spec_of(
+    request: JobRequest, model: ModelSource, calibration: DataSource, memory_limit: str = ""
+) -> SessionSpec:
+    """What workers measure for this request in this model with these data; `memory_limit` is the service's
+    own.
+    """
     return SessionSpec(
         model=model,
         calibration=calibration,
@@ -52,4 +77,21 @@ def spec_of(request: JobRequest, model: ModelSource, calibration: DataSource) ->
         relative_error=request.relative_error,
         max_probes=request.max_probes,
         batch_size=request.batch_size,
+        memory_limit=_smaller(request.memory_limit, memory_limit),
+        user_metric=_user_metric(request),
     )
+
+
+def _user_metric(request: JobRequest) -> UserMetric | None:
+    """The function that a request of this machine names. Raises Unprocessable where there is none."""
+    if not isinstance(request, LocalJobRequest) or request.user_metric is None:
+        return None
+    try:
+        return user_metric(request.user_metric)
+    except ValueError as error:
+        raise Unprocessable("invalid-request", str(error), pointer="/user_metric") from error
+
+
+def _smaller(*limits: str | None) -> int | None:
+    """The smallest of the limits that are set, in bytes."""
+    return min((parse_bytes(limit) for limit in limits if limit), default=None)

@@ -18,7 +18,7 @@ from service.records import JobRecord
 from service.runner.context import JobContext, MakeExecutor, Progress, passing
 from service.runner.heartbeat import beating
 from service.runner.identity import is_dead, this_process
-from service.runner.problems import problem_of
+from service.runner.problems import JobFailed, problem_of
 from service.runner.signals import Cancelled, Interruption, ShuttingDown
 from service.settings import Settings
 from service.states import JobKind, JobState
@@ -26,6 +26,8 @@ from service.states import JobKind, JobState
 Handler = Callable[[JobContext], Mapping[str, Any] | None]
 OnProgress = Callable[[Progress], None]
 LONGEST_PAUSE_SECONDS = 30.0
+MOST_LOST = 5
+"""Runners that a job may lose in a row at the same point of its work."""
 
 log = structlog.get_logger()
 
@@ -159,6 +161,7 @@ class Runner:
     def _call(self, context: JobContext) -> Mapping[str, Any] | None:
         if context.job.state == JobState.CANCELLING:
             raise Cancelled(context.job.id)
+        _require_survivable(context)
         summary = self._handlers[context.job.kind](context)
         failpoint("runner.before_finish")
         return summary
@@ -193,6 +196,21 @@ class Runner:
 
     def _configured_executor(self, executor_settings: ExecutorSettings) -> Executor:
         return make_executor(self.settings.executor, executor_settings)
+
+
+def _require_survivable(context: JobContext) -> None:
+    """Raise JobFailed for a job that loses one runner after the other without getting further."""
+    lost = context.read(lambda session: leases.lost_in_a_row(session, context.job.id))
+    if lost >= MOST_LOST:
+        job = context.job
+        where = (
+            f"at {job.done} of {job.total} in stage {job.stage}" if job.stage else "before its first stage"
+        )
+        raise JobFailed(
+            "runner-died",
+            f"A job must not end its runners. Got {lost} that were lost {where}. See their logs; ask less,"
+            " or give the runner more memory, and resume the job.",
+        )
 
 
 __all__ = ["Handler", "Interruption", "OnProgress", "Runner"]

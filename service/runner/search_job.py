@@ -6,8 +6,9 @@ that asks for what another one measured measures nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,50 +16,48 @@ from numpy.typing import NDArray
 
 from quant.costs import CostError
 from quant.devices import DeviceError
-from quant.digest import digest
 from quant.geometry import Geometry
+from quant.kv_cache import Caches, is_cache
 from quant.latency import cases
 from quant.layers import Inventory
 from quant.lint import RuntimeRefuses
 from quant.patterns import PatternError
 from quant.plan import Calibration, Digests
 from quant.schemes import parse_scheme
-from search.budget import BudgetError
-from search.choosers import CHOOSERS
+from search.budget import BudgetError, parse_limits
 from search.compile import CompileError
+from search.decoupled import parts_of
+from search.objectives.catalog import parse_objective
+from search.objectives.objective import ObjectiveError
 from search.pairwise import factor_of
-from search.refine import Measured, Refined
-from search.solve import solve
-from sensitivity.catalog import SCORERS, with_interactions
+from search.target import Target, parse_target
+from sensitivity.catalog import AUTO, INTERACTIONS, SCORERS
+from sensitivity.contexts import context_of
 from sensitivity.gram import gram_matrix
 from sensitivity.units import ScoreRow
+from service.cascade import ROUNDS, undecided, with_calibrated
 from service.costing import Costs, Timings, cost_request, costs_of, geometry_in, unmeasured
-from service.db.repositories import calibrations, models, plans
+from service.db.repositories import calibrations, models
+from service.deciding import EACH, Deciding, context_names, deciding_of, scored_metrics, with_roles
 from service.errors import Conflict, Unprocessable
-from service.failpoints import failpoint
-from service.planning import (
-    Ask,
-    PlanningInputs,
-    ScoresMissing,
-    compile_ask,
-    expand_pins,
-    forbidden_in,
-    plan_of,
-    plan_result,
-    score_table,
-    table_schemes,
-)
+from service.planning.ask import Ask
+from service.planning.inputs import PlanningInputs, ScoresMissing, planning_menu, score_table, table_schemes
+from service.planning.question import compile_ask, compile_limits
+from service.planning.selection import expand_pins, forbidden_in
 from service.runner.context import JobContext
-from service.runner.evidence import measured_evidence
-from service.runner.inputs import session_spec
+from service.runner.inputs import require_usable, session_spec
 from service.runner.lab import Choices, Lab, inventory_of
-from service.runner.rivals import candidates, screen
+from service.runner.solving import plan_budget
+from service.runner.targets import check_targets, plan_target
 from service.runner.timing import timed
 from service.states import InputState, Stage
-from service.wire import JobRequest
+from service.warnings import warnings_of
+from service.wire import JobRequest, LocalJobRequest
 
-CANDIDATES = 8
+CANDIDATES = 16
 """About so many plans are measured per budget before the local search."""
+STEPS = 3
+"""About so many sizes are refined per target."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +69,28 @@ class Search:
     factor: NDArray[np.float64] | None
     inspection: Mapping[str, Any]
     timings: Timings | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def deciding(self) -> Deciding:
+        """What its plans are decided by."""
+        assert self.inputs.deciding is not None, "a search always says"
+        return self.inputs.deciding
 
 
 def run_search(context: JobContext) -> Mapping[str, Any]:
     """Run one search to its end and give the job's summary."""
-    request = JobRequest.model_validate(dict(context.job.request))
+    request = LocalJobRequest.model_validate(dict(context.job.request))
     with open_lab(context, request) as lab:
         search = scored(context, lab, request)
-        asks = asks_of(request)
-        lab.expect(Stage.SOLVING, len(asks) * (request.evaluations + CANDIDATES))
-        statuses = [_plan(context, lab, search, ask) for ask in asks]
-    return _summary(search, lab, statuses)
+        asks, targets = planned_asks(search.request, search.deciding), targets_of(search.request)
+        lab.expect(Stage.SOLVING, (len(asks) + STEPS * len(targets)) * (request.evaluations + CANDIDATES))
+        statuses = [plan_budget(context, lab, search, ask) for ask in asks]
+        asks += [ask_of(search.request, target.text) for target in targets]
+        for target in targets:
+            statuses.append(plan_target(context, lab, search, ask_of(search.request, ""), target))
+        spent = lab.work()
+    return {**_summary(search, lab, asks, statuses), **search.said, "forwards": spent}
 
 
 def open_lab(context: JobContext, request: JobRequest) -> Lab:
@@ -90,44 +100,77 @@ def open_lab(context: JobContext, request: JobRequest) -> Lab:
     with context.database.read() as session:
         model = models.get(session, request.model, context.job.tenant)
         calibration = calibrations.get(session, request.calibration, context.job.tenant)
-    if model is None or model.state in (InputState.DELETED, InputState.REJECTED):
-        cause = dict((model.problem if model else None) or {})
-        why = f"rejected: {cause['detail']}" if cause else "deleted."
-        raise Conflict(
-            "model-not-usable",
-            f"The model must be usable. Got {request.model}, which was {why} Send a model again.",
-            extra={"cause": cause} if cause else {},
-        )
+    model = require_usable(model, request.model)
     if calibration is None or calibration.state == InputState.DELETED:
         raise Conflict(
             "calibration-not-usable",
             f"The calibration must exist. Got {request.calibration}, which was deleted. Send it again.",
         )
-    return Lab(context, session_spec(request, model, calibration, context.store), tuple(request.corrections))
+    spec = session_spec(request, model, calibration, context.store, context.settings.memory_limit)
+    return Lab(context, spec, tuple(request.corrections))
 
 
 def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     """Score whatever is missing, and gather what planning needs."""
+    from service.runner.settling import settle
+
     inspection = lab.inspect()
-    inventory = inventory_of(inspection)
-    metrics = wanted_metrics(request, inspection)
-    schemes = table_schemes(request.schemes, request.pins)
+    members = request.model_dump(mode="json")
+    inventory = with_roles(members, inventory_of(inspection))
+    if "memory" in inspection:
+        context.event("memory", inspection["memory"])
     check_asks(inventory, request, inspection)
-    choices = offered_choices(inventory, request)
-    lab.score(choices, metrics, int(inspection["samples"]["scoring"]))
+    request, said = settle(context, lab.score_set, request, inspection)
+    metrics, samples = wanted_metrics(request, inspection), int(inspection["samples"]["scoring"])
+    caches = caches_in(request, inspection)
+    choices = offered_choices(inventory, request, caches)
+    deciding = deciding_of(members, [*metrics, *_refining(request)], inventory, inspection)
+    whole = replace(deciding, metrics=tuple(metrics))
+    lab.score(choices, {layer: whole.measured(layer) for layer in choices}, samples)
     timings = _timings(context, lab, inventory, request, geometry_in(inspection))
     costs = _costs(inventory, request, inspection, timings)
-    inputs = PlanningInputs(
-        inventory=inventory,
-        table=score_table(inventory, schemes, lab.scores(metrics), metrics, costs=costs),
-        menu=table_schemes(request.schemes, {}),
-        digests=Digests(lab.spec.model.digest, lab.spec.calibration.digest, lab.score_set),
-        sources=costs.sources,
-        calibration=Calibration.of(request.model_dump(mode="json")),
-        corrections=tuple(request.corrections),
-    )
-    factor = interactions(lab, inputs, choices, int(inspection["samples"]["scoring"]))
-    return Search(request, inputs, factor, inspection, timings)
+
+    def gathered() -> PlanningInputs:
+        schemes, named = table_schemes(request.schemes, request.pins), deciding.table_metrics
+        named += deciding.compared(request.deciding_metric)
+        found = lab.scores(deciding.all_measured)
+        return PlanningInputs(
+            inventory=inventory,
+            table=score_table(
+                inventory, schemes, found, named, costs=costs, deciding=deciding, caches=caches
+            ),
+            menu=planning_menu(request.schemes, caches),
+            digests=Digests(lab.spec.model.digest, lab.spec.calibration.digest, lab.score_set),
+            sources=costs.sources,
+            calibration=Calibration.of(members),
+            corrections=tuple(request.corrections),
+            deciding=deciding,
+            caches=caches,
+        )
+
+    inputs = _refined(lab, request, gathered, samples) if request.refine_metric else gathered()
+    factor = interactions(lab, inputs, choices, samples)
+    if factor is not None:
+        paired = {name: factor for name in INTERACTIONS if name in inputs.table.metrics}
+        inputs = replace(inputs, table=replace(inputs.table, interactions=dict([*paired.items()][:1])))
+    return Search(request, inputs, factor, inspection, timings, said)
+
+
+def _refined(
+    lab: Lab, request: JobRequest, gathered: Callable[[], PlanningInputs], samples: int
+) -> PlanningInputs:
+    """Measure the refining metric where it may change a decision, round by round, and calibrate the rest."""
+    cheap, refined = request.metrics[0], str(request.refine_metric)
+    for _ in range(ROUNDS):
+        missing = undecided(gathered(), cheap, refined, asks_of(request))
+        if not missing:
+            break
+        lab.score(missing, dict.fromkeys(missing, (refined,)), samples)
+    return with_calibrated(gathered(), cheap, refined)
+
+
+def _refining(request: JobRequest) -> tuple[str, ...]:
+    return () if request.refine_metric is None else (request.refine_metric,)
 
 
 def _timings(
@@ -147,36 +190,64 @@ def _costs(
     """Latency, energy and memory as the request wants them; zeros for latencies that are still to come."""
     wanted = cost_request(request.model_dump(mode="json"))
     schemes = [parse_scheme(name) for name in table_schemes(request.schemes, request.pins)]
+    geometry, caches = geometry_in(inspection), caches_in(request, inspection)
     if timings is None:
-        return unmeasured(wanted, inventory, schemes, geometry_in(inspection))
-    return costs_of(wanted, inventory, schemes, geometry_in(inspection), timings)
+        return unmeasured(wanted, inventory, schemes, geometry, caches)
+    return costs_of(wanted, inventory, schemes, geometry, timings, caches)
 
 
-def check_asks(inventory: Inventory, request: JobRequest, inspection: Mapping[str, Any]) -> None:
-    """Raise Unprocessable for what a budget, pin or tie names and the model lacks, before measuring."""
-    metric = request.metrics[0]
+def caches_in(request: JobRequest, inspection: Mapping[str, Any]) -> Caches | None:
+    """The attention layers that are to be decided. Raises CostError where the model has none."""
+    return Caches.of(request.kv_cache, geometry_in(inspection), request.pins.values())
+
+
+def check_asks(
+    inventory: Inventory, request: JobRequest, inspection: Mapping[str, Any]
+) -> tuple[PlanningInputs, list[Ask]]:
+    """What is known before anything is measured: exact resources, 0 for every score, and the questions.
+
+    Raises Unprocessable for what a budget, pin or tie names and the model lacks.
+    """
+    if AUTO in request.metrics:
+        request = request.model_copy(update={"metrics": ["output_kl"]})
+    metric = request.deciding_metric
+    named = tuple(dict.fromkeys((metric, *request.metrics)))
     schemes = table_schemes(request.schemes, request.pins)
     try:
+        caches = caches_in(request, inspection)
         costs = _costs(inventory, request, inspection, None)
-        blank = [
-            ScoreRow(layer.name, name, metric, 0.0, None, 0) for layer in inventory.layers for name in schemes
-        ]
-        table = score_table(inventory, schemes, blank, [metric], costs=costs)
-        inputs = PlanningInputs(inventory, table, table_schemes(request.schemes, {}))
+        cells = [*product([layer.name for layer in inventory.layers], schemes)]
+        if caches is not None:
+            cells += product(caches.layers, caches.schemes)
+        blank = [ScoreRow(*cell, name, 0.0, None, 0) for cell in cells for name in named]
+        table = score_table(inventory, schemes, blank, named, costs=costs, caches=caches)
+        deciding = deciding_of(request.model_dump(mode="json"), [metric], inventory, inspection)
+        inputs = PlanningInputs(
+            inventory, table, planning_menu(request.schemes, caches), deciding=deciding, caches=caches
+        )
         for ask in asks_of(request):
-            compile_ask(inputs, ask)
+            compiled = compile_ask(inputs, ask)
+            parse_objective(ask.objective).constrained(compiled)
+            if deciding.decided:
+                parts_of(compiled, deciding.decided)
+        if request.targets:
+            check_targets(targets_of(request), inspection)
+            compile_limits(inputs, ask_of(request, ""), parse_limits(request.limits))
+        return inputs, asks_of(request)
     except RuntimeRefuses as error:
         raise Unprocessable("runtime-refuses", str(error), pointer="/runtime") from error
     except (BudgetError, CompileError, CostError, DeviceError, PatternError, ScoresMissing) as error:
         raise Unprocessable("invalid-request", str(error)) from error
+    except ObjectiveError as error:
+        raise Unprocessable("invalid-objective", str(error), pointer="/objective") from error
 
 
 def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[str]:
-    """The metrics of the request and, unless it declines, the interactions. Raises Unprocessable for one not
-    offered.
+    """The metrics of the request that every choice is measured in and, unless it declines or refines, the
+    interactions. Raises Unprocessable for one not offered.
     """
     offered = inspection["available_metrics"]
-    for metric in request.metrics:
+    for metric in (*request.metrics, *_refining(request)):
         if metric not in offered:
             needs = ", ".join(sorted(SCORERS[metric].needs)) or "another task"
             raise Unprocessable(
@@ -184,24 +255,28 @@ def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[s
                 f"A metric must suit the task {inspection['task']} and the data: {', '.join(offered)}. "
                 f"Got {metric!r}, which needs {needs}. Pick another metric.",
             )
-    wanted = with_interactions(request.metrics) if request.interactions else list(request.metrics)
+    wanted = scored_metrics(request.metrics, request.refine_metric, interactions=request.interactions)
     return [name for name in wanted if name in offered]
 
 
-def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
+def offered_choices(inventory: Inventory, request: JobRequest, caches: Caches | None) -> Choices:
     """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those that its format or the
     runtime refuses.
     """
-    pinned = expand_pins(inventory, request.pins)
-    menu = table_schemes(request.schemes, {})
-    forbidden = forbidden_in(inventory, table_schemes(request.schemes, request.pins), request.runtime)
+    attention, kinds = ((), ()) if caches is None else (caches.layers, caches.menu)
+    pinned = expand_pins(inventory, request.pins, attention)
+    schemes = table_schemes(request.schemes, request.pins)
+    forbidden = forbidden_in(inventory, schemes, request.runtime, caches)
+    weights = [layer.name for layer in inventory.layers]
+    menus = dict.fromkeys(weights, table_schemes(request.schemes, {})) | dict.fromkeys(attention, kinds)
     found = {}
-    for layer in inventory.layers:
-        names = dict.fromkeys((*menu, pinned[layer.name]) if layer.name in pinned else menu)
-        found[layer.name] = tuple(
-            name
-            for name in names
-            if name not in forbidden.get(layer.name, ()) and parse_scheme(name).refuses(layer) is None
+    for name, menu in menus.items():
+        names = dict.fromkeys((*menu, pinned[name]) if name in pinned else menu)
+        found[name] = tuple(
+            scheme
+            for scheme in names
+            if scheme not in forbidden.get(name, ())
+            and (is_cache(scheme) or parse_scheme(scheme).refuses(inventory.by_name[name]) is None)
         )
     return found
 
@@ -209,17 +284,21 @@ def offered_choices(inventory: Inventory, request: JobRequest) -> Choices:
 def interactions(
     lab: Lab, inputs: PlanningInputs, choices: Choices, samples: int
 ) -> NDArray[np.float64] | None:
+    """The factor of the first metric of the table that has interactions; None where none has."""
+    named = [name for name in INTERACTIONS if name in inputs.table.metrics]
+    return factor_of_metric(lab, inputs, choices, samples, named[0]) if named else None
+
+
+def factor_of_metric(
+    lab: Lab, inputs: PlanningInputs, choices: Choices, samples: int, metric: str
+) -> NDArray[np.float64]:
     """The factor (layers, schemes, d) whose inner products are the interactions, zeros where nothing is
-    offered; None where no metric of the table gives any.
+    offered. `metric` is one of INTERACTIONS.
     """
     table = inputs.table
     cells = [(layer, scheme) for layer in table.layer_names for scheme in table.schemes]
-    if "gram_output" in table.metrics:
-        found: Mapping[tuple[str, str], NDArray[Any]] = lab.sketches(choices)
-    elif "gram_fisher" in table.metrics:
-        found = lab.products(choices, samples)
-    else:
-        return None
+    found: Mapping[tuple[str, str], NDArray[Any]]
+    found = lab.sketches(choices) if metric == "gram_output" else lab.products(metric, choices, samples)
     empty = np.zeros_like(next(iter(found.values())))
     rows = np.stack([found.get(cell, empty) for cell in cells])
     if rows.shape[1] <= len(cells):
@@ -228,99 +307,52 @@ def interactions(
 
 
 def asks_of(request: JobRequest) -> list[Ask]:
-    """One question per budget of the request."""
-    costs = cost_request(request.model_dump(mode="json")).members
-    return [
-        Ask(
-            budget=budget,
-            limits=tuple(request.limits),
-            pins=dict(request.pins),
-            ties=tuple(tuple(tie) for tie in request.ties),
-            metric=request.metrics[0],
-            time_limit_seconds=request.time_limit_seconds,
-            gap=request.gap,
-            runtime=request.runtime,
-            costs=costs,
-        )
-        for budget in request.budgets
-    ]
+    """One question per budget of the request; by one of its metrics where it names several."""
+    return [ask_of(request, budget) for budget in request.budgets]
 
 
-def _plan(context: JobContext, lab: Lab, search: Search, ask: Ask) -> str:
-    """Solve, refine, prove and store the plan of one budget; its status."""
-    tries = [search.request.chooser, search.request.evaluations]
-    settings = digest(["search", ask.settings_digest(search.inputs.menu), *tries])
-    with context.database.read() as session:
-        known = plans.find(session, context.job.id, ask.budget, settings)
-    if known is not None:
-        return known.status
-    compiled = compile_ask(search.inputs, ask)
-    context.check()
-    solution = solve(compiled.problem, gap=ask.gap, time_limit=ask.time_limit_seconds)
-    plan, evidence = None, None
-    tried: tuple[dict[str, Any], ...] = ()
-    if solution.choice is not None:
-        refined = CHOOSERS[search.request.chooser].choose(
-            compiled,
-            candidates(search.inputs, ask, compiled, solution, search.factor),
-            lambda assignments: _choose(lab, assignments),
-            predicted=screen(search.inputs, ask, compiled, search.factor),
-            evaluations=search.request.evaluations,
-        )
-        plan = plan_of(
-            search.inputs, ask, compiled, refined.assignment, solution=solution, source=refined.source
-        )
-        evidence = measured_evidence(lab, search.inputs, ask, refined.assignment, search.inspection)
-        tried = _candidates_json(refined)
-    failpoint("runner.writing_plan")
-    context.write(
-        lambda session: plans.insert(
-            session,
-            job_id=context.job.id,
-            budget=ask.budget,
-            settings_digest=settings,
-            status=str(solution.status),
-            digest=None if plan is None else plan.digest,
-            document=None if plan is None else plan.as_json(),
-            result=plan_result(ask, compiled, solution, plan, tried, search.inputs.sources),
-            evidence=evidence,
-            tenant=context.job.tenant,
-        )
-    )
-    return str(solution.status)
+def ask_of(request: JobRequest, budget: str) -> Ask:
+    """The question of one budget, "" where a target stands for it."""
+    return Ask.of(request.model_dump(mode="json"), budget, request.deciding_metric)
 
 
-def _choose(lab: Lab, assignments: Any) -> list[Measured]:
-    return lab.measure(assignments, "choosing", Stage.SOLVING)
+def targets_of(request: JobRequest) -> list[Target]:
+    """The wanted qualities of a request."""
+    return [parse_target(text) for text in request.targets]
 
 
-def _candidates_json(refined: Refined) -> tuple[dict[str, Any], ...]:
-    """What was measured on the choosing part, in order: the named candidates, then each accepted move."""
-    return tuple(
-        {
-            "source": step.source,
-            "predicted": step.predicted,
-            "measured": {"mean": step.measured.mean, "stderr": step.measured.stderr},
-            "accepted": step.accepted,
-        }
-        for step in refined.trace
-        if step.accepted or step.source != "local search"
-    )
+def planned_asks(request: JobRequest, deciding: Deciding) -> list[Ask]:
+    """One question per budget, and per context where each has its plan."""
+    asks = asks_of(request)
+    if deciding.plans != EACH:
+        return asks
+    return [replace(ask, metric=metric) for ask in asks for metric in deciding.planned_by]
 
 
-def _summary(search: Search, lab: Lab, statuses: list[str]) -> dict[str, Any]:
+def _context_json(ask: Ask) -> dict[str, str]:
+    context = context_of(ask.metric or "")
+    return {"context": context} if context else {}
+
+
+def _summary(search: Search, lab: Lab, asks: Sequence[Ask], statuses: list[str]) -> dict[str, Any]:
     inspection = search.inspection
     return {
         "inventory": search.inputs.inventory.as_json(),
         "task": inspection["task"],
         "samples": dict(inspection["samples"]),
         "divergence": inspection["divergence"],
-        "metrics": list(search.inputs.table.metrics),
+        "metrics": list(search.deciding.table_metrics),
         "plans": [
-            {"budget": budget, "status": status}
-            for budget, status in zip(search.request.budgets, statuses, strict=True)
+            {"budget": ask.budget, "status": status} | _context_json(ask)
+            for ask, status in zip(asks, statuses, strict=True)
         ],
+        "notes": lab.notes(search.inputs.inventory.by_name, search.inputs.table.metrics),
         "score_set": lab.score_set,
+        "available_metrics": list(inspection["available_metrics"]),
+        "context_names": context_names(inspection),
         "geometry": inspection.get("geometry"),
+        "memory": inspection.get("memory"),
+        "experts": inspection.get("experts") or {},
+        "warnings": warnings_of(inspection),
         "latency": None if search.timings is None else search.timings.as_json(),
     }

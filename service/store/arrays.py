@@ -30,3 +30,12 @@ def read_arrays(file: BinaryIO) -> dict[str, NDArray[Any]]:
     for array in arrays.values():
         array.flags.writeable = False
     return arrays
+
+
+def read_array(file: BinaryIO, name: str) -> NDArray[Any] | None:
+    """One array as `read_arrays` gives it, or None."""
+    with np.load(file, allow_pickle=False) as archive:
+        array: NDArray[Any] | None = archive[name] if name in archive.files else None
+    if array is not None:
+        array.flags.writeable = False
+    return array

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from service.store import views
-from service.store.arrays import read_arrays, write_arrays
+from service.store.arrays import read_array, read_arrays, write_arrays
 from service.store.durable import publish, sync_file, temporary_file
 from service.store.errors import BlobMissing, BlobTooLarge, DigestMismatch, StoreError
 from service.store.partials import PartialUpload
@@ -119,6 +119,11 @@ class BlobStore:
         """The arrays of `put_arrays`. Raises `BlobMissing`; never unpickles."""
         with self.open(digest) as file:
             return read_arrays(file)
+
+    def get_array(self, digest: str, name: str) -> NDArray[Any] | None:
+        """One array of `put_arrays`, the others unread; None where there is none of that name."""
+        with self.open(digest) as file:
+            return read_array(file, name)
 
     def partial(self, upload_id: str, digest: str) -> PartialUpload:
         """The upload in progress of one blob; `commit` it to make the blob visible."""

@@ -56,7 +56,7 @@ def folder(model, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("consumer", ["pytorch", "vllm"])
+@pytest.mark.parametrize("consumer", ["pytorch", "pytorch-packed", "vllm"])
 def test_the_archive_holds_the_files_of_the_checkpoint(consumer, writer, folder, tmp_path):
     place = folder()
     (place / "out").mkdir()

@@ -7,7 +7,9 @@ import pytest
 from quant.layers import Inventory, Layer
 from quant.schemes import parse_scheme
 from sensitivity.units import ScoreRow
-from service.planning import Ask, PlanningInputs, score_table, solve_budget
+from service.planning.answer import solve_budget
+from service.planning.ask import Ask
+from service.planning.inputs import PlanningInputs, score_table
 
 MENU = ("w4", "fp8", "mxfp4", "nvfp4", "nf4", "q2_k", "q4_k", "q6_k", "q8_0", "bf16")
 ERRORS = dict(zip(MENU, (9.0, 0.8, 12.0, 7.0, 7.2, 68.0, 4.9, 0.3, 0.02, 0.0), strict=True))

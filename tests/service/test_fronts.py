@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers")
 MODULES = (
@@ -35,9 +33,10 @@ def loaded(statement: str) -> set[str]:
     return set(done.stdout.decode().split())
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_front_loads_nothing_heavy(module: str) -> None:
-    assert loaded(f"import {module}") == set()
+def test_the_fronts_load_nothing_heavy() -> None:
+    """All in one interpreter; each in its own only to name the culprit."""
+    together = loaded(f"import {', '.join(MODULES)}")
+    assert not together, {module: loaded(f"import {module}") for module in MODULES}
 
 
 def test_the_handlers_load_nothing_heavy() -> None:

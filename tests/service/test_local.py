@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from quant.digest import file_digest
+from sensitivity.scorers import kronecker
+from sensitivity.spec import DataSource, ModelSource
+from service.db.repositories import events
 from service.errors import ServiceError
 from service.estimate import preview, stored_scores
 from service.local import Local
@@ -61,7 +64,7 @@ def test_a_search_tells_how_it_goes_and_leaves_plans(local: Local, tiny: Tiny) -
         local.model(folder_source(tiny("bert").folder)),
         local.calibration(file_data(tiny("bert").data)),
     )
-    request = local.request(model, data, PARAMETERS)
+    request = local.request(model, data, {**PARAMETERS, "memory_limit": "4 TiB"})
     stages = []
     job = local.run(request, lambda resource: stages.append(resource["stage"]))
     assert job.state == "succeeded"
@@ -69,6 +72,26 @@ def test_a_search_tells_how_it_goes_and_leaves_plans(local: Local, tiny: Tiny) -
     [plan] = local.plans(job.id)
     assert plan["budget"] == "5 bpw"
     assert local.job(job.id)["state"] == "succeeded"
+    with local.database.read() as session:
+        [told] = [
+            event.data for event in events.list_after(session, job.id, 0, 100) if event.type == "memory"
+        ]
+    assert told == local.job(job.id)["summary"]["memory"]
+    assert (told["limit"], told["streamed"]) == (2**42, False)
+
+
+def test_a_fallback_of_a_metric_is_told_in_the_summary(
+    local: Local, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a second job, which finds all scores stored."""
+    monkeypatch.setattr(kronecker, "LARGEST_SIDE", 20)
+    model = local.model(folder_source(tiny("bert").folder))
+    data = local.calibration(file_data(tiny("bert").data))
+    for budget in ("5 bpw", "6 bpw"):
+        asked = {**PARAMETERS, "budgets": [budget], "metrics": ["kronecker"], "evaluations": 0}
+        notes = (local.run(local.request(model, data, asked)).summary or {})["notes"]
+        assert len(notes) == 4
+        assert "kronecker of layer 'encoder.layer.0.intermediate.dense' keeps the diagonal" in notes[0]
 
 
 def test_an_interrupted_job_is_the_one_that_goes_on(
@@ -100,7 +123,17 @@ def test_what_is_stored_is_not_estimated(local: Local, tiny: Tiny, settings: Set
     assert after["scores"]["stored"] == after["scores"]["wanted"] == before["scores"]["wanted"]
     assert (before["forwards"]["scoring"] > 0, after["forwards"]["scoring"]) == (True, 0)
     more = preview(settings, model, data.source, {**PARAMETERS, "schemes": ["w2", "w3", "w4", "w8"]})
-    assert more["forwards"]["scoring"] == before["forwards"]["scoring"] // 3
+    assert 0 < more["forwards"]["scoring"] < before["forwards"]["scoring"]
+
+
+def test_the_smaller_limit_holds() -> None:
+    request = JobRequest.model_validate({"model": "m", "calibration": "c", **PARAMETERS})
+    sources = ModelSource("folder", "m", "m"), DataSource("c", "text", "c")
+    limited = request.model_copy(update={"memory_limit": "2 GiB"})
+    found = [
+        spec_of(r, *sources, own).memory_limit for r in (request, limited) for own in ("", "1 GiB", "3 GiB")
+    ]
+    assert found == [None, 2**30, 3 * 2**30, 2**31, 2**30, 2**31]
 
 
 def test_nothing_is_stored_where_nothing_is(tiny: Tiny, settings: Settings) -> None:
@@ -126,6 +159,17 @@ def test_a_factory_that_is_none_is_refused(tiny: Tiny, settings: Settings, name:
         factory_source(name, settings)
     assert caught.value.status == 422
     assert not settings.data_dir.exists()
+
+
+def test_a_choice_without_inputs_is_told_in_the_summary(local: Local, tiny: Tiny) -> None:
+    model = local.model(folder_source(tiny("bert").folder))
+    data = local.calibration(file_data(tiny("bert").data))
+    asked = {**PARAMETERS, "metrics": ["layer_output_error"], "include": ["*word_embeddings"]}
+    summary = local.run(
+        local.request(model, data, {**asked, "evaluations": 0, "interactions": False})
+    ).summary
+    [note] = (summary or {})["notes"]
+    assert "word_embeddings' takes its inputs as equally likely" in note
 
 
 def test_no_job_is_left_for_other_runners(local: Local, tiny: Tiny, settings: Settings) -> None:

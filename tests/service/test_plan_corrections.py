@@ -29,12 +29,12 @@ Tiny = Callable[[str], Any]
 BOTH = ("batch_norm", "bias")
 
 
-@pytest.fixture(params=["resnet", "bert"])
-def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
+@pytest.fixture(scope="module", params=["resnet", "bert"])
+def searched(request: Any, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     """(tiny model, plan file, session that measured the plan)."""
-    model = tiny(request.param)
-    database = f"sqlite:///{tmp_path}/data/bitplan.db"
-    settings = Settings(data_dir=tmp_path / "data", database_url=database, executor="in_process", workers=1)
+    model, folder = tiny(request.param), tmp_path_factory.mktemp("searched")
+    database = f"sqlite:///{folder}/data/bitplan.db"
+    settings = Settings(data_dir=folder / "data", database_url=database, executor="in_process", workers=1)
     wanted = {
         "samples": 8,
         "sequence_length": 12,
@@ -50,7 +50,7 @@ def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
         job = local.run(asked)
         assert job.state == "succeeded", job.problem
         [plan] = local.plans(job.id)
-    file = tmp_path / "plan.json"
+    file = folder / "plan.json"
     file.write_text(json.dumps(plan["document"]))
     return plan, file, (model, Session(spec_of(asked, source, data.source)))
 

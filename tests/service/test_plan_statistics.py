@@ -37,16 +37,23 @@ BUDGETS = {GPTQ: "4.5 bpw", ADJUSTED: "5.5 bpw", DIVIDED: "5.5 bpw"}
 
 
 @pytest.fixture(
-    params=[("llama", GPTQ), ("resnet", GPTQ), ("bert", GPTQ), ("llama", ADJUSTED), ("llama", DIVIDED)],
+    scope="module",
+    params=[
+        ("llama", GPTQ),
+        ("resnet", GPTQ),
+        pytest.param(("bert", GPTQ), marks=pytest.mark.slow),
+        pytest.param(("llama", ADJUSTED), marks=pytest.mark.slow),
+        ("llama", DIVIDED),
+    ],
     ids=["llama", "resnet", "bert", "adjusted", "divided"],
 )
-def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
+def searched(request: Any, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     """(tiny model, plan file, session that measured the plan)."""
     kind, schemes = request.param
-    model = tiny(kind)
+    model, folder = tiny(kind), tmp_path_factory.mktemp("searched")
     settings = Settings(
-        data_dir=tmp_path / "data",
-        database_url=f"sqlite:///{tmp_path}/data/bitplan.db",
+        data_dir=folder / "data",
+        database_url=f"sqlite:///{folder}/data/bitplan.db",
         executor="in_process",
         workers=1,
     )
@@ -60,7 +67,7 @@ def searched(request: Any, tiny: Tiny, tmp_path: Path) -> tuple[Any, Path, Any]:
         job = local.run(wanted)
         assert job.state == "succeeded", job.problem
         [plan] = local.plans(job.id)
-    file = tmp_path / "plan.json"
+    file = folder / "plan.json"
     file.write_text(json.dumps(plan["document"]))
     return model, file, Session(spec_of(wanted, source, data.source))
 
@@ -112,8 +119,9 @@ def _valid(other: Path, model: Any) -> Path:
 
 
 def test_evaluating_needs_the_plans_data_beside_new_ones(
-    searched: tuple[Any, Path, Any], tmp_path: Path
+    searched: tuple[Any, Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
     model, file, _ = searched
     arguments = (
         "evaluate",

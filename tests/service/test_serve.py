@@ -104,6 +104,7 @@ def test_one_command_serves_and_stops_cleanly(
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_what_dies_is_started_again(server: "subprocess.Popen[bytes]", settings: Settings) -> None:
     wait_for(lambda: set(children(server.pid)) == {"api", "runner"})
     wait_for(lambda: healthy(settings))
@@ -113,6 +114,7 @@ def test_what_dies_is_started_again(server: "subprocess.Popen[bytes]", settings:
     assert healthy(settings)
 
 
+@pytest.mark.slow
 def test_children_stop_when_the_supervisor_is_killed(
     server: "subprocess.Popen[bytes]", settings: Settings
 ) -> None:
@@ -124,6 +126,7 @@ def test_children_stop_when_the_supervisor_is_killed(
     wait_for(lambda: all(gone(pid) for pid in pids))
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_ends_the_command(settings: Settings) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", settings.port))

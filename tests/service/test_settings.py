@@ -35,6 +35,13 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert settings.log_level == "debug"
 
 
+def test_a_memory_limit_has_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(memory_limit="2 GiB").as_environment()["BITPLAN_MEMORY_LIMIT"] == "2 GiB"
+    monkeypatch.setenv("BITPLAN_MEMORY_LIMIT", "2")
+    with pytest.raises(ValidationError, match="must be a number with a unit"):
+        Settings()
+
+
 def test_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITPLAN_PORT", "9000")
     assert Settings(port=9001).port == 9001

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import delete as delete_from
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.db.engine import database_clock
@@ -94,17 +94,23 @@ def list_kind(session: Session, kind: JobKind, tenant: str = "default") -> tuple
     return tuple(record_of_job(row) for row in session.scalars(query.order_by(JobRow.created_at, JobRow.id)))
 
 
+def newest_about(session: Session, kind: JobKind, job_id: str, tenant: str = "default") -> JobRecord | None:
+    """The newest job of a kind whose request names another `job`: one that succeeded, if any did."""
+    query = select(JobRow).where(
+        JobRow.tenant == tenant, JobRow.kind == kind.value, JobRow.request["job"].as_string() == job_id
+    )
+    succeeded = (JobRow.state == JobState.SUCCEEDED.value).desc()
+    row = session.scalars(
+        query.order_by(succeeded, JobRow.created_at.desc(), JobRow.id.desc()).limit(1)
+    ).first()
+    return None if row is None else record_of_job(row)
+
+
 def unfinished(session: Session, tenant: str = "default") -> tuple[JobRecord, ...]:
     """The tenant's jobs that have not ended, the oldest first."""
     states = [state.value for state in JobState if state not in TERMINAL]
     query = select(JobRow).where(JobRow.tenant == tenant, JobRow.state.in_(states))
     return tuple(record_of_job(row) for row in session.scalars(query.order_by(JobRow.created_at, JobRow.id)))
-
-
-def count_by_state(session: Session) -> Mapping[JobState, int]:
-    """How many jobs of all tenants are in each state that occurs."""
-    rows = session.execute(select(JobRow.state, func.count()).group_by(JobRow.state))
-    return {JobState(state): count for state, count in rows}
 
 
 def locked(session: Session, job_id: str) -> JobRow:

@@ -8,18 +8,21 @@ paused past its lease changes nothing. Lease times are compared with the databas
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from service.db.engine import database_clock
 from service.db.repositories import events
 from service.db.repositories.jobs import drop_lease, locked, record_of_job, transition
-from service.db.tables import JobRow
+from service.db.tables import EventRow, JobRow
 from service.records import JobRecord
 from service.states import TERMINAL, JobKind, JobState, Stage
 
+RECLAIMED, DIED = "reclaimed", "the runner died"
+"""The event, and the reason of an event, that tell of a lost runner."""
 HELD = (JobState.RUNNING.value, JobState.CANCELLING.value)
 
 
@@ -81,8 +84,28 @@ def _claim(
     facts = {"epoch": row.epoch}
     if row.state == JobState.QUEUED:
         return transition(session, row, JobState.RUNNING, facts)
-    events.append(session, row.id, "reclaimed", facts)
+    events.append(session, row.id, RECLAIMED, facts | _where(row))
     return record_of_job(row)
+
+
+def _where(row: JobRow) -> dict[str, Any]:
+    """How far a job was when its runner was lost."""
+    return {"stage": row.stage, "done": row.done, "total": row.total}
+
+
+def lost_in_a_row(session: Session, job_id: str) -> int:
+    """How many of the job's last runners were lost (died, or let their lease expire) at one and the same
+    point of its work.
+    """
+    kinds = (RECLAIMED, JobState.QUEUED.value)
+    query = select(EventRow.type, EventRow.data).where(EventRow.job_id == job_id, EventRow.type.in_(kinds))
+    rows = session.execute(query.order_by(EventRow.seq.desc()))
+    places = [
+        (data.get("stage"), data.get("done"), data.get("total"))
+        for kind, data in rows
+        if kind == RECLAIMED or data.get("reason") == DIED
+    ]
+    return len(list(takewhile(lambda place: place == places[0], places)))
 
 
 def _extend(session: Session, row: JobRow, lease_seconds: float) -> None:
@@ -155,6 +178,15 @@ def set_score_set(session: Session, job_id: str, epoch: int, score_set: str) -> 
     return record_of_job(row)
 
 
+def set_summary(session: Session, job_id: str, epoch: int, summary: Mapping[str, Any]) -> JobRecord:
+    """Say what is known of the job before it ends; its end replaces it. Raises `LeaseLost`."""
+    row = fence(session, job_id, epoch)
+    row.summary = dict(summary)
+    row.version += 1
+    session.flush()
+    return record_of_job(row)
+
+
 def finish(
     session: Session,
     job_id: str,
@@ -200,10 +232,4 @@ def _free(session: Session, row: JobRow) -> None:
         transition(session, row, JobState.CANCELLED)
         return
     drop_lease(row)
-    transition(session, row, JobState.QUEUED, {"reason": "the runner died"})
-
-
-def waiting(session: Session) -> int:
-    """How many jobs are queued."""
-    query = select(func.count()).select_from(JobRow).where(JobRow.state == JobState.QUEUED.value)
-    return session.scalars(query).one()
+    transition(session, row, JobState.QUEUED, {"reason": DIED, **_where(row)})

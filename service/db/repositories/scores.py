@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.db.repositories.rows import insert_or_keep, record_of
@@ -36,10 +36,26 @@ def get(session: Session, score_set: str, layer: str, scheme: str, metric: str) 
     return None if row is None else record_of(ScoreRecord, row)
 
 
+def of_scheme(
+    session: Session, score_set: str, scheme: str, layers: Collection[str]
+) -> dict[tuple[str, str], ScoreRecord]:
+    """(layer, metric) -> the score of one scheme there, for some layers."""
+    query = select(ScoreRow).where(
+        ScoreRow.score_set == score_set, ScoreRow.scheme == scheme, ScoreRow.layer.in_(sorted(set(layers)))
+    )
+    return {(row.layer, row.metric): record_of(ScoreRecord, row) for row in session.scalars(query)}
+
+
 def keys(session: Session, score_set: str) -> frozenset[ScoreKey]:
     """The (layer, scheme, metric) that are stored."""
     query = select(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric).where(ScoreRow.score_set == score_set)
     return frozenset((layer, scheme, metric) for layer, scheme, metric in session.execute(query))
+
+
+def count(session: Session, score_set: str) -> int:
+    """How many scores a set has. They are written once, so as long as it is the same they are the same."""
+    query = select(func.count()).select_from(ScoreRow).where(ScoreRow.score_set == score_set)
+    return int(session.execute(query).scalar_one())
 
 
 def list_all(

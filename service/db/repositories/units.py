@@ -1,6 +1,6 @@
 """Finished units of work, and the faults of units that gave two answers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import select
@@ -9,7 +9,10 @@ from sqlalchemy.orm import Session
 from service.db.repositories.rows import insert_or_keep, record_of
 from service.db.tables import FaultRow, UnitRow, now
 from service.ids import new_id
-from service.records import FaultRecord, MeasurementRecord, UnitRecord
+from service.records import FaultRecord, UnitRecord
+
+CHUNK = 500
+"""Keys in one statement, which databases bound."""
 
 
 def insert(
@@ -43,6 +46,17 @@ def get(session: Session, score_set: str, key: str) -> UnitRecord | None:
     return None if row is None else record_of(UnitRecord, row)
 
 
+def get_many(session: Session, score_set: str, keys: Collection[str]) -> dict[str, UnitRecord]:
+    """Key -> stored unit, of those that are stored."""
+    wanted = sorted(set(keys))
+    found: dict[str, UnitRecord] = {}
+    for start in range(0, len(wanted), CHUNK):
+        chunk = wanted[start : start + CHUNK]
+        query = select(UnitRow).where(UnitRow.score_set == score_set, UnitRow.key.in_(chunk))
+        found |= {row.key: record_of(UnitRecord, row) for row in session.scalars(query)}
+    return found
+
+
 def keys(session: Session, score_set: str) -> frozenset[str]:
     """The keys of everything that is stored in a score set."""
     return frozenset(session.scalars(select(UnitRow.key).where(UnitRow.score_set == score_set)))
@@ -54,24 +68,20 @@ def list_kind(session: Session, score_set: str, kind: str) -> tuple[UnitRecord, 
     return tuple(record_of(UnitRecord, row) for row in session.scalars(query.order_by(UnitRow.key)))
 
 
-def measurements(session: Session, score_set: str, part: str | None = None) -> tuple[MeasurementRecord, ...]:
-    """The whole assignments that were measured, ordered by key; with `part`, on that part of the data
-    alone.
+def work(session: Session, score_set: str, job_id: str) -> dict[str, float]:
+    """Forward passes of one sample that a job's units took, a backward pass counting 2: by stage, or by the
+    part of the data that plans were measured on.
     """
-    records = (_measurement(unit) for unit in list_kind(session, score_set, "measure"))
-    return tuple(record for record in records if part in (None, record.part))
+    own = UnitRow.score_set == score_set, UnitRow.job_id == job_id
+    spent: dict[str, float] = {}
+    for kind, unit, facts in session.execute(select(UnitRow.kind, UnitRow.unit, UnitRow.facts).where(*own)):
+        stage = unit["part"] if kind == "measure" else _STAGES.get(kind)
+        if stage is not None:
+            spent[stage] = spent.get(stage, 0.0) + float(facts.get("forwards", 0))
+    return {stage: round(spent[stage], 1) for stage in sorted(spent)}
 
 
-def _measurement(unit: UnitRecord) -> MeasurementRecord:
-    pairs = tuple((str(layer), str(scheme)) for layer, scheme in unit.unit["assignment"])
-    return MeasurementRecord(
-        score_set=unit.score_set,
-        key=unit.key,
-        part=str(unit.unit["part"]),
-        assignment=pairs,
-        facts=unit.facts,
-        artifact=unit.artifact,
-    )
+_STAGES = {"inspect": "loading", "score": "scoring", "block": "scoring"}
 
 
 def add_fault(

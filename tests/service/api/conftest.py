@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ import pytest
 from fastapi.testclient import TestClient
 
 from quant.layers import Excluded, Inventory, Layer
+from sensitivity.units import InspectUnit
 from service.app import create_app
 from service.db.repositories import jobs, leases, models, plans, score_sets, scores, units
 from service.db.repositories.leases import Owner
-from service.planning import Ask, solve_budget
+from service.planning.answer import solve_budget
+from service.planning.ask import Ask
 from service.records import JobRecord, ScoreRecord
 from service.settings import Settings
 from service.states import InputState, JobKind, JobState, Stage
 
 OWNER = Owner("fake", "host", 1, "process")
 LAYERS = {"a.q": (8, 16), "a.k": (8, 16), "b.up": (16, 32), "b.down": (32, 16)}
+CACHE_LOSSES = {"kv-full": 0.0, "kv-int8": 0.01, "kv-int4": 0.1, "kv-fp8_e4m3": 0.02}
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16}
 
 
@@ -116,9 +120,10 @@ class Api:
 
 @dataclass
 class FakeRunner:
-    """Does what the runner does to the database, with invented numbers."""
+    """Does what the runner does to the database, with invented numbers; `geometry` is a fact of the model."""
 
     api: Api
+    geometry: dict[str, Any] = field(default_factory=dict)
 
     def verify(self, model_id: str) -> None:
         """Run the queued verification of a model."""
@@ -128,7 +133,7 @@ class FakeRunner:
             assert held is not None
             model = models.get(session, model_id)
             assert model is not None
-            summary = {**(model.summary or {}), "inventory": inventory().as_json()}
+            summary = {**(model.summary or {}), "inventory": inventory().as_json()} | self.geometry
             models.set_state(session, model_id, InputState.READY, summary=summary)
             leases.finish(session, job.id, held.epoch, JobState.SUCCEEDED)
 
@@ -145,8 +150,7 @@ class FakeRunner:
             ScoreRecord(
                 digest, layer, scheme, metric, value(layer, scheme), 0.001, 8, f"score:{layer}:{scheme}"
             )
-            for layer in LAYERS
-            for scheme in job.request["schemes"]
+            for layer, scheme in (*product(LAYERS, job.request["schemes"]), *self._caches(job))
             for metric in job.request["metrics"]
         ]
         with self.api.context.database.write() as session:
@@ -154,16 +158,26 @@ class FakeRunner:
             units.insert(
                 session,
                 score_set=digest,
-                key="inspect",
+                key=InspectUnit().key,
                 kind="inspect",
                 unit={"unit": "inspect"},
-                facts={"inventory": inventory().as_json(), "task": "causal_lm"},
+                facts={
+                    "inventory": inventory().as_json(),
+                    "task": "causal_lm",
+                    "available_metrics": ["output_kl", "sqnr", "weight_error"],
+                }
+                | self.geometry,
                 artifact=None,
                 job_id=job.id,
             )
             leases.set_score_set(session, job.id, job.epoch, digest)
             scores.insert(session, rows[: len(rows) - leave_out])
         return digest
+
+    def _caches(self, job: JobRecord) -> Iterator[tuple[str, str]]:
+        kinds = job.request["kv_cache"]
+        layers = self.geometry["geometry"]["attention"] if kinds else ()
+        return product(layers, [f"kv-{kind}" for kind in ("full", *kinds)])
 
     def finish(self, job: JobRecord, state: JobState = JobState.SUCCEEDED, **facts: Any) -> None:
         with self.api.context.database.write() as session:
@@ -200,6 +214,8 @@ class FakeRunner:
 
 def value(layer: str, scheme: str) -> float:
     """An invented loss: less with more bits, the more the later the layer."""
+    if scheme in CACHE_LOSSES:
+        return CACHE_LOSSES[scheme] * (2 if layer == "b" else 1)
     return (1 + list(LAYERS).index(layer)) * 4.0 ** -int(re.sub(r"w(\d+).*", r"\1", scheme))
 
 

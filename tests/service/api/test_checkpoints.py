@@ -86,6 +86,7 @@ def test_what_cannot_be_read_is_refused(ask):
     unknown = ask("nobody")
     assert (unknown.status_code, slug(unknown)) == (422, "unknown-consumer")
     assert unknown.json()["pointer"] == "/consumer"
+    assert "or GET /v1/plans/{id}/exports/mlx" in ask("mlx").json()["detail"]
     assert ask(other=1).status_code == 422
 
 

@@ -240,6 +240,7 @@ def test_other_plans_scores_events_and_frontier(client, runner, submitted, tmp_p
     assert plan.document["layers"]["a.q"]["scheme"] == "w8"
     assert client.plan(plan.id).status == plan.refresh().status == "optimal"
     assert plan.evidence is None
+    assert plan.explanation(draws=10)["stability"]["draws"] == 10
     assert plan.measure().resource["kind"] == "measure_plan"
     assert len(submitted.scores()) == len(submitted.scores("output_kl")) == 12
     assert submitted.scores()[0].samples == 8

@@ -7,7 +7,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from quant.catalog import EXPORTERS
+from quant.catalog import CHECKPOINTS, EXPORTERS
 
 
 @pytest.fixture
@@ -57,7 +57,15 @@ def test_consumers_are_listed_and_others_unknown(api, plan):
     assert [item["name"] for item in api.http.get("/v1/exports").json()["items"]] == list(EXPORTERS)
     response = api.http.get(f"/v1/plans/{plan['id']}/exports/nobody")
     assert response.status_code == 404
-    assert "A consumer must be one of vllm" in response.json()["detail"]
+    assert "Consumer must be one of vllm" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("consumer", [name for name in CHECKPOINTS if name not in EXPORTERS])
+def test_consumers_of_weights_are_sent_to_their_own_endpoint(consumer, api, plan):
+    response = api.http.get(f"/v1/plans/{plan['id']}/exports/{consumer}")
+    assert response.status_code == 404
+    assert "It takes weights. Run " in response.json()["detail"]
+    assert response.json()["detail"].endswith("or POST /v1/plans/{id}/checkpoint.")
 
 
 def test_a_plan_that_fits_nothing_cannot_be_exported(api, finished_job):

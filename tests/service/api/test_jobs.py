@@ -51,12 +51,28 @@ def test_what_is_left_out_has_documented_defaults(api):
         ({"seed": 2**63}, "invalid-request", "/seed"),
         ({"device": "tpu"}, "invalid-request", "/device"),
         ({"unknown": 1}, "invalid-request", "/unknown"),
+        ({"user_metric": "os:getcwd"}, "invalid-request", "/user_metric"),
         ({"model": "model_0"}, "unknown-model", "/model"),
         ({"calibration": "cal_0"}, "unknown-calibration", "/calibration"),
         ({"budgets": ["latency<=3 ms"]}, "missing-latency", "/latency"),
+        ({"role_limits": {"*.q": "latency<=3 ms"}}, "missing-latency", "/latency"),
+        ({"role_limits": {"*.q": "uniform w3"}}, "unknown-scheme", ""),
         ({"latency_ns": {"a.q": {"w9": 1}}}, "invalid-latency", "/latency_ns"),
         ({"latency_ns": {"a.q": {"w4": -1}}}, "invalid-request", "/latency_ns/a.q/w4"),
         ({"task": "generic", "metrics": ["hessian_trace"]}, "metric-not-offered", "/metrics/0"),
+        (
+            {"task": "generic", "metrics": ["metric_decoupled"], "role_metrics": {"head": "ssim"}},
+            "metric-not-offered",
+            "/role_metrics/head",
+        ),
+        ({"role_metrics": {"head": "sqnr"}}, "unused-metric", ""),
+        ({"roles": {"*": "hero"}}, "unknown-role", "/roles/*"),
+        ({"ratios": [-1]}, "invalid-request", "/ratios/0"),
+        ({"objective": "best"}, "invalid-objective", "/objective"),
+        ({"objective": "uncertainty: -1"}, "invalid-objective", "/objective"),
+        ({"objective": "worst: output_kl, sqnr"}, "invalid-objective", ""),
+        ({"limits": ["sqnr>=3"]}, "invalid-budget", ""),
+        ({"objective": "quadratic"}, "invalid-objective", ""),
     ],
 )
 def test_a_bad_request_is_refused_with_the_place(api, members, slug, pointer):
@@ -81,6 +97,12 @@ def test_numbers_that_are_none_are_refused(api, text):
         ({"ties": [["a.*", "c.*"]]}, "/ties/0/1"),
         ({"exclude": ["zzz*"]}, "/exclude/0"),
         ({"include": ["zzz*"]}, "/include/0"),
+        ({"protect": ["a.*", "zzz*"]}, "/protect/1"),
+        ({"roles": {"zzz*": "head"}}, "/roles/zzz*"),
+        (
+            {"metrics": ["metric_decoupled"], "role_metrics": {"head": "sqnr", "zzz": "sqnr"}},
+            "/role_metrics/zzz",
+        ),
     ],
 )
 def test_patterns_that_match_nothing_are_refused_once_the_model_is_known(api, runner, members, pointer):

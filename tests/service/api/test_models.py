@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from service.db.repositories import jobs
+from service.states import JobKind
+
 
 def test_a_model_is_made_of_an_upload(api, model_files):
     upload = api.send(model_files)
@@ -75,6 +78,28 @@ def test_a_model_or_calibration_in_use_is_not_deleted(api):
         assert job["id"] in response.json()["detail"]
     api.http.post(f"/v1/jobs/{job['id']}/cancel")
     assert api.http.delete(path).status_code == 204
+
+
+def test_what_any_job_still_reads_is_not_deleted(api, runner, finished_job):
+    model, calibration = (finished_job["request"][kind] for kind in ("model", "calibration"))
+    plan = api.http.get(f"/v1/jobs/{finished_job['id']}/plans").json()["items"][0]["id"]
+    of_plan = {"plan": plan, "job": finished_job["id"]}
+    asked = {
+        JobKind.MEASURE_PLAN: of_plan,
+        JobKind.WRITE_CHECKPOINT: {**of_plan, "consumer": "vllm", "force": False},
+        JobKind.CORRELATE: {"search": finished_job["request"], "job": finished_job["id"]},
+        JobKind.MAKE_CALIBRATION: {"model": model, "method": "random_tokens"},
+    }
+    for kind, request in asked.items():
+        with api.context.database.write() as session:
+            job = jobs.create(session, kind=kind, request=request, request_digest="d")
+        for path in (f"models/{model}", f"calibrations/{calibration}"):
+            if kind != JobKind.MAKE_CALIBRATION or path.startswith("models"):
+                refused = api.http.delete(f"/v1/{path}")
+                assert (refused.status_code, job.id in refused.text) == (409, True), kind
+        assert api.http.post(f"/v1/jobs/{job.id}/cancel").status_code == 202
+    assert api.http.delete(f"/v1/models/{model}").status_code == 204
+    assert api.http.delete(f"/v1/calibrations/{calibration}").status_code == 204
 
 
 def test_calibrations_are_listed_and_deleted(api):

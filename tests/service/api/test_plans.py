@@ -5,9 +5,12 @@ import json
 
 import jsonschema
 import pytest
+from sqlalchemy import event
 
 from quant.digest import canonical_json, digest
 from quant.plan import parse_plan, plan_schema
+from sensitivity.units import InspectUnit
+from service.api import scores
 
 
 @pytest.fixture
@@ -37,11 +40,11 @@ def test_another_budget_is_solved_from_stored_scores(api, plans_path):
 
 
 def test_a_solved_plan_is_the_best_of_all(api, plans_path, finished_job):
-    scores = {}
+    losses = {}
     for row in api.http.get(f"/v1/jobs/{finished_job['id']}/scores", params={"metric": "output_kl"}).json()[
         "items"
     ]:
-        scores.setdefault(row["layer"], {})[row["scheme"]] = row["value"]
+        losses.setdefault(row["layer"], {})[row["scheme"]] = row["value"]
     (plan,) = solve(api, plans_path, budgets=["4.5 bpw"])
     sizes = {
         (layer["name"], scheme): (layer["parameters"] * int(scheme[1:]) + 7) // 8 + 2 * layer["matrix"][0]
@@ -50,18 +53,110 @@ def test_a_solved_plan_is_the_best_of_all(api, plans_path, finished_job):
     }
     parameters = plan["document"]["totals"]["parameters"]
     best = min(
-        sum(scores[layer][scheme] for layer, scheme in zip(scores, choice, strict=True))
-        for choice in itertools.product(("w2", "w4", "w8"), repeat=len(scores))
-        if 8 * sum(sizes[pair] for pair in zip(scores, choice, strict=True)) <= 4.5 * parameters
+        sum(losses[layer][scheme] for layer, scheme in zip(losses, choice, strict=True))
+        for choice in itertools.product(("w2", "w4", "w8"), repeat=len(losses))
+        if 8 * sum(sizes[pair] for pair in zip(losses, choice, strict=True)) <= 4.5 * parameters
     )
     assert plan["objective"] == pytest.approx(best)
+
+
+def test_decoupled_scores_are_made_from_the_stored_ones(api, runner):
+    """Layers of two roles, each on the scale of its own metric; protected ones at the largest scheme."""
+    metrics = ["metric_decoupled", "output_kl", "sqnr"]
+    job = api.submit(metrics=metrics, role_metrics={"a.*": "output_kl", "*": "sqnr", "a.q": "output_kl"})
+    runner.run(job["id"])
+    path = f"/v1/jobs/{job['id']}/plans"
+    (plan,) = solve(api, path, budgets=["6 bpw"], metric="metric_decoupled", protect=["b.up"])
+    document = plan["document"]
+    assert document["decided_by"]["a.q"] == "output_kl"
+    assert set(document["decided_by"].values()) == {"output_kl", "sqnr"}
+    assert document["layers"]["b.up"]["scheme"] == "w8"
+    jsonschema.validate(document, plan_schema())
+    rows = api.http.get(f"/v1/jobs/{job['id']}/scores").json()["items"]
+    deciding = document["decided_by"]
+    costs = {}
+    for row in rows:
+        if deciding[row["layer"]] == row["metric"]:
+            sign = -1 if row["metric"] == "sqnr" else 1
+            costs.setdefault(row["layer"], {})[row["scheme"]] = sign * row["value"]
+    spans = dict.fromkeys(deciding.values(), 0.0)
+    for layer, values in costs.items():
+        spans[deciding[layer]] += max(values.values()) - min(values.values())
+    expected = sum(
+        (costs[name][layer["scheme"]] - min(costs[name].values())) / spans[deciding[name]]
+        for name, layer in document["layers"].items()
+    )
+    assert plan["objective"] == pytest.approx(expected)
+    assert "decided_by" not in solve(api, path, metric="output_kl")[0]["document"]
+
+
+def test_plans_are_solved_for_other_objectives(api, runner):
+    """Each re-solve says what it is about; the job's own objective holds unless it is replaced."""
+    job = api.submit(metrics=["output_kl", "sqnr"], objective="minimax")
+    runner.run(job["id"])
+    path = f"/v1/jobs/{job['id']}/plans"
+    (plan,) = solve(api, path, budgets=["5 bpw"])
+    assert plan["document"]["objective"] == plan["source"] == plan["ask"]["objective"] == "minimax"
+    jsonschema.validate(plan["document"], plan_schema())
+    assert parse_plan(json.dumps(plan["document"])).objective == "minimax"
+    rows = api.http.get(f"/v1/jobs/{job['id']}/scores", params={"metric": "output_kl"}).json()["items"]
+    scores = {(row["layer"], row["scheme"]): row["value"] for row in rows}
+    chosen = {layer: entry["scheme"] for layer, entry in plan["document"]["layers"].items()}
+    assert plan["objective"] == max(scores[pair] for pair in chosen.items())
+    assert plan["parts"] == [
+        {
+            "name": "largest cost of a group",
+            "value": plan["objective"],
+            "bound": plan["bound"],
+            "gap": plan["gap"],
+        }
+    ]
+    (summed,) = solve(api, path, budgets=["5 bpw"], objective="sum")
+    assert "objective" not in summed["document"]
+    assert summed["id"] != plan["id"]
+    (staged,) = solve(api, path, budgets=["5 bpw"], objective="lexicographic:output_kl within 5%,sqnr")
+    assert staged["ask"]["objective"] == "lexicographic: output_kl within 5%, sqnr"
+    assert [part["name"] for part in staged["parts"]] == ["output_kl", "sqnr"]
+    assert staged["parts"][0]["value"] <= summed["objective"]
+
+
+def test_limits_may_be_on_stored_metrics(api, runner):
+    job = api.submit(metrics=["output_kl", "sqnr"])
+    runner.run(job["id"])
+    path = f"/v1/jobs/{job['id']}/plans"
+    (free,) = solve(api, path, budgets=["8 bpw"], metric="sqnr")
+    (plan,) = solve(api, path, budgets=["8 bpw,output_kl<=1e-9"], metric="sqnr")
+    assert free["status"] == "optimal"
+    assert plan["status"] == "infeasible"
+    least = plan["least_budget"]["output_kl"]
+    (fitting,) = solve(api, path, budgets=[f"8 bpw,output_kl<={least * (1 + 1e-12)!r}"], metric="sqnr")
+    assert fitting["status"] == "optimal"
+
+
+def test_objectives_are_listed_and_bad_ones_refused(api, plans_path):
+    listed = api.http.get("/v1/objectives").json()
+    assert listed["default"] == "sum"
+    assert {"minimax", "worst", "threshold"} <= {item["name"] for item in listed["items"]}
+    for text, words in (
+        ("best", "must be one of sum, minimax"),
+        (
+            "worst: output_kl, loss_delta",
+            "must name metrics of the search: output_kl, weight_error. Got 'loss_delta'",
+        ),
+        ("weighted: a=1", "must name metrics of the search"),
+    ):
+        response = api.http.post(plans_path, json={"budgets": ["4 bpw"], "objective": text})
+        problem = response.json()
+        assert (response.status_code, problem["type"]) == (422, "urn:bitplan:problem:invalid-objective")
+        assert words in problem["detail"]
+        assert problem["pointer"] == "/objective"
 
 
 def _layers(job, api):
     from service.db.repositories import units
 
     with api.context.database.read() as session:
-        return units.get(session, job["score_set"], "inspect").facts["inventory"]["layers"]
+        return units.get(session, job["score_set"], InspectUnit().key).facts["inventory"]["layers"]
 
 
 def test_the_same_question_is_the_same_plan(api, plans_path):
@@ -85,13 +180,19 @@ def test_pins_ties_limits_and_metric_can_differ_from_the_job(api, plans_path):
     assert layers["a.q"]["scheme"] == layers["a.k"]["scheme"]
     assert plan["metric"] == "weight_error"
     assert plan["document"]["budget"] == "6 bpw,bytes<=10 KiB"
+    assert set(plan["shadow_prices"]) == {"bits_per_weight", "bytes"}
+    assert plan["shadow_prices"]["bits_per_weight"] == 0 <= plan["shadow_prices"]["bytes"]
 
 
 def test_infeasible_is_an_answer_with_the_least_budget(api, plans_path):
     (plan,) = solve(api, plans_path, budgets=["bytes<=10"])
     assert (plan["status"], plan["document"]) == ("infeasible", None)
     least = plan["least_budget"]["bytes"]
+    (member,) = plan["conflict"]["members"]
+    assert (member["kind"], member["name"], member["limit"], member["least"]) == ("limit", "bytes", 10, least)
     (fits,) = solve(api, plans_path, budgets=[f"bytes<={least}"])
+    assert (fits["conflict"], fits["objective"]) == (None, pytest.approx(member["objective"]))
+    assert fits["reference"]["plan"] == pytest.approx(fits["objective"])
     assert (fits["status"], fits["resources"]["bytes"]) == ("optimal", least)
     document = api.http.get(f"/v1/plans/{plan['id']}/document")
     assert (document.status_code, document.json()["least_budget"]) == (404, {"bytes": least})
@@ -123,6 +224,22 @@ def test_what_was_not_measured_cannot_be_planned(api, plans_path, body):
     response = api.http.post(plans_path, json={"budgets": ["4 bpw"]} | body)
     assert (response.status_code, response.json()["type"]) == (409, "urn:bitplan:problem:scores-missing")
     assert "a.q x" in response.json()["detail"]
+
+
+def test_scores_are_compared_page_by_page_in_a_few_statements(api, finished_job, monkeypatch):
+    monkeypatch.setattr(scores, "LARGEST_PAGE", 5)
+    path, statements = f"/v1/jobs/{finished_job['id']}/scores", []
+    event.listen(
+        api.context.database.engine, "before_cursor_execute", lambda *given: statements.append(given[2])
+    )
+    rows = api.http.get(path, params={"against": "w4"}).json()["items"]
+    assert sum(statement.startswith("SELECT") for statement in statements) < 8
+    values = {(row["layer"], row["scheme"], row["metric"]): row["value"] for row in rows}
+    assert len(values) == len(rows) == 4 * 3 * 2
+    for row in rows:
+        assert row["difference"] == row["value"] - values[row["layer"], "w4", row["metric"]]
+    lines = api.http.get(path, params={"against": "w4", "format": "csv"}).text.splitlines()
+    assert [line.split(",")[6] for line in lines[1:]] == [repr(row["difference"]) for row in rows]
 
 
 def test_a_job_without_all_scores_is_not_planned(api, runner):
@@ -202,7 +319,8 @@ def test_scores_come_in_pages_and_by_metric(api, finished_job):
     ).json()
     rows = first["items"] + rest["items"]
     assert rows == [row for row in everything["items"] if row["metric"] == "output_kl"]
-    assert set(rows[0]) == {"layer", "scheme", "metric", "value", "stderr", "samples"}
+    known = {"layer", "scheme", "metric", "value", "stderr", "samples", "difference", "difference_stderr"}
+    assert set(rows[0]) == known
     assert api.http.get(path, params={"metric": "fisher"}).status_code == 422
 
 
@@ -235,6 +353,59 @@ def test_the_frontier_falls_as_bytes_rise(api, finished_job):
     named = api.http.get(path, params={"layers": True, "points": 2}).json()["items"]
     assert set(named[0]["layers"].values()) == {"w2"}
     assert set(named[-1]["layers"].values()) == {"w8"}
+
+
+def test_a_plan_is_explained_from_stored_scores(api, plans_path):
+    (plan,) = solve(api, plans_path, budgets=["4.5 bpw"], pins={"b.up": "w4"}, ties=[["a.q", "a.k"]])
+    path = plan["links"]["explanation"]
+    response = api.http.get(path, params={"draws": 50})
+    body = response.json()
+    assert (body["plan"], body["status"], body["metric"]) == (plan["id"], "optimal", "output_kl")
+    assert body["objective"] == body["optimum"] == pytest.approx(plan["objective"])
+    assert body["shadow_prices"] == plan["shadow_prices"]
+    assert [one["layers"] for one in body["decisions"]] == [["a.q", "a.k"], ["b.up"], ["b.down"]]
+    tied, pinned, free = body["decisions"]
+    assert (pinned["scheme"], pinned["margin"], pinned["up"]) == ("w4", None, None)
+    assert free["up"]["resources"]["bytes"] > 0 > free["up"]["loss"]
+    assert free["down"] is None or free["down"]["resources"]["bytes"] < 0 < free["down"]["loss"]
+    assert 0 <= tied["stability"] <= 1
+    assert body["stability"]["draws"] == 50
+    names = [one["name"] for one in body["restrictions"]]
+    assert names == ["b.up=w4", "a.q+a.k", "all together"]
+    unpinned = solve(api, plans_path, budgets=["4.5 bpw"], ties=[["a.q", "a.k"]])[0]
+    assert body["restrictions"][0]["objective_without"] == pytest.approx(unpinned["objective"])
+    assert set(body["reference"]["bits"]) == {"a.q", "a.k", "b.up", "b.down"}
+    etag = response.headers["ETag"]
+    again = api.http.get(path, params={"draws": 50}, headers={"If-None-Match": etag})
+    assert (again.status_code, again.content) == (304, b"")
+    other = api.http.get(path, params={"draws": 0}, headers={"If-None-Match": etag})
+    assert (other.status_code, other.json()["stability"]) == (200, {"draws": 0, "method": None})
+
+
+def test_what_does_not_fit_is_explained_by_its_conflict(api, plans_path):
+    (plan,) = solve(api, plans_path, budgets=["bytes<=10"])
+    body = api.http.get(plan["links"]["explanation"]).json()
+    assert (body["status"], body["decisions"], body["conflict"]) == ("infeasible", [], plan["conflict"])
+    assert body["least_budget"] == plan["least_budget"]
+    assert api.http.get("/v1/plans/plan_nowhere/explanation").status_code == 404
+    assert api.http.get(plan["links"]["explanation"], params={"draws": 10**6}).status_code == 422
+
+
+def test_between_two_totals_the_frontier_has_every_plan(api, finished_job):
+    path = f"/v1/jobs/{finished_job['id']}/frontier"
+    corners = api.http.get(path).json()["items"]
+    assert all(one["gap"] <= 1e-9 and one["price"] is not None for one in corners)
+    low, high = corners[1]["resources"]["bytes"], corners[4]["resources"]["bytes"]
+    body = api.http.get(path, params={"between": f"{low},{high} B"}).json()
+    used = [one["resources"]["bytes"] for one in body["items"]]
+    assert (body["complete"], body["next_between"]) == (True, None)
+    assert {one["resources"]["bytes"] for one in corners[1:5]} <= set(used)
+    few = api.http.get(path, params={"between": f"{low},{high}", "points": 2}).json()
+    assert (few["complete"], [one["resources"]["bytes"] for one in few["items"]]) == (False, used[-2:])
+    rest = ",".join(map(str, few["next_between"]))
+    assert api.http.get(path, params={"between": rest}).json()["items"] == body["items"][:-2]
+    for wrong in ("12", "9,8", "1,many"):
+        assert api.http.get(path, params={"between": wrong}).status_code == 422
 
 
 @pytest.mark.parametrize("params", [{"resource": "joy"}, {"points": 1}, {"metric": "beauty"}])

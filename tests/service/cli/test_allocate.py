@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import typer
@@ -49,14 +50,22 @@ def test_json_has_exactly_the_published_fields(run: Run) -> None:
     assert 0 <= seconds < 10
     assert answer == {
         "status": "optimal",
+        "solved_for": "sum",
+        "parts": [],
         "objective": pytest.approx(0.5),
         "bound": pytest.approx(0.5),
         "gap": pytest.approx(0, abs=1e-9),
         "choice": {"blocks.0.q": "w8", "blocks.0.k": "w4", "blocks.0.up": "w2"},
         "fused": [],
         "resources": {"bytes": 175, "latency_ns": 42.5, "bits_per_weight": pytest.approx(14 / 3)},
+        "reference": ANY,
+        "shadow_prices": {"bytes": 0.0, "latency_ns": pytest.approx(0.03)},
         "least_budget": {},
+        "conflict": None,
+        "method": "labels",
+        "why": ANY,
     }
+    assert answer["reference"]["bits_per_weight"] == pytest.approx(14 / 3)
 
 
 def test_limits_hold_together_and_are_compared_exactly(run: Run) -> None:
@@ -77,6 +86,78 @@ def test_ties_and_pins_take_names_and_patterns(run: Run) -> None:
     assert len(set(everything["choice"].values())) == 1
 
 
+@pytest.mark.parametrize("text", ["minimax_sum", "threshold", "rank_order"])
+def test_objectives_are_named_with_their_parts(run: Run, text: str) -> None:
+    answer = json.loads(run("--objective", text, "--limit", "bytes<=200", "--json").stdout)
+    assert answer["solved_for"] == text
+    if text == "minimax_sum":
+        assert [part["name"] for part in answer["parts"]] == ["largest cost of a group", "sum"]
+        assert answer["parts"][0]["value"] == 0.2
+        assert answer["parts"][1]["value"] == answer["objective"] == pytest.approx(0.3)
+    if text == "threshold":
+        assert answer["status"] == "feasible"
+        assert answer["bound"] is answer["gap"] is None
+    shown = run("--objective", text, "--limit", "bytes<=200").stdout
+    assert text in shown
+
+
+def test_limits_may_be_on_metrics_and_are_exact(run: Run) -> None:
+    metrics = {**TABLE["metrics"], "error": {"direction": "min", "values": [[0.3, 0.1, 0.1]] * 3}}
+    table = {**TABLE, "metrics": metrics}
+    tight, below = (
+        json.loads(run("--metric", "loss", "--limit", f"error<={limit}", "--json", table=table).stdout)
+        for limit in ("0.300000000000000016654", "0.300000000000000016653")
+    )
+    assert tight["status"] == "optimal"
+    assert below["status"] == "infeasible", "three times the double 0.1 is more than 0.3"
+    assert below["least_budget"] == {"error": pytest.approx(0.3)}
+    both = run("--objective", "lexicographic: error, loss", "--limit", "bytes<=200", "--json", table=table)
+    assert [part["value"] for part in json.loads(both.stdout)["parts"]] == pytest.approx([0.3, 0.3])
+
+
+def test_a_table_may_have_interactions(run: Run) -> None:
+    """Cells whose errors cancel are chosen together although each alone looks worse."""
+    vectors = [[[0.9], [0.3], [0.0]], [[-0.7], [0.4], [0.3]], [[0.5], None, [0.0]]]
+    table = {**TABLE, "interactions": {"gram": vectors}}
+    answer = json.loads(
+        run("--objective", "quadratic", "--limit", "bytes<=150", "--json", table=table).stdout
+    )
+    assert answer["status"] == "optimal"
+    assert answer["choice"] == {"blocks.0.q": "w4", "blocks.0.k": "w2", "blocks.0.up": "w2"}
+    assert answer["objective"] == pytest.approx(0.1 + 0.5 + 0.3 + 2 * (-0.21 + 0.15 - 0.35))
+    ragged = {**TABLE, "interactions": {"gram": [[[1], [1, 2], [1]], *vectors[1:]]}}
+    result = run("--objective", "quadratic", table=ragged)
+    assert result.exit_code == 2
+    assert "/interactions/gram/0/0 must have 2 numbers" in result.stderr
+
+
+def test_forbidden_schemes_are_not_chosen(run: Run) -> None:
+    free = json.loads(run("--limit", "bytes<=250", "--json").stdout)["choice"]
+    assert free == {"blocks.0.q": "w8", "blocks.0.k": "w4", "blocks.0.up": "w8"}
+    kept = json.loads(run("--limit", "bytes<=250", "--forbid", "*.q=w8", "--json").stdout)["choice"]
+    assert kept == {"blocks.0.q": "w4", "blocks.0.k": "w8", "blocks.0.up": "w8"}
+    none = run("--forbid", "blocks.0.up=w2,w8", "--json")
+    assert none.exit_code == 3
+    assert [one["name"] for one in json.loads(none.stdout)["conflict"]["members"]] == ["blocks.0.up=w2,w8"]
+    for bad in ("blocks.0.up", "blocks.0.up=w3", "=w2"):
+        refused = run("--forbid", bad)
+        assert refused.exit_code == 2
+        assert "--forbid must be LAYER=SCHEME" in refused.stderr
+
+
+def test_a_limit_on_a_maximum_holds_at_every_cut(run: Run) -> None:
+    layers = [layer["name"] for layer in TABLE["layers"]]
+    table = TABLE | {"maxima": {"peak": {"resource": "bytes", "cuts": [layers[:2], layers[1:]]}}}
+    answer = json.loads(run("--limit", "peak<=125", "--json", table=table).stdout)
+    assert answer["choice"] == {"blocks.0.q": "w8", "blocks.0.k": "w2", "blocks.0.up": "w8"}
+    assert answer["resources"]["peak"] == 125
+    assert set(answer["shadow_prices"]) == {"bytes[peak 0]", "bytes[peak 1]"}
+    for wrong in ("peak>=100", "peak<=0.5 of range"):
+        refused = run("--limit", wrong, table=table)
+        assert refused.exit_code == 2
+        assert "peak<=AMOUNT" in refused.stderr
+
+
 def test_infeasible_is_data_and_exits_with_3(run: Run) -> None:
     result = run("--limit", "bytes<=70", "--json")
     assert result.exit_code == 3
@@ -84,6 +165,16 @@ def test_infeasible_is_data_and_exits_with_3(run: Run) -> None:
     assert answer["status"] == "infeasible"
     assert answer["least_budget"] == {"bytes": 75}
     assert answer["choice"] is answer["objective"] is answer["gap"] is None
+    assert answer["conflict"]["members"] == [
+        {
+            "kind": "limit",
+            "name": "bytes",
+            "fits": True,
+            "limit": 70,
+            "least": 75,
+            "objective": pytest.approx(1.7),
+        }
+    ]
     words = run("--limit", "bytes<=70")
     assert words.exit_code == 3
     assert "no plan is within the limit on bytes" in words.stdout
@@ -100,7 +191,7 @@ def test_people_get_a_table_and_a_proof(run: Run) -> None:
     result = run("--limit", "5 bpw", "--verbose")
     assert result.exit_code == 0
     assert "blocks.0.up" in result.stdout
-    assert "gap 0" in result.stdout
+    assert "bound 0.5, gap " in result.stdout
     assert "lagrangian: optimal" in result.stderr
 
 
@@ -121,7 +212,7 @@ def test_metrics_are_named_when_there_are_several(run: Run) -> None:
         (["--limit", "bytes<=0"], "more than 0"),
         (["--limit", "bytes<=1e400"], "at most 2^63"),
         (["--limit", "lots"], "must be a resource"),
-        (["--limit", "watts<=3"], "Known names: bytes, latency_ns"),
+        (["--limit", "watts<=3"], "Known names: bytes, latency_ns, loss"),
         (["--pin", "blocks.0.qq=w2"], "Close names: blocks.0.q"),
         (["--pin", "blocks.9.*=w2"], "matches nothing"),
         (["--pin", "blocks.0.q"], "LAYER=SCHEME"),
@@ -131,6 +222,20 @@ def test_metrics_are_named_when_there_are_several(run: Run) -> None:
         (["--metric", "speed"], "metric must be in the table"),
         (["--gap", "-1"], "gap must be"),
         (["--time-limit", "0"], "time limit must be"),
+        (["--objective", "best"], "objective must be one of sum, minimax"),
+        (["--objective", "minimax: 3"], "minimax must stand alone"),
+        (["--objective", "weighted: loss=-1"], "METRIC=NUMBER"),
+        (["--objective", "weighted: loss=1, loss=2"], "each metric once"),
+        (["--objective", "weighted: loss=0"], "more than 0"),
+        (["--objective", "weighted"], "must name a metric"),
+        (["--objective", "lexicographic: loss"], "at least 2 metrics"),
+        (["--objective", "lexicographic: loss within some%, loss"], "METRIC within NUMBER%"),
+        (["--objective", "uncertainty: nan"], "how many standard errors"),
+        (["--objective", "uncertainty: 2"], "a standard error for every score of loss"),
+        (["--objective", "worst: loss, speed"], "must be in the table. Got 'speed'"),
+        (["--objective", "quadratic: -1"], "weight of the interactions from 0"),
+        (["--objective", "quadratic"], "interactions in the table. Got none"),
+        (["--objective", "rank_order: a, b"], "ordered by one metric"),
         (["--solver", "magic"], "solver must be one of auto, lagrangian"),
     ],
 )

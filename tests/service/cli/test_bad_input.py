@@ -183,7 +183,7 @@ def test_calibration_of_the_wrong_shape(
         (["--metric", "hessian_trace", "--task", "generic"], "hessian_trace"),
         (["--task", "knitting"], "A task must be one of"),
         (["--device", "tpu"], "--device: "),
-        (["--chooser", "dice"], "A chooser must be one of local_search, black_box"),
+        (["--chooser", "dice"], "A chooser must be one of local_search, nsga2, black_box"),
         (["--gap", "2"], "--gap: "),
         (["--time-limit", "0"], "--time-limit: "),
         (["--relative-error", "0"], "--relative-error: "),
@@ -213,7 +213,7 @@ def test_budgets_that_say_nothing_sensible(refused: Refused, resnet: Any, budget
 def test_no_budget(refused: Refused, resnet: Any) -> None:
     sound = resnet()
     del sound[4:6]
-    assert "A budget must be given" in refused(*sound)
+    assert "A budget or a target must be given" in refused(*sound)
 
 
 def test_a_dry_run_refuses_the_same(refused: Refused, resnet: Any, tmp_path: Path) -> None:

@@ -95,6 +95,23 @@ def test_a_plan_for_another_model_needs_force(
     assert answer("evaluate", other, "--plan", plan, "--data", data, "--force")["plan"]["samples"] == 20
 
 
+def test_another_model_is_told_before_other_data(
+    bitplan: Bitplan, answer: Answer, tiny: Tiny, few: tuple[str, ...], other: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, plan, data = tiny("resnet"), tmp_path / "gptq.json", tmp_path / "data.safetensors"
+    answer("run", model.folder, "-c", model.data, "-b", "5 bpw", *few, "--schemes", "w4-gptq,w8", "-o", plan)
+    save_file({name: tensor[:12] for name, tensor in load_file(model.data).items()}, data)
+    for ask in (["apply"], ["checkpoint", "--to", "pytorch"]):
+        for given in ([], ["--calibration", data]):
+            refused = bitplan(*ask, other, plan, "-o", tmp_path / "out", *given)
+            assert refused.exit_code == 2
+            assert "Plan must be made for this model" in refused.stderr
+        refused = bitplan(*ask, model.folder, plan, "-o", tmp_path / "out", "--calibration", data)
+        assert "--calibration must be the file that the plan was made with" in refused.stderr
+
+
 def test_an_output_in_use_is_refused(bitplan: Bitplan, tiny: Tiny, plan: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep me")

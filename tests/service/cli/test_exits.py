@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from service.cli.exits import CommandError, Exit, exits, explain, leave_with, plan_exit
+from service.cli.exits import CommandError, Exit, exits, explain, leave_with, option_of, plan_exit
+from service.cli.main import app
+from service.cli.request import SearchOptions
 from service.db.migrate import DatabaseTooNew
 from service.errors import InsufficientStorage, Unprocessable
 from service.remote.transport import ConnectionFailed, JobFailed, ProblemError
@@ -75,6 +77,19 @@ def test_an_interruption_says_how_things_stand(capsys: pytest.CaptureFixture[str
     told = capsys.readouterr()
     assert json.loads(told.out) == {"error": "interrupted: nothing was written", "exit": 130}
     assert told.err == "bitplan: interrupted: nothing was written\n"
+
+
+def test_every_member_of_a_request_has_an_option_that_exists() -> None:
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    asked = SearchOptions(
+        budgets=["4 bpw"], schemes="w4", ratios=[1.0], context_length=64, context_weights=["a=1"]
+    )
+    members = asked.parameters()
+    places = [(name,) for name in members if name != "contexts"]
+    places += [(name, inner) for name in ("deployment", "contexts") for inner in members[name]]
+    assert ("deployment", "kv_cache") in places
+    assert not {place: option_of(*place) for place in places if option_of(*place) not in known}
 
 
 def test_faults_of_a_request_name_options() -> None:

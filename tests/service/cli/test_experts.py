@@ -13,7 +13,7 @@ Tiny = Callable[[str], Any]
 Answer = Callable[..., Any]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_a_plan_for_experts_is_written_as_it_was_measured(
     kind: str, answer: Answer, tiny: Tiny, few: tuple[str, ...], tmp_path: Path
 ) -> None:

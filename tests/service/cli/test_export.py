@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from quant.catalog import EXPORTERS
+from quant.catalog import CHECKPOINTS, EXPORTERS
 from quant.digest import folder_digest
 from quant.inventory import take_inventory
 from quant.plan import Certificate, Digests, plan_json
@@ -66,6 +67,16 @@ def test_the_files_read_back_as_the_plan(model, plan, plan_file, tmp_path):
     assert json.loads(files["config.json"])["model_type"] == model.name
 
 
+def test_switches_that_ask_for_the_caches_are_told(model, plan, tmp_path, monkeypatch):
+    """No layer here has the columns that MLX needs, so another consumer takes its switches."""
+    entry = replace(EXPORTERS["llm-compressor"], cache_switches={"int8": "--kv-bits 8"})
+    monkeypatch.setitem(EXPORTERS, entry.name, entry)
+    (tmp_path / "plan.json").write_text(plan_json(replace(plan, kv_cache={"m.0.attn": "int8"})))
+    arguments = (tmp_path / "plan.json", "--to", entry.name, "--model", model.folder, "-o")
+    assert "run it with --kv-bits 8: no file asks" in invoke(*arguments, tmp_path / "one").output
+    assert json.loads(invoke(*arguments, tmp_path / "two", "--json").stdout)["switches"] == "--kv-bits 8"
+
+
 def test_the_model_of_this_machine_is_found_by_digest(model, plan, plan_file, tmp_path):
     source = {"kind": "local", "folder": str(model.folder)}
     with Local(local_settings(tmp_path / "data")) as local, local.database.write() as session:
@@ -86,6 +97,14 @@ def test_a_refusal_names_the_layer_and_writes_nothing(model, plan, plan_file, tm
     assert result.exit_code == 2
     assert f"{min(plan.layers)}: symmetric weights must have" in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("consumer", [name for name in CHECKPOINTS if name not in EXPORTERS])
+def test_consumers_of_weights_are_sent_to_their_own_command(consumer, tmp_path):
+    result = invoke(tmp_path / "plan.json", "--to", consumer, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    told = " ".join(result.output.split())
+    assert f"It takes weights. Run bitplan checkpoint MODEL_DIR PLAN --to {consumer} -o OUT" in told
 
 
 def test_a_folder_in_use_is_left_alone(model, plan_file, tmp_path):

@@ -14,6 +14,7 @@ from click.testing import Result
 from quant.plan import parse_plan
 from service.client import Client
 from service.remote.handles import JobHandle
+from service.remote.transport import ProblemError
 
 Tiny = Callable[[str], Any]
 Bitplan = Callable[..., Result]
@@ -72,6 +73,7 @@ def test_submit_without_watching_answers_at_once_and_takes_ids(
     watched = bitplan("watch", job["id"])
     assert watched.exit_code == 0
     assert "7 bpw" in watched.stdout
+    assert "forward passes of one sample" in watched.stdout
 
 
 def test_submit_can_say_what_it_would_send(answer: Answer, tiny: Tiny, few: Few, client: Client) -> None:
@@ -110,6 +112,7 @@ def test_plan_solves_again_and_measures(
     assert measured["evidence"]["part"] == "reporting"
     infeasible = bitplan("plan", finished, "-b", "1 bpw", "-b", "5 bpw", "-o", tmp_path / "plans")
     assert infeasible.exit_code == 3
+    assert "Cannot hold together at 1 bpw (smallest set)" in infeasible.stdout
     assert [path.name for path in (tmp_path / "plans").iterdir()] == ["5-bpw.plan.json"]
 
 
@@ -251,3 +254,75 @@ def test_a_checkpoint_of_the_server_has_the_bytes_of_one_written_here(
     refused = bitplan("checkpoint", "elsewhere", "--to", "vllm", "-o", tmp_path / "x")
     assert refused.exit_code == 2
     assert "Pass MODEL_DIR PLAN.json, or the id of a server's plan or job" in refused.stderr
+
+
+def test_differences_are_those_of_paired_samples(
+    answer: Answer, bitplan: Bitplan, client: Client, server: str, tiny: Tiny
+) -> None:
+    model = tiny("resnet")
+    options = {"schemes": "w2,w4", "samples": 8, "evaluations": 0, "interactions": False}
+    metrics = ("output_kl", "fisher", "weight_error", "hessian_trace")
+    job = client.submit(
+        model.folder, model.data, ["5 bpw"], metrics=metrics, max_probes=8, relative_error=1, **options
+    ).wait()
+    rows = job.scores(against="w4")
+    values = {(row.layer, row.scheme, row.metric): row.value for row in rows}
+    for row in rows:
+        assert row.difference == row.value - values[row.layer, "w4", row.metric]
+        if row.scheme == "w4":
+            assert (row.difference, row.difference_stderr) in ((0, 0), (0, None))
+        assert (row.difference_stderr is None) == (row.metric == "weight_error")
+    # a Hessian trace is common to all schemes: its noise scales what they differ by, no more
+    for row in rows:
+        if row.metric == "hessian_trace" and row.scheme == "w2" and row.value:
+            shares = row.difference_stderr / abs(row.difference), row.stderr / abs(row.value)
+            assert shares[0] == pytest.approx(shares[1])
+    assert job.scores("fisher")[0].difference is None
+    told = bitplan("scores", job.id, "--metric", "fisher", "--against", "w4").stdout
+    assert "difference_stderr" in told
+    text = answer("scores", job.id, "--metric", "fisher", "--against", "w4")
+    assert (
+        text[0]["difference"]
+        == rows[
+            [(r.layer, r.scheme, r.metric) for r in rows].index(
+                (text[0]["layer"], text[0]["scheme"], "fisher")
+            )
+        ].difference
+    )
+    refused = bitplan("scores", job.id, "--against", "w3")
+    assert refused.exit_code == 2
+    assert "against must be a scheme of the job: w2, w4" in refused.stderr
+
+
+def test_correlations_of_a_finished_job(
+    answer: Answer, bitplan: Bitplan, client: Client, finished: str
+) -> None:
+    job = client.job(finished)
+    with pytest.raises(ProblemError, match="correlations"):
+        job.correlations()
+    asked = job.correlate(8)
+    found = asked.wait().resource["summary"]
+    assert job.correlate(8).id == asked.id
+    assert job.correlations() == found
+    assert answer("correlate", finished, "--plans", "8") == found
+    assert found["job"] == finished
+    assert "rank correlation with 8 random" in bitplan("correlate", finished, "--plans", "8").stdout
+    other = answer("correlate", finished, "--plans", "8", "-b", "6 bpw", "--metric", "output_kl")
+    assert [budget["budget"] for budget in other["budgets"]] == ["6 bpw"]
+    assert bitplan("correlate", finished, "--plans", "2").exit_code == 2
+
+
+def test_a_servers_plans_and_trade_offs_are_explained(
+    bitplan: Bitplan, answer: Answer, client: Client, finished: str
+) -> None:
+    plan = client.job(finished).plan("5 bpw").id
+    found = answer("explain", plan, "--draws", "20")
+    assert (found["status"], found["stability"]["draws"]) == ("optimal", 20)
+    assert len(found["decisions"]) > 3
+    words = bitplan("explain", plan, "--draws", "20")
+    assert "Gaussian rate-distortion reference, not a bound" in words.stdout
+    corners = answer("frontier", finished)["items"]
+    low, high = (corners[i]["resources"]["bytes"] for i in (1, 3))
+    between = answer("frontier", finished, "--between", low, high)
+    assert between["complete"] is True
+    assert len(between["items"]) >= 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from sqlalchemy import text
 
 from quant.plan import parse_plan
 from sensitivity.session import Session
+from service.cli.output import JobProgress
+from service.cli.run import memory_words
 from service.db.engine import Database
 
 ROOT = Path(__file__).parents[3]
@@ -48,13 +51,32 @@ def test_a_table_a_proof_and_a_file(
 ) -> None:
     model = tiny("resnet")
     out = tmp_path / "deep" / "plan.json"
-    result = bitplan("run", model.folder, "-c", model.data, "-b", "5 bpw", *few, "-o", out)
+    fresh = ("--seed", "41")  # no other test has stored what is measured here
+    result = bitplan("run", model.folder, "-c", model.data, "-b", "5 bpw", *few, *fresh, "-o", out)
     assert result.exit_code == 0, result.stderr
     for words in ("full precision", "uniform w4", "plan 5 bpw", "optimal", f"wrote {out}"):
         assert words in result.stdout
+    assert re.search(
+        r"work: [\d,]+ forward passes of one sample \(choosing .*\); estimated [\d,]+", result.stdout
+    )
     plan = parse_plan(out.read_bytes())
     assert plan.totals.bits_per_weight <= 5
     assert set(plan.assignment.values()) <= {"w2", "w4", "w8"}
+
+
+def test_auto_says_what_it_picked_and_a_time_must_be_one(
+    bitplan: Callable[..., Result], tiny: Tiny, few: Few
+) -> None:
+    model = tiny("resnet")
+    ask = ("run", model.folder, "-c", model.data, "-b", "5 bpw", *few, "--metric", "auto")
+    found = bitplan(*ask, "--dry-run", "--time-budget", "10min")
+    assert "the most trusted that fits" in found.stdout
+    refused = bitplan(*ask, "--time-budget", "soon")
+    assert refused.exit_code == 2
+    assert "must be a number with s, min or h" in refused.stderr
+    both = bitplan(*ask, "--refine-metric", "output_kl")
+    assert both.exit_code == 2
+    assert "auto must stand alone" in both.stderr
 
 
 def test_the_same_again_measures_nothing_and_prints_json_only(
@@ -124,6 +146,7 @@ def test_latency_tables(
     assert "latency" in refused.stderr
 
 
+@pytest.mark.slow
 def test_several_metrics_and_a_task(answer: Answer, tiny: Tiny, few: Few) -> None:
     model = tiny("resnet")
     [plan] = answer(
@@ -172,13 +195,76 @@ def test_a_dry_run_says_what_and_stores_nothing(
     layers, samples = found["layers"], found["samples"]["scoring"]
     assert found["choices"] == 3 * layers
     assert found["scores"] == {"wanted": 6 * layers, "stored": 0}
-    assert found["forwards"]["scoring"] == 3 * layers * samples
+    assert found["reuse"]["blocks"] == 2
+    assert 0 < found["reuse"]["share"] < 1
+    most = samples * (1 + 3 * layers) + 8 * layers
+    assert 3 * layers * samples * found["reuse"]["share"] < found["forwards"]["scoring"] < most
     assert "output head" in found["excluded"][0]["reason"]
     assert found["seconds"] > 0
     assert found["bytes_per_worker"] > 2**20
     words = bitplan(*ask, "--data-dir", tmp_path / "new").stdout
-    for expected in ("output head", "forward passes, scoring", "per worker", "of which 0 are stored"):
+    for expected in (
+        "output head",
+        "forward passes, scoring",
+        "per worker",
+        "of which 0 are stored",
+        "first of 2 blocks",
+    ):
         assert expected in words
+
+
+def test_a_dry_run_says_what_a_memory_limit_does(
+    answer: Answer, bitplan: Callable[..., Result], tiny: Tiny, few: Few
+) -> None:
+    model = tiny("llama")
+    ask = ("run", model.folder, "-c", model.data, "-b", "5 bpw", *few, "--sequence-length", "12", "--dry-run")
+    found = answer(*ask, "--memory-limit", "4096 GiB")
+    memory = found["memory"]
+    assert found["bytes_per_worker"] < memory["limit"] == 2**42
+    assert memory["mapped"] > 0
+    assert memory["streamed"] is False
+    assert memory["gradients"]["blocks"] == 2
+    assert "nothing is streamed" in bitplan(*ask, "--memory-limit", "4 TiB").stdout
+    for limit, words in (("lots", "must be a number with a unit"), ("1 MiB", "memory_limit must hold")):
+        refused = bitplan(*ask, "--memory-limit", limit)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+
+
+def test_streaming_is_told_in_words() -> None:
+    gradients = {"whole": 2**31, "step": 2**28, "spilled": 2**24, "blocks": 22, "fault": None}
+    memory = {"limit": 2**31, "loaded": 2**28, "mapped": 2**31, "streamed": True, "gradients": gradients}
+    words = memory_words(memory)
+    assert "gradients are streamed over 22 blocks, 256.0 MiB at a time, 16.0 MiB per sample in files" in words
+    fault = {**gradients, "fault": "no blocks"}
+    assert "cannot be streamed: no blocks" in memory_words({**memory, "streamed": False, "gradients": fault})
+
+
+def test_a_dry_run_says_which_budgets_cannot_be_met(
+    answer: Answer, bitplan: Callable[..., Result], tiny: Tiny, few: Few
+) -> None:
+    model = tiny("resnet")
+    ask = ("run", model.folder, "-c", model.data, "-b", "5 bpw", "-b", "1 bpw", *few, "--dry-run")
+    met, unmet = answer(*ask, code=3)["budgets"]
+    assert (met["budget"], met["can_be_met"], met["least_budget"]) == ("5 bpw", True, {})
+    assert (unmet["budget"], unmet["can_be_met"]) == ("1 bpw", False)
+    least = unmet["least_budget"]["bits_per_weight"]
+    assert 2 < least < 3
+    shown = " ".join(bitplan(*ask).stdout.split())
+    assert "budget 5 bpw" in shown
+    assert f"no plan is within the limit on bits_per_weight; least budget: bits_per_weight {least:g}" in shown
+    exact = ("run", model.folder, "-c", model.data, "-b", f"{least + 0.001:.3f} bpw", *few, "--dry-run")
+    assert answer(*exact)["budgets"][0]["can_be_met"]
+
+
+def test_progress_that_nobody_watches_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with JobProgress() as bar:
+        for done in (0, 1, 11, 19, 20, 200):
+            progress = {"done": done, "total": 200, "eta_seconds": 75 if done == 20 else None}
+            bar({"stage": "scoring", "progress": progress})
+        bar({"stage": "measuring", "progress": {"done": 3, "total": 9}})
+    lines = ["scoring 0/200", "scoring 20/200, 1:15 left", "scoring 200/200", "measuring 3/9"]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_a_dry_run_counts_what_is_stored(answer: Answer, tiny: Tiny, few: Few) -> None:
@@ -231,12 +317,14 @@ def test_a_crash_of_the_worker_exits_with_1(
     assert "memory" in result.stderr.lower()
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_the_next_run_goes_on(
     answer: Answer, tiny: Tiny, few: Few, measured: Counter[str], tmp_path: Path
 ) -> None:
     model = tiny("resnet")
     data = tmp_path / "data"
     ask = ["run", str(model.folder), "-c", str(model.data), "-b", "5 bpw", *few, "--data-dir", str(data)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     process = subprocess.Popen(
         [sys.executable, "-m", "service.cli.main", *ask, "-o", str(tmp_path / "plan.json")],
         cwd=tmp_path,

@@ -99,10 +99,34 @@ def test_pages_filter_by_state_and_kind(database: Database) -> None:
         assert jobs.list_page(session, kind=JobKind.VERIFY_MODEL) == (other,)
         assert jobs.list_page(session, state=JobState.RUNNING) == ()
         assert len(jobs.list_page(session, state=JobState.QUEUED)) == 2
-        assert jobs.count_by_state(session) == {JobState.QUEUED: 2}
         assert jobs.find_by_request(session, "d", frozenset({JobState.QUEUED})) == other
         assert jobs.find_by_request(session, "e", frozenset({JobState.QUEUED})) is None
     assert queued.kind == JobKind.SEARCH
+
+
+def test_of_the_jobs_about_another_the_newest_that_succeeded_is_found(database: Database) -> None:
+    def ask(job: str, state: JobState | None, kind: JobKind = JobKind.CORRELATE) -> JobRecord:
+        with database.write() as session:
+            made = jobs.create(session, kind=kind, request={"job": job}, request_digest="d")
+            if state is None:
+                return made
+            held = leases.claim_job(session, made.id, OWNER, FAR)
+            assert held is not None
+            return leases.finish(session, made.id, held.epoch, state)
+
+    def found(job: str) -> JobRecord | None:
+        with database.read() as session:
+            return jobs.newest_about(session, JobKind.CORRELATE, job)
+
+    ask("a", None, JobKind.MEASURE_PLAN)
+    assert found("a") is None
+    ask("a", JobState.FAILED)
+    waiting = ask("a", None)
+    assert found("a") == waiting
+    succeeded = [ask("a", JobState.SUCCEEDED) for _ in range(2)]
+    ask("a", JobState.FAILED)
+    ask("b", JobState.SUCCEEDED)
+    assert found("a") == succeeded[1]
 
 
 def test_the_oldest_is_claimed_first_and_once(database: Database) -> None:
@@ -339,7 +363,6 @@ def test_leases_of_dead_processes_are_taken_back(database: Database) -> None:
     with database.write() as session:
         assert leases.take_back(session, dead) == 2
         assert leases.take_back(session, dead) == 0
-        assert leases.waiting(session) == 1
     assert current(database, held.id).state == JobState.QUEUED
     assert current(database, cancelling.id).state == JobState.CANCELLED
     assert current(database, alive.id).state == JobState.RUNNING

@@ -114,23 +114,24 @@ def test_units_are_stored_once(database: Database) -> None:
         assert units.get(session, SET, "other") is None
 
 
-def test_measurements_are_units_with_an_assignment(database: Database) -> None:
+def test_many_units_are_read_by_their_keys(database: Database) -> None:
+    keys = [f"k{number:04}" for number in range(2 * units.CHUNK)]
     with database.write() as session:
-        for part, assignment in (("choosing", [["a", "w4"]]), ("reporting", [])):
-            unit = {"unit": "measure", "part": part, "assignment": assignment}
+        for key in keys[1:]:
             units.insert(
                 session,
                 score_set=SET,
-                key=part,
-                kind="measure",
-                unit=unit,
+                key=key,
+                kind="score",
+                unit={"unit": "score"},
                 facts={},
                 artifact=None,
                 job_id=None,
             )
-        (choosing,) = units.measurements(session, SET, "choosing")
-        assert choosing.assignment == (("a", "w4"),)
-        assert len(units.measurements(session, SET)) == 2
+        found = units.get_many(session, SET, [*keys, *keys[:3], "other"])
+        assert set(found) == set(keys[1:])
+        assert found["k0007"] == units.get(session, SET, "k0007")
+        assert units.get_many(session, SET, []) == {}
 
 
 def test_faults_are_kept(database: Database) -> None:

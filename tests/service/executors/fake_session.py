@@ -33,7 +33,8 @@ class FakeSession:
             misbehave(unit.layer)
             return self._scores(unit)
         if isinstance(unit, BlockUnit):
-            return UnitResult(arrays={"sum": numbers(unit.key, 4)}, facts={"forwards": 8})
+            doubled = {f"given.{name}": array * 2 for name, array in unit.given.items()}
+            return UnitResult(arrays={"sum": numbers(unit.key, 4), **doubled}, facts={"forwards": 8})
         if isinstance(unit, MeasureUnit):
             facts = {"divergence": {"mean": number(unit.key), "stderr": 0.0, "n": 4}, "forwards": 4}
             return UnitResult(arrays={"divergence": numbers(unit.key, 4)}, facts=facts)

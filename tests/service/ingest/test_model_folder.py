@@ -24,9 +24,21 @@ def test_a_sound_model_gives_its_facts(sound_model, on_disk):
     }
 
 
+DIFFUSERS = {"model_type": None, "architectures": None, "_class_name": "DiTTransformer2DModel"}
+
+
+def test_a_diffusers_model_is_told_by_its_class(sound_model, on_disk):
+    files = with_config(sound_model, **DIFFUSERS)
+    files["diffusion_pytorch_model.safetensors"] = files.pop("model.safetensors")
+    assert check_model(on_disk(files)).model_type == "DiTTransformer2DModel"
+
+
 @pytest.mark.parametrize(
     ("members", "slug", "pointer"),
     [
+        (DIFFUSERS | {"_class_name": "SomePipeline"}, "invalid-config", "/_class_name"),
+        (DIFFUSERS | {"_class_name": 3}, "invalid-config", "/_class_name"),
+        (DIFFUSERS | {"auto_map": {}}, "remote-code", "/auto_map"),
         ({"model_type": None}, "invalid-config", "/model_type"),
         ({"model_type": 3}, "invalid-config", "/model_type"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote-code", "/auto_map"),

@@ -14,6 +14,7 @@ from service.errors import ServiceError
 from service.executors.catalog import make_executor
 from service.executors.local_pool import LocalPool
 from service.executors.protocol import Executor, ExecutorSettings, Failure, Outcome
+from service.records import ScoreRecord
 from service.runner import dispatch
 from service.runner.context import JobContext
 from service.runner.dispatch import Dispatched, missing_units, persist, run_alone, run_units, stored_result
@@ -22,7 +23,12 @@ from service.states import Stage
 
 NewContext = Callable[..., JobContext]
 Measured = Callable[[], list[str]]
+OnStored = Callable[[Callable[[Unit, UnitResult], object]], None]
 SCORING = Stage.SCORING
+
+
+def stored_scores(context: JobContext, score_set: str) -> tuple[ScoreRecord, ...]:
+    return context.read(lambda session: scores.list_all(session, score_set))
 
 
 def score(layer: str, scheme: str = "w4", *metrics: str) -> ScoreUnit:
@@ -46,14 +52,34 @@ def pool(settings: object, spec: SessionSpec, tmp_path: Path) -> Executor:
     executor.close(0)
 
 
+@pytest.fixture
+def on_stored(monkeypatch: pytest.MonkeyPatch) -> OnStored:
+    """on_stored(act): `act(unit, result)` runs behind the commit of every new unit."""
+
+    def listen(act: Callable[[Unit, UnitResult], object]) -> None:
+        def stored(context: JobContext, score_set: str, unit: Unit, result: UnitResult) -> bool:
+            new = persist(context, score_set, unit, result)
+            if new:
+                act(unit, result)
+            return new
+
+        monkeypatch.setattr(dispatch, "persist", stored)
+
+    return listen
+
+
 def test_everything_wanted_is_stored(
-    new_context: NewContext, executor: Executor, score_set: str, measured: Measured, database: Database
+    new_context: NewContext,
+    executor: Executor,
+    score_set: str,
+    measured: Measured,
+    database: Database,
+    on_stored: OnStored,
 ) -> None:
     context = new_context()
     came: list[str] = []
-    report = run_units(
-        context, executor, score_set, UNITS, SCORING, on_result=lambda unit, result: came.append(unit.key)
-    )
+    on_stored(lambda unit, result: came.append(unit.key))
+    report = run_units(context, executor, score_set, UNITS, SCORING)
     assert report == Dispatched(measured=5, reused=0)
     assert sorted(came) == sorted(measured()) == sorted(unit.key for unit in UNITS)
     with database.read() as session:
@@ -63,26 +89,20 @@ def test_everything_wanted_is_stored(
             ("a", "w2", "gram_output"),
             ("b", "w4", "output_kl"),
         }
-        (measurement,) = units.measurements(session, score_set, "choosing")
-        assert measurement.assignment == (("a", "w2"),)
+        choosing, reporting = units.list_kind(session, score_set, "measure")
+        assert (choosing.unit["assignment"], reporting.unit["assignment"]) == ([["a", "w2"]], [])
         unit = units.get(session, score_set, UNITS[0].key)
     assert unit is not None
     assert (unit.kind, unit.job_id, unit.unit) == ("score", context.job.id, UNITS[0].as_json())
 
 
 def test_arrays_and_facts_can_be_read_back(
-    new_context: NewContext, executor: Executor, score_set: str
+    new_context: NewContext, executor: Executor, score_set: str, on_stored: OnStored
 ) -> None:
     context = new_context()
     results: dict[str, UnitResult] = {}
-    run_units(
-        context,
-        executor,
-        score_set,
-        UNITS,
-        SCORING,
-        on_result=lambda unit, result: results.update({unit.key: result}),
-    )
+    on_stored(lambda unit, result: results.update({unit.key: result}))
+    run_units(context, executor, score_set, UNITS, SCORING)
     for key, result in results.items():
         stored = stored_result(context, score_set, key)
         assert stored is not None
@@ -103,20 +123,21 @@ def test_nothing_is_measured_twice(
 
 
 def test_only_missing_metrics_are_measured(
-    new_context: NewContext, executor: Executor, score_set: str, measured: Measured
+    new_context: NewContext, executor: Executor, score_set: str, on_stored: OnStored
 ) -> None:
     context = new_context()
     run_units(context, executor, score_set, [score("a", "w2", "output_kl")], SCORING)
     seen: list[Unit] = []
     wanted = [score("a", "w2", "output_kl", "sqnr")]
-    run_units(context, executor, score_set, wanted, SCORING, on_result=lambda unit, result: seen.append(unit))
+    on_stored(lambda unit, result: seen.append(unit))
+    run_units(context, executor, score_set, wanted, SCORING)
     assert seen == [score("a", "w2", "sqnr")]
     assert missing_units(context, score_set, wanted).units == ()
-    assert [row.metric for row in context.scored(score_set)] == ["output_kl", "sqnr"]
+    assert [row.metric for row in stored_scores(context, score_set)] == ["output_kl", "sqnr"]
 
 
 def test_another_job_may_fill_the_same_set_meanwhile(
-    new_context: NewContext, executor: Executor, score_set: str, measured: Measured
+    new_context: NewContext, executor: Executor, score_set: str, measured: Measured, on_stored: OnStored
 ) -> None:
     context, other = new_context(), new_context()
     late = score("late")
@@ -127,7 +148,8 @@ def test_another_job_may_fill_the_same_set_meanwhile(
         )
 
     wanted = [*(score(f"l{index}") for index in range(4)), late]
-    report = run_units(context, executor, score_set, wanted, SCORING, on_result=other_job)
+    on_stored(other_job)
+    report = run_units(context, executor, score_set, wanted, SCORING)
     assert report == Dispatched(measured=4, reused=1)
     assert late.key not in measured()
 
@@ -184,7 +206,7 @@ def test_a_unit_that_raises_fails_the_job_and_names_itself(
     problem = caught.value.as_json()
     assert problem["type"].endswith(":unit-error")
     assert (problem["layer"], problem["scheme"]) == ("error", "w3")
-    assert len(context.scored(score_set)) == 1
+    assert len(stored_scores(context, score_set)) == 1
 
 
 @pytest.mark.parametrize(
@@ -209,7 +231,7 @@ def test_a_number_that_is_not_finite_is_never_stored(new_context: NewContext, sc
     context = new_context()
     with pytest.raises(ServiceError, match=r"output_kl of layer a with w4 must be finite\. Got nan"):
         run_units(context, Careless(), score_set, [score("a")], SCORING)
-    assert context.scored(score_set) == ()
+    assert stored_scores(context, score_set) == ()
 
 
 def test_a_model_that_cannot_be_loaded_fails_the_job_with_its_kind(
@@ -262,7 +284,7 @@ def test_three_deaths_fail_the_job_and_keep_the_other_scores(
     with database.read() as session:
         (record,) = attempts.list_job(session, context.job.id)
     assert record.attempts == 3
-    assert {row.layer for row in context.scored(score_set)} >= {"l0", "l1"}
+    assert {row.layer for row in stored_scores(context, score_set)} >= {"l0", "l1"}
 
 
 def test_deaths_are_counted_over_runners(new_context: NewContext, score_set: str, database: Database) -> None:
@@ -289,7 +311,7 @@ def test_a_worker_that_dies_once_costs_nothing_but_time(
 
 
 def test_a_cancelled_dispatch_keeps_what_ends_within_the_grace(
-    new_context: NewContext, pool: Executor, score_set: str, database: Database
+    new_context: NewContext, pool: Executor, score_set: str, database: Database, on_stored: OnStored
 ) -> None:
     context = new_context()
 
@@ -299,22 +321,24 @@ def test_a_cancelled_dispatch_keeps_what_ends_within_the_grace(
         context.event("seen", {})
 
     wanted = [score("first"), score("sleep:1"), *(score(f"sleep:9{index}") for index in range(9))]
+    on_stored(cancel)
     with pytest.raises(Cancelled):
-        run_units(context, pool, score_set, wanted, SCORING, on_result=cancel)
-    assert {row.layer for row in context.scored(score_set)} >= {"first", "sleep:1"}
+        run_units(context, pool, score_set, wanted, SCORING)
+    assert {row.layer for row in stored_scores(context, score_set)} >= {"first", "sleep:1"}
 
 
 def test_a_stopping_runner_leaves_the_dispatch(
-    new_context: NewContext, executor: Executor, score_set: str, stop: threading.Event
+    new_context: NewContext, executor: Executor, score_set: str, stop: threading.Event, on_stored: OnStored
 ) -> None:
     context = new_context()
+    on_stored(lambda unit, result: stop.set())
     with pytest.raises(ShuttingDown):
-        run_units(context, executor, score_set, UNITS, SCORING, on_result=lambda unit, result: stop.set())
-    assert 0 < len(context.scored(score_set)) < 3
+        run_units(context, executor, score_set, UNITS, SCORING)
+    assert 0 < len(stored_scores(context, score_set)) < 3
 
 
 def test_a_lost_lease_stores_nothing_more(
-    new_context: NewContext, executor: Executor, score_set: str, database: Database
+    new_context: NewContext, executor: Executor, score_set: str, database: Database, on_stored: OnStored
 ) -> None:
     from service.db.repositories import leases
 
@@ -325,8 +349,9 @@ def test_a_lost_lease_stores_nothing_more(
             leases.heartbeat(session, context.job.id, context.epoch, -1)
             leases.claim(session, leases.Owner("other", "x", 1, "p"), 60)
 
+    on_stored(overtake)
     with pytest.raises(LeaseLost):
-        run_units(context, executor, score_set, UNITS, SCORING, on_result=overtake)
+        run_units(context, executor, score_set, UNITS, SCORING)
     with database.read() as session:
         assert len(units.keys(session, score_set)) == 1
 
@@ -344,7 +369,7 @@ def test_run_alone_gives_the_outcome_and_stores_nothing(
     other = run_alone(context, spec, score("a"), session_factory="fake_session:environment_of_worker")
     assert other.result is not None
     assert "pid" in other.result.facts
-    assert context.scored(score_set) == ()
+    assert stored_scores(context, score_set) == ()
 
 
 def test_run_alone_gives_up_after_three_deaths(new_context: NewContext, spec: SessionSpec) -> None:

@@ -29,6 +29,8 @@ RUNNER_PLACES = (
     "runner.choosing:1",
     "runner.before_finish",
 )
+QUICK_PLACES = ("runner.after_store:4", "runner.before_finish")
+"""The other places wait for the slow suite."""
 WORKER_PLACES = ("worker.before_unit:3", "worker.after_unit:3")
 SQLITE = pytest.mark.parametrize("empty_database_url", ["sqlite"], indirect=True)
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -96,7 +98,13 @@ def check_restart(
 
 
 @SQLITE
-@pytest.mark.parametrize("place", RUNNER_PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        place if place in QUICK_PLACES else pytest.param(place, marks=pytest.mark.slow)
+        for place in RUNNER_PLACES
+    ],
+)
 def test_a_killed_runner_loses_nothing(
     place: str,
     start: Start,
@@ -135,6 +143,7 @@ def test_a_killed_worker_is_replaced_by_the_same_runner(
     assert check_rows(database, job).epoch == 1
 
 
+@pytest.mark.slow
 @SQLITE
 def test_a_runner_stopped_by_sigstop_past_its_lease_writes_nothing(
     start: Start, database: Database, new_job: Callable[[], JobRecord], settings: Settings

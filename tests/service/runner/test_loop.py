@@ -313,3 +313,41 @@ def test_a_wake_up_ends_the_pause(
     sleepy.stop()
     thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive()
+
+
+def lose_runners(database: Database, job: JobRecord, count: int, done: int) -> None:
+    """So many runners claim the job, come as far as `done`, and die: every second one is found dead, the
+    leases of the others expire.
+    """
+    for number in range(count):
+        with database.write() as session:
+            lease = 0.0 if number % 2 else 60.0
+            held = leases.claim_job(session, job.id, Owner("dead", "host", 1, "p"), lease)
+            assert held is not None
+            leases.progress(session, job.id, held.epoch, stage=Stage.SCORING, done=done, total=9)
+            if lease:
+                leases.take_back(session, [held])
+
+
+def test_a_job_that_ends_runner_after_runner_fails(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    job = new_job()
+    lose_runners(database, job, 2 * loop.MOST_LOST, done=3)
+    done = runner(lambda context: {"never": "called"}).run_one()
+    assert done is not None
+    assert (done.id, done.state, done.summary) == (job.id, JobState.FAILED, None)
+    assert done.problem is not None
+    assert done.problem["type"].endswith("runner-died")
+    assert "lost at 3 of 9 in stage scoring" in done.problem["detail"]
+
+
+def test_a_job_that_gets_further_may_lose_any_number_of_runners(
+    runner: Callable[[Handler], Runner], new_job: NewJob, database: Database
+) -> None:
+    job = new_job()
+    for place in range(3):
+        lose_runners(database, job, loop.MOST_LOST - 2, done=place)
+    done = runner(lambda context: None).run_one()
+    assert done is not None
+    assert done.state == JobState.SUCCEEDED

@@ -10,12 +10,12 @@ from typing import Any
 from sensitivity.spec import DataSource, ModelSource, SessionSpec
 from sensitivity.units import MeasureUnit, ScoreUnit
 from service.db.engine import Database
-from service.db.repositories import leases
+from service.db.repositories import jobs, scores
 from service.runner.context import JobContext
 from service.runner.dispatch import run_units
 from service.runner.loop import Runner
 from service.settings import Settings
-from service.states import JobKind, Stage
+from service.states import JobKind, JobState, Stage
 
 SET = "a" * 64
 UNITS = [ScoreUnit(f"l{index}", "w4", ("output_kl", "gram_output")) for index in range(10)]
@@ -31,7 +31,8 @@ def handler(context: JobContext) -> Mapping[str, Any]:
         run_units(context, executor, SET, MEASURE, Stage.MEASURING)
     finally:
         executor.close(0)
-    return {"sum": sum(row.value for row in context.scored(SET))}
+    stored = context.read(lambda session: scores.list_all(session, SET))
+    return {"sum": sum(row.value for row in stored)}
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     while runner.run_one() is not None:
         pass
     with database.read() as session:
-        assert leases.waiting(session) == 0
+        assert jobs.list_page(session, state=JobState.QUEUED) == ()
     database.close()
 
 
