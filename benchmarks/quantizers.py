@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,12 +71,13 @@ def models(folder: Path, names: Sequence[str]) -> Path:
     return folder
 
 
-def session_of(folder: Path, name: str, samples: int) -> Session:
+def session_of(folder: Path, name: str, samples: int, **settings: Any) -> Session:
+    """A session on a trained model of `folder`, with so many samples in each part."""
     model, file, kind, _ = MODELS[name]
     place = folder / model
     source = ModelSource("folder", str(place), folder_digest(place)[0])
     data = DataSource(str(place / file), kind, "benchmark")
-    return Session(SessionSpec(source, data, samples=samples, sequence_length=128, threads=1))
+    return Session(SessionSpec(source, data, samples=samples, sequence_length=128, threads=1, **settings))
 
 
 def spelled(scheme: str, quantizer: str) -> str:
@@ -83,10 +85,13 @@ def spelled(scheme: str, quantizer: str) -> str:
 
 
 class Bench:
-    """Measurements of one model; the scores of a quantizer are those of its own weights."""
+    """Measurements of one model; the scores of a quantizer are those of its own weights.
 
-    def __init__(self, session: Session, corrections: tuple[str, ...]) -> None:
-        self.session, self.corrections = session, corrections
+    `judge` measures assignments where the session that scores has other data.
+    """
+
+    def __init__(self, session: Session, corrections: tuple[str, ...], judge: Session | None = None) -> None:
+        self.session, self.corrections, self.judge = session, corrections, judge or session
         self.layers = session.inventory.layers
 
     def uniform(self, scheme: str) -> Cell | None:
@@ -102,7 +107,7 @@ class Bench:
             parse_scheme(assignment[layer.name]).storage(layer.matrix).bytes for layer in self.layers
         )
         bits = bits_per_weight(stored, self.session.inventory.parameters)
-        return Cell(np.asarray(self.session.run(unit).arrays["divergence"]), bits)
+        return Cell(np.asarray(self.judge.run(unit).arrays["divergence"]), bits)
 
     def plans(self, quantizer: str) -> Iterator[Cell]:
         schemes = [spelled(scheme, quantizer) for scheme in MENU]

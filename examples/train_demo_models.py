@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -41,6 +41,7 @@ HELD_OUT_IMAGES = 897
 HELD_OUT_CHARACTERS = 80_000
 IMAGE_BATCH, TEXT_BATCH, SEQUENCE_LENGTH = 96, 8, 128
 END_OF_TEXT = "<|endoftext|>"
+DEPTHS = (1, 2, 2)
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,15 @@ def shuffled_batches(count: int, size: int, generator: torch.Generator) -> Itera
 def train(
     model: nn.Module, loss_of_next_batch: Callable[[], Tensor], steps: int, peak: float, title: str
 ) -> None:
-    """AdamW with gradient clipping for `steps` steps, with a progress bar; leaves the model in eval mode."""
+    """AdamW with gradient clipping for `steps` steps; leaves the model in eval mode.
+
+    Progress is a bar, or ten lines where standard output is no terminal.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     model.train()
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+    lines = not Console().is_terminal
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), disable=lines) as progress:
         bar = progress.add_task(title, total=steps, loss=float("nan"))
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
@@ -87,6 +92,8 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             progress.update(bar, advance=1, loss=loss.item())
+            if lines and 10 * (step + 1) // steps > 10 * step // steps:
+                print(f"{title} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
     model.eval()
 
 
@@ -120,13 +127,13 @@ def mixed(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[T
     return blend, torch.lerp(targets[partner], targets, share)
 
 
-def resnet_config() -> ResNetConfig:
-    """13 convolutions in basic blocks and one linear head."""
+def resnet_config(depths: Sequence[int] = DEPTHS) -> ResNetConfig:
+    """Convolutions in basic blocks, 13 in all, and one linear head; `depths` are the blocks of each stage."""
     return ResNetConfig(
         num_channels=1,
         embedding_size=16,
         hidden_sizes=[16, 32, 64],
-        depths=[1, 2, 2],
+        depths=list(depths),
         layer_type="basic",
         num_labels=10,
         id2label={digit: str(digit) for digit in range(10)},
@@ -140,7 +147,7 @@ def accuracy(model: ResNetForImageClassification, images: Tensor, labels: Tensor
     return float((model(pixel_values=images).logits.argmax(-1) == labels).float().mean())
 
 
-def train_cnn(out: Path, seed: int = 0, *, quick: bool = False) -> Trained:
+def train_cnn(out: Path, seed: int = 0, *, quick: bool = False, depths: Sequence[int] = DEPTHS) -> Trained:
     """Write `out/digits-resnet` and its calibration data: held-out images, neither trained on nor augmented.
 
     Mixup keeps the outputs from saturating, so the KL of a quantized copy is spread over all images
@@ -151,7 +158,7 @@ def train_cnn(out: Path, seed: int = 0, *, quick: bool = False) -> Trained:
     images, labels = digit_images()
     order = torch.randperm(len(images), generator=generator)
     held_out, kept = order[:HELD_OUT_IMAGES], order[HELD_OUT_IMAGES:]
-    model = ResNetForImageClassification(resnet_config())
+    model = ResNetForImageClassification(resnet_config(depths))
     batches = shuffled_batches(len(kept), IMAGE_BATCH, generator)
 
     def loss_of_next_batch() -> Tensor:
@@ -297,8 +304,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder that gets one folder per model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=sorted(TRAINERS), help="train one of the two")
+    parser.add_argument(
+        "--threads", type=int, default=THREADS, help="weights depend on it in their last bits"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     for name in [arguments.only] if arguments.only else TRAINERS:
         trained = TRAINERS[name](arguments.out, arguments.seed)
