@@ -8,12 +8,13 @@ PYTHON ?= python3
 TORCH_CONSTRAINTS ?= constraints.txt
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+PEERS_ARGS ?=
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-postgres test-slow nightly check format openapi clean
+.PHONY: install demo test test-postgres test-slow nightly benchmark-peers check format openapi clean
 
 install: .venv/installed
 
@@ -37,6 +38,9 @@ test-slow: install
 
 nightly: install
 	$(BIN)/pytest -m nightly --timeout 7200 $(PYTEST_ARGS)
+
+benchmark-peers: install
+	$(BIN)/python benchmarks/peer_plans.py $(PEERS_ARGS)
 
 check: install
 	$(BIN)/ruff format --check .

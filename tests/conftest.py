@@ -37,6 +37,7 @@ class Tiny:
         spec = SessionSpec(
             ModelSource(self.model_kind, self.location, f"model-{self.name}"),  # type: ignore[arg-type]
             DataSource(str(self.data), self.data_kind, f"data-{self.name}"),  # type: ignore[arg-type]
+            task=self.task if self.model_kind == "factory" else "auto",
             samples=6,
             sequence_length=12,
             batch_size=4,
@@ -47,7 +48,7 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """tiny("llama" | "bert" | "resnet" | "mlp" | a key of EXPERTS): built on first use."""
+    """tiny("llama" | "bert" | "resnet" | "mlp" | "denoiser" | a key of EXPERTS): built on first use."""
     built: dict[str, Tiny] = {}
 
     def build(name: str) -> Tiny:
@@ -82,6 +83,36 @@ def byte_level() -> Callable[..., int]:
         )
         tokenizer.train_from_iterator(sentences(200), trainer)
         wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")
+        wrapped.save_pretrained(folder)
+        return tokenizer.get_vocab_size()
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def word_pieces() -> Callable[..., int]:
+    """word_pieces(folder, **options of the normalizer): saves BERT's kind of tokenizer; its vocabulary's size."""
+
+    def save(folder: Path, **normalizer: Any) -> int:
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+        tokenizer.train_from_iterator([*sentences(200), "0123456789 .,!?()'-%äé"], trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+        names = dict(zip(("pad", "unk", "cls", "sep", "mask"), special, strict=True))
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, **{f"{kind}_token": token for kind, token in names.items()}
+        )
         wrapped.save_pretrained(folder)
         return tokenizer.get_vocab_size()
 
@@ -198,6 +229,32 @@ def fails():
 """
 
 
+DENOISER = """
+import torch
+from torch import nn
+
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in, self.conv_out = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.time_embedding = nn.Linear(2, 4)
+
+    def forward(self, sample, timestep):
+        phase = timestep.to(sample) / 1000
+        step = self.time_embedding(torch.stack([phase.sin(), phase.cos()], -1))
+        return self.conv_out(torch.tanh(self.conv_in(sample) + step[..., None, None]))
+
+
+def build():
+    generator = torch.Generator().manual_seed(5)
+    model = Denoiser()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 2
+    return model
+"""
+
+
 def _mlp(folder: Path) -> Tiny:
     import torch
     from safetensors.torch import save_file
@@ -207,6 +264,23 @@ def _mlp(folder: Path) -> Tiny:
     data = folder / "inputs.safetensors"
     save_file({"x": torch.randn(22, 6)}, data)
     return Tiny("mlp", "generic", "factory", "tiny_factory:build", data, "safetensors")
+
+
+def _denoiser(folder: Path) -> Tiny:
+    import torch
+    from safetensors.torch import save_file
+
+    (folder / "denoiser_factory.py").write_text(DENOISER, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    data = folder / "steps.safetensors"
+    steps = torch.randint(0, 1000, (20,))
+    inputs = {
+        "sample": torch.randn(20, 1, 8, 8),
+        "timestep": steps,
+        "alphas_cumprod": 1 - 0.999 * steps / 1000,
+    }
+    save_file(inputs, data)
+    return Tiny("denoiser", "diffusion", "factory", "denoiser_factory:build", data, "safetensors")
 
 
 EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -301,5 +375,6 @@ BUILDERS: dict[str, Callable[[Path], Tiny]] = {
     "bert": _bert,
     "resnet": _resnet,
     "mlp": _mlp,
+    "denoiser": _denoiser,
     **{kind: _experts_folder(kind) for kind in EXPERTS},
 }

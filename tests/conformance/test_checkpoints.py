@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,12 @@ from quant.checkpoints import front
 from quant.checkpoints.protocol import CheckpointError
 from quant.checkpoints.source import Source
 from quant.digest import folder_digest
-from quant.export.protocol import Deployment, ModelFacts
+from quant.formats import FORMATS
 from quant.inventory import take_inventory
-from quant.plan import Certificate, Digests, parse_plan
-from quant.planning import build_plan
+from quant.plan import parse_plan
 from quant.safetensors_header import read_header
 from quant.schemes import parse_scheme
+from tests.deployments import alike, deployment_of
 
 CANDIDATES = ("w4", "w4-g16", "w4-g32-asym", "q8_0")
 
@@ -56,19 +57,53 @@ def accepted(folder, inventory):
     def find(consumer, model=None):
         source = Source.open(folder)
         for scheme in CANDIDATES:
-            plan = build_plan(
-                inventory,
-                {layer.name: scheme for layer in inventory.layers},
-                digests=Digests(model=model or source.digest, scores="b" * 64),
-                certificate=Certificate("feasible"),
-                source="test",
-            )
-            deployment = Deployment(plan, ModelFacts.of(inventory, source.config))
+            assignment = {layer.name: scheme for layer in inventory.layers}
+            digests = {"model": model or source.digest, "scores": "b" * 64}
+            deployment = deployment_of(source, inventory, assignment, **digests)
             if not front.lint(consumer, deployment):
                 return source, deployment
         raise AssertionError(f"{consumer} takes none of {CANDIDATES}")
 
     return find
+
+
+MENU = [
+    f"{fmt.name}-rtn"
+    for family in FORMATS.values()
+    for fmt in family.examples
+    if fmt.refuses((32, 32)) is None and getattr(fmt, "group_size", None) in (None, 4, 32)
+]
+MENU += ["w4-lorc2", "q8_0-lorc2", "nvfp4-lorc3", "w8-aint8", "fp8-afp8s", "nvfp4-anvfp4s", "w4-aint8s"]
+
+
+@pytest.fixture(scope="module")
+def deployed(folder, inventory):
+    """deployed({layer: scheme}): source and deployment."""
+    source = Source.open(folder)
+    return lambda assignment: (source, deployment_of(source, inventory, assignment))
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != "onnxruntime"])
+def test_random_plans_are_written_as_measured_or_refused_by_layer_and_rule(
+    name, deployed, inventory, folder, tmp_path
+):
+    """ONNX Runtime's graph takes seconds to trace: tests/quant/checkpoints/test_onnxruntime.py."""
+    chance, taken, refused = random.Random(name), [], []
+    for scheme in MENU:
+        _, deployment = deployed({layer.name: scheme for layer in inventory.layers})
+        (refused if front.lint(name, deployment) else taken).append(parse_scheme(scheme).name)
+    chosen = alike([layer.name for layer in inventory.layers], lambda: chance.choice(taken))
+    source, deployment = deployed(chosen)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    front.write(name, source, deployment, tmp_path / "out", inputs={}.__getitem__)
+    for layer, weight in CHECKPOINTS[name].load().read_back(tmp_path / "out", deployment):
+        own, scheme = model.get_submodule(layer).weight, parse_scheme(chosen[layer])
+        assert torch.equal(weight, quantize_dequantize(own, "linear", layer, scheme)), (layer, scheme.name)
+    alone = [layer for layer in chosen if layer.endswith(("o_proj", "down_proj"))]
+    broken = {layer: chance.choice(refused) for layer in alone} if refused else {}
+    violations = front.lint(name, deployed(chosen | broken)[1])
+    assert {item.layer for item in violations} == set(broken)
+    assert all(item.rule and broken[item.layer] in item.got for item in violations)
 
 
 def sizes(place):
@@ -130,6 +165,7 @@ def test_payload_and_provenance_of_folders(name, accepted, tmp_path):
     assert (told["consumer"], told["plan"]) == (name, deployment.plan.digest)
     assert (told["model"], told["planned_for"], told["scores"]) == (source.digest, source.digest, "b" * 64)
     assert (told["forced"], told["mismatches"]) == (False, [])
+    assert "kv_cache" not in told
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

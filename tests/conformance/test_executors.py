@@ -79,7 +79,7 @@ def failure_kind(outcome: Outcome) -> str:
 UNITS: tuple[Unit, ...] = (
     score("a", "w2", "output_kl", "gram_output"),
     score("b"),
-    BlockUnit("fisher", "samples:0:8", ("w2",), ("a", "b")),
+    BlockUnit("fisher", "samples:0:8", ("w2",), ("a", "b"), {"0": np.arange(6, dtype=np.float32)}),
     MeasureUnit((("a", "w2"),), "choosing"),
     InspectUnit(),
 )

@@ -14,6 +14,8 @@ from service.client import Client
 from service.remote.handles import JobHandle
 from service.remote.transport import JobFailed, ProblemError
 
+pytestmark = pytest.mark.slow
+
 FAST = {"schemes": "w2,w4", "samples": 8, "batch_size": 4, "evaluations": 0, "sequence_length": 12}
 WEIGHT = "resnet.encoder.stages.1.layers.0.layer.1.convolution.weight"
 

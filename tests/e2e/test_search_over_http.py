@@ -20,8 +20,12 @@ from sensitivity.units import MeasureUnit
 from service.cli.main import app
 from service.client import Client, JobHandle
 from service.db.repositories import scores, units
-from service.planning import Ask, PlanningInputs, compile_ask, score_table
+from service.planning.ask import Ask
+from service.planning.inputs import PlanningInputs, score_table
+from service.planning.question import compile_ask
 from service.store.blobs import BlobStore
+
+pytestmark = pytest.mark.slow
 
 SCHEMES = ("w2", "w3", "w4", "w6")
 RESNET = {
@@ -149,11 +153,13 @@ def test_the_evidence_is_the_measured_samples(job, kind, service):
     for plan in job.plans():
         evidence = plan.evidence
         own = arrays_of(service, job, parse_plan(json.dumps(plan.document)).assignment)
-        names = [entry["name"] for entry in evidence["entries"]]
+        known = evidence["entries"][: 1 + len(SCHEMES)]
+        others = [entry["name"] for entry in evidence["entries"][len(known) :]]
         assert evidence["part"] == "reporting"
-        assert names == ["plan", *(f"uniform {scheme}" for scheme in SCHEMES)]
+        assert [entry["name"] for entry in known] == ["plan", *(f"uniform {scheme}" for scheme in SCHEMES)]
+        assert [name.partition(" ")[0] for name in others] in (["ends", "best"], ["best"])
         assert evidence["samples"] == len(own["divergence"])
-        for entry in evidence["entries"]:
+        for entry in known:
             rival = entry["name"].removeprefix("uniform ")
             layers = plan.document["layers"]
             values = own if rival == "plan" else arrays_of(service, job, dict.fromkeys(layers, rival))
@@ -181,7 +187,7 @@ STUDENT = {5: 2.5706, 7: 2.3646, 12: 2.1788}
 def test_rivals_within_limits_are_those_that_fit_and_decide_the_verdict(job, kind):
     for plan, budget in zip(job.plans(), BUDGETS[kind], strict=True):
         limit = limit_in_bits(plan, budget)
-        uniform = plan.evidence["entries"][1:]
+        uniform = [e for e in plan.evidence["entries"] if e["name"].startswith("uniform ")]
         assert [e["within_limits"] for e in uniform] == [e["bytes"] * 8 <= limit for e in uniform]
         fitting = [e for e in uniform if e["within_limits"]]
         verdict = plan.evidence["verdict"]
@@ -193,9 +199,10 @@ def test_rivals_within_limits_are_those_that_fit_and_decide_the_verdict(job, kin
 def test_the_best_measured_candidate_is_the_plan(job):
     for plan in job.plans():
         tried = plan.resource["candidates"]
-        best = min(candidate["measured"]["mean"] for candidate in tried)
+        rivals = ("uniform ", "ends ", "random ", "additive output_kl")
+        best = min(c["measured"]["mean"] for c in tried if c["source"].startswith(rivals))
         accepted = [candidate for candidate in tried if candidate["accepted"]]
-        assert accepted[-1]["measured"]["mean"] == best
+        assert accepted[-1]["measured"]["mean"] <= best
         assert accepted[-1]["source"] == plan.document["source"]
         assert any(candidate["source"] == "additive output_kl" for candidate in tried)
 

@@ -1,8 +1,4 @@
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,21 +7,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_demo_models.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_demo_models", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def cnn(script, tmp_path_factory):
     return script.train_cnn(tmp_path_factory.mktemp("cnn"), seed=3, quick=True)
+
+
+def test_training_that_nobody_watches_tells_its_progress_in_lines(script, capsys):
+    model = nn.Linear(2, 1)
+    script.train(model, lambda: model(torch.ones(2)).square().sum(), 30, 0.1, "tiny")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" loss ")[0] for line in lines] == [f"tiny {n}/30" for n in range(3, 31, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +108,7 @@ def test_passages_keep_every_paragraph_in_order(script):
     assert all(len(text) >= 1000 for text in joined[:-1])
 
 
-@pytest.mark.parametrize("name", ["cnn", "lm"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("lm", marks=pytest.mark.slow)])
 def test_a_seed_decides_every_file(script, request, tmp_path, name):
     first = request.getfixturevalue(name)
     again = script.TRAINERS[name](tmp_path / "again", seed=3, quick=True)

