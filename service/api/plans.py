@@ -12,6 +12,7 @@ from search.objectives.objective import ObjectiveError
 from sensitivity.contexts import in_context
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import After, Context, Ctx, Limit
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
 from service.api.job_resources import Job, Plan, Plans
@@ -31,7 +32,7 @@ from service.records import JobRecord, PlanRecord
 from service.states import JobKind
 from service.wire import PlansRequest
 
-router = APIRouter(prefix="/v1", tags=["plans"])
+router = APIRouter(prefix="/v1", tags=["plans"], route_class=Guarded)
 PlanId = Annotated[str, Path(max_length=100)]
 Question = tuple[Ask, str, Solved | None]
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
+from service.api.headers import HEADERS, REQUEST_ID
 from service.errors import (
     MEDIA_TYPE,
     BadRequest,
@@ -107,7 +108,8 @@ async def _database_error(request: Request, error: Exception) -> JSONResponse:
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     log.error("unexpected error", path=request.url.path, exc_info=error)
     detail = "The request must not fail like this. Got an unexpected error, which is in the log. Report it."
-    return respond(request, _UnexpectedError("internal-error", detail))
+    headers = HEADERS | {"X-Request-Id": str(request.scope.get(REQUEST_ID))}  # sent outside of Secured
+    return respond(request, _UnexpectedError("internal-error", detail, headers=headers))
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ServiceError:

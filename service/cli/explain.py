@@ -18,7 +18,7 @@ from search.problem import DEFAULT_GAP
 from search.solve import solve
 from service.cli.allocate import DEFAULT_SECONDS, Seconds, SolverName, TargetGap, allocation_json
 from service.cli.exits import exits, leave_with, plan_exit
-from service.cli.options import DEFAULT_SERVER, Json, Pins, Server, Ties
+from service.cli.options import DEFAULT_SERVER, Json, KeyFile, Pins, Server, Ties
 from service.cli.output import console, print_json, show_conflict, show_reference
 from service.cli.remote import client_of, is_remote, plan_named
 from service.cli.table_question import Forbidden, TableLimits, TableMetric, own_question, table_question
@@ -51,13 +51,14 @@ def explain(
     draws: Draws = DRAWS,
     seed: Seed = 0,
     server: Server = DEFAULT_SERVER,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Say why each layer got its scheme and what limits, pins, ties and rules cost; or why nothing fits."""
     with exits(as_json=as_json):
         if is_remote(target):
             own_question(limit, tie, pin, forbid, metric)
-            with client_of(server) as client:
+            with client_of(server, key_file) as client:
                 found = plan_named(client, target).explanation(draws, seed)
         else:
             question = table_question(Path(target), limit, tie, pin, metric, forbidden=forbid)

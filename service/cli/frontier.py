@@ -12,7 +12,7 @@ from rich.table import Table
 from search.frontier import between as plans_between
 from search.frontier import frontier as supported
 from service.cli.exits import exits
-from service.cli.options import DEFAULT_SERVER, Json, Pins, Server, Ties
+from service.cli.options import DEFAULT_SERVER, Json, KeyFile, Pins, Server, Ties
 from service.cli.output import console, print_json
 from service.cli.plot import plot
 from service.cli.remote import client_of, is_remote
@@ -42,13 +42,14 @@ def frontier(
     pin: Pins = None,
     metric: TableMetric = None,
     server: Server = DEFAULT_SERVER,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Show the plans that nothing beats in both the metric and a resource, each with its proof."""
     with exits(as_json=as_json):
         if is_remote(target):
             own_question(limit, tie, pin)
-            with client_of(server) as client:
+            with client_of(server, key_file) as client:
                 found = client.job(target).trade_off(resource, metric=metric, between=between, points=points)
         else:
             compiled = table_question(Path(target), limit, tie, pin, metric).compiled()
