@@ -115,7 +115,7 @@ def refine(
     of the `predicted` model (the additive one by default) as the measurements correct it, so the result does
     not depend on how many workers measure. It is never measured worse than the first candidate or a rival.
     Ends early when `patience` plans in a row did not count, or when no move is predicted to be worth it.
-    Raises CompileError without candidates or for one that is not allowed.
+    Raises CompileError without candidates, for one that is not allowed, and for fused layers in the table.
 
     `measure` gets layer -> scheme mappings and returns one Measured for each, in their order.
     """
@@ -136,6 +136,7 @@ class MeasuredSearch:
     """The best plan so far and everything that has been measured."""
 
     def __init__(self, compiled: Compiled, measure: Measure, model: PairwiseModel) -> None:
+        compiled.refuse_fused("A measured search")
         self._compiled = compiled
         self._measure = measure
         self._prior = self._model = model
