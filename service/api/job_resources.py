@@ -7,7 +7,7 @@ from datetime import datetime
 from pydantic import ConfigDict, Field
 
 from service.api.resources import Json, Resource, as_json, links_of, without_inventory
-from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord
+from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord, StandingRecord
 from service.states import JobKind
 
 
@@ -72,6 +72,20 @@ class Job(Resource):
             )
             | _download(record),
         )
+
+
+class Standing(Resource):
+    """Where a job stands: what a stream of events sends in between, as `progress`."""
+
+    state: str
+    stage: str | None
+    progress: Progress
+
+    @classmethod
+    def of(cls, record: StandingRecord) -> Standing:
+        """From the record."""
+        progress = Progress(done=record.done, total=record.total, eta_seconds=record.eta_seconds)
+        return cls(state=record.state, stage=record.stage, progress=progress)
 
 
 def _download(record: JobRecord) -> dict[str, str]:
