@@ -10,6 +10,7 @@ import typer
 
 from quant.geometry import CACHE_BITS
 from quant.runtimes import RUNTIMES
+from search.choosers import CHOOSERS
 from sensitivity.scorers.metric_decoupled import ROLES
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
@@ -205,7 +206,9 @@ Evaluations = Annotated[
 ChooserName = Annotated[
     str,
     typer.Option(
-        "--chooser", help="How plans are tried beyond the candidates: local_search, black_box or nsga2."
+        "--chooser",
+        help=f"How plans are tried beyond the candidates: {', '.join(CHOOSERS)}; nsga2 and motpe show the"
+        " Pareto set of what they measured.",
     ),
 ]
 RelativeError = Annotated[
