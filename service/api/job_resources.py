@@ -141,6 +141,18 @@ class Score(Resource):
         )
 
 
+class ParetoPoint(Resource):
+    """A measured plan that no other one beats in every objective. Its layers as pins make it a plan."""
+
+    source: str = Field(description="Which candidate this is, or the chooser that found it.")
+    objectives: dict[str, float] = Field(
+        description="The measured loss, or the losses it is made of, and the total of each limited resource."
+    )
+    measured: Json = Field(description="The loss on the choosing part: mean, stderr.")
+    resources: Json = Field(description="Exact totals.")
+    layers: dict[str, str] = Field(description="Layer -> scheme.")
+
+
 class Plan(Resource):
     """The answer to one budget, with its certificate."""
 
@@ -165,6 +177,11 @@ class Plan(Resource):
     )
     source: str | None = Field(None, description="Which candidate this is.")
     candidates: list[Json] = Field([], description="What was measured on the choosing part.")
+    pareto: list[ParetoPoint] = Field(
+        [],
+        description="For a chooser of several objectives: the plans measured on the choosing part that no"
+        " other one beats in all objectives, the least loss first.",
+    )
     shadow_prices: Json = Field(
         {}, description="Per limit: how much less is lost per unit of the resource by which it is relaxed."
     )
