@@ -204,7 +204,7 @@ def _stability(compiled: Compiled, plan: Choice, draws: int, seed: int) -> Float
 
 
 def _shared_errors(compiled: Compiled, group: int) -> Floats:
-    """Shape (scores, covers): the standard error of each score in the covers of a group that it is part of."""
+    """Shape (scores, covers): the standard error of each score where a cover of the group has it, else 0."""
     table, options = compiled.table, compiled.covers[group].options
     metric = table.metrics[compiled.metric]
     parts: dict[tuple[int, int] | int, list[int]] = {}

@@ -123,8 +123,8 @@ def metric_of(compiled: Compiled, name: str) -> MetricTable:
 
 
 def costs_of(compiled: Compiled, name: str) -> Floats:
-    """A metric by (group, cell), NaN where nothing is offered or scored. Raises ObjectiveError for one that is
-    not in the table.
+    """A metric by (group, cell), NaN where nothing is offered or scored. Raises ObjectiveError for one that
+    is not in the table.
     """
     return _grouped(compiled, metric_of(compiled, name).values, Quantity("score", name))
 

@@ -196,8 +196,10 @@ def _feasible(case: Case, everything: list[Plans]) -> list[Plans]:
         together = np.concatenate(totals)
         if limit.of_range and len(together):
             value = int(together.min()) + limit.value * int(together.max() - together.min())
-        for keep, total in zip(keeps, totals, strict=True):
-            keep &= total <= int(value // 1) if limit.relation == "<=" else total >= -int(-value // 1)
+        if limit.relation == "<=":
+            keeps = [keep & (total <= int(value // 1)) for keep, total in zip(keeps, totals, strict=True)]
+        else:
+            keeps = [keep & (total >= -int(-value // 1)) for keep, total in zip(keeps, totals, strict=True)]
     pairs = zip(everything, keeps, strict=True)
     return [Plans(plans.fused, plans.schemes[keep]) for plans, keep in pairs if keep.any()]
 
