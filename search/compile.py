@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,10 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.budget import BITS_PER_WEIGHT, BudgetError, Limit
+from search.budget import BITS_PER_WEIGHT, Limit, close_names
 from search.core import exact_sum
 from search.covers import Cover, CoverError, Covers, Part, Quantity
-from search.problem import Choice, IntMatrix, Problem, Row, integer_matrix
+from search.problem import Choice, Problem, Row
+from search.rows import (
+    amounts_of,
+    inside_of,
+    over_cuts,
+    parameters_of,
+    quantity_of,
+    row_of,
+    tightest,
+    wanted_sides,
+)
 from sensitivity.table import Exact, Fused, MetricTable, ScoreTable, TableLayer
 
 MOST_CELLS = 2**23
@@ -181,7 +190,7 @@ def compile_problem(
     is not offered.
     """
     name = _metric_name(table, metric)
-    limits = tuple(part for limit in limits for part in _over_cuts(table, limit))
+    limits = tuple(part for limit in limits for part in over_cuts(table, limit))
     limited = [
         limit.resource
         for limit in limits
@@ -199,7 +208,7 @@ def compile_problem(
     groups, covers = _covered(table, _groups(table, ties), candidates, offered & permitted, name, limits)
     costs = _costs(table, name, groups, covers, offered & permitted)
     group_offered = ~np.isnan(costs)
-    rows = tuple(_row(table, limit, groups, covers, group_offered) for limit in _tightest(limits))
+    rows = tuple(row_of(table, limit, groups, covers, group_offered) for limit in tightest(limits))
     more = tuple(f"choice {cell}" for cell in range(len(table.schemes), costs.shape[1]))
     problem = Problem(
         costs,
@@ -213,21 +222,12 @@ def compile_problem(
 
 def resource_row(compiled: Compiled, limit: Limit) -> Row:
     """A limit as a row over the groups of a compiled problem. Raises BudgetError for an unknown resource."""
-    return _row(compiled.table, limit, compiled.groups, compiled.covers, compiled.problem.offered)
+    return row_of(compiled.table, limit, compiled.groups, compiled.covers, compiled.problem.offered)
 
 
 def exact_number(value: Fraction) -> int | float:
     """An exact total for JSON: an integer where it is one, else the nearest float."""
     return value.numerator if value.denominator == 1 else float(value)
-
-
-def close_names(wanted: str, names: Iterable[str]) -> str:
-    """The names most like the wanted one, for an error message."""
-    known = list(names)
-    close = difflib.get_close_matches(wanted, known[:20_000], n=3, cutoff=0.5)
-    shown = close or known[:5]
-    more = "" if close or len(known) <= 5 else f" and {len(known) - 5} more"
-    return f"{'Close names' if close else 'Known names'}: {', '.join(shown)}{more}."
 
 
 def _metric_name(table: ScoreTable, metric: str | None) -> str:
@@ -336,7 +336,7 @@ def _covered(
     members: dict[tuple[int, ...], list[int]] = {}
     for index, rows in zip(candidates, fused, strict=True):
         members.setdefault(part_of[rows[0]], []).append(index)
-    wanted, covers = _wanted(table, metric, limits), {}
+    wanted, covers = wanted_sides(table, metric, limits), {}
     for group, layers in enumerate(joined):
         if layers in members:
             inside = tuple(dict.fromkeys(tied[layer] for layer in layers))
@@ -356,24 +356,6 @@ def _refuse_wide(table: ScoreTable, groups: Sequence[Any], covers: Mapping[int, 
             f"Groups times the combined choices of fused candidates must be at most {MOST_CELLS:,}. "
             f"Got {len(groups):,} x {widest:,}. Keep fewer candidates or schemes, or tie layers."
         )
-
-
-def _wanted(table: ScoreTable, deciding: str, limits: Iterable[Limit]) -> dict[Quantity, int]:
-    """All that may be asked of a plan: 1 where less of it is better, -1 where more is, 0 where both may be.
-
-    Metrics and resources that no limit is on count too: objectives, frontiers and explanations ask for them.
-    """
-    sides: dict[Quantity, set[int]] = {}
-    for name, metric in table.metrics.items():
-        more = {-1} if name == deciding else {-1, 1}
-        sides[Quantity("score", name)] = {1} if metric.direction == "min" else more
-        if metric.stderr is not None:
-            sides[Quantity("error", name)] = {1}
-    sides |= {Quantity("resource", name): {1} for name in table.resources}
-    for limit in limits:
-        side = 1 if limit.relation == "<=" else -1
-        sides.setdefault(_quantity(table, limit), set()).add(side)
-    return {quantity: side.pop() if len(side) == 1 else 0 for quantity, side in sides.items()}
 
 
 def _costs(
@@ -408,10 +390,10 @@ def _absolute(table: ScoreTable, limit: Limit) -> Limit:
     if not limit.uniform:
         return limit
     column = _index(limit.uniform, table.schemes, "scheme of a uniform limit")
-    rows = _amounts(table, _quantity(table, replace(limit, layers=frozenset())))
+    rows = amounts_of(table, quantity_of(table, replace(limit, layers=frozenset())))
     cells = [
         _uniform_cell(table, row, column, layer) if taken else 0
-        for row, layer, taken in zip(rows, table.layers, _inside(table, limit), strict=True)
+        for row, layer, taken in zip(rows, table.layers, inside_of(table, limit), strict=True)
     ]
     if None in cells:
         layer = table.layer_names[cells.index(None)]
@@ -420,33 +402,8 @@ def _absolute(table: ScoreTable, limit: Limit) -> Limit:
             f"Got {limit.uniform}, which {layer} does not offer. Write the limit as a number."
         )
     total = sum((Fraction(cell) for cell in cells if cell is not None), Fraction(0))
-    value = 8 * total / _parameters(table, limit) if limit.resource == BITS_PER_WEIGHT else total
+    value = 8 * total / parameters_of(table, limit) if limit.resource == BITS_PER_WEIGHT else total
     return replace(limit, value=value, uniform="")
-
-
-def _over_cuts(table: ScoreTable, limit: Limit) -> tuple[Limit, ...]:
-    """A limit on a maximum as one limit per cut; any other one as it is."""
-    maximum = table.maxima.get(limit.resource)
-    if maximum is None:
-        return (limit,)
-    if limit.relation != "<=" or limit.of_range or limit.uniform or limit.layers:
-        raise BudgetError(
-            f"A limit on a maximum must be the most that it may be: {limit.resource}<=AMOUNT. Got {limit}."
-        )
-    return tuple(
-        replace(limit, resource=maximum.resource, scope=f"{limit.resource} {i}", layers=frozenset(cut))
-        for i, cut in enumerate(maximum.cuts)
-    )
-
-
-def _inside(table: ScoreTable, limit: Limit) -> list[bool]:
-    """Which layers a limit is about."""
-    return [not limit.layers or name in limit.layers for name in table.layer_names]
-
-
-def _parameters(table: ScoreTable, limit: Limit) -> int:
-    inside = _inside(table, limit)
-    return sum(layer.parameters for layer, taken in zip(table.layers, inside, strict=True) if taken)
 
 
 def _uniform_cell(
@@ -460,101 +417,6 @@ def _uniform_cell(
     if layer.kept is not None:
         return row[table.schemes.index(layer.kept)]
     return 0 if not any(row) else None
-
-
-def _quantity(table: ScoreTable, limit: Limit) -> Quantity:
-    """What a limit adds up: a resource of the table (bits per weight are counted in bytes), or a metric."""
-    source = "bytes" if limit.resource == BITS_PER_WEIGHT else limit.resource
-    if source in table.resources:
-        return Quantity("resource", source, limit.layers)
-    if source in table.metrics:
-        return Quantity("score", source)
-    names = (*table.resources, *table.metrics)
-    known = close_names(limit.resource, names) if table.resources else "The table has no resources."
-    raise BudgetError(
-        f"A limit must be on a resource or metric of the table. Got {limit.resource!r}. {known}"
-    )
-
-
-def _amounts(table: ScoreTable, quantity: Quantity) -> Sequence[Sequence[Exact | None]]:
-    """A quantity of every cell of the table."""
-    if quantity.kind == "score":
-        values = table.metrics[quantity.name].values.tolist()
-        return [[None if math.isnan(value) else Fraction(value) for value in row] for row in values]
-    rows, nothing = table.resources[quantity.name], (0,) * len(table.schemes)
-    if not quantity.layers:
-        return rows
-    pairs = zip(table.layer_names, rows, strict=True)
-    return [row if name in quantity.layers else nothing for name, row in pairs]
-
-
-def _tightest(limits: Iterable[Limit]) -> list[Limit]:
-    """Limits without repeats: of several absolute ones on a resource and side, the tightest."""
-    kept: dict[tuple[Any, ...], Limit] = {}
-    for limit in limits:
-        key = (limit.resource, limit.relation, limit.of_range, limit.layers)
-        side = min if limit.relation == "<=" else max
-        kept[key] = side(kept.get(key, limit), limit, key=lambda item: item.value)
-    return list(kept.values())
-
-
-def _row(
-    table: ScoreTable,
-    limit: Limit,
-    groups: tuple[tuple[int, ...], ...],
-    covers: Mapping[int, Covers],
-    offered: NDArray[np.bool_],
-) -> Row:
-    quantity = _quantity(table, limit)
-    usage, scale = _usage(table, quantity, groups, covers, offered)
-    unit = Fraction(1, scale)
-    if limit.resource == BITS_PER_WEIGHT:
-        unit = unit * 8 / _parameters(table, limit)
-    value = limit.value / unit
-    if limit.of_range:
-        ranges = {group: one.ranges[quantity] for group, one in covers.items()}
-        value = _ranged(limit, usage, offered, {group: pair for group, pair in ranges.items() if pair}, scale)
-    whole = math.floor(value) if limit.relation == "<=" else math.ceil(value)
-    return Row(limit.name, limit.relation, usage, whole, unit)
-
-
-def _usage(
-    table: ScoreTable,
-    quantity: Quantity,
-    groups: tuple[tuple[int, ...], ...],
-    covers: Mapping[int, Covers],
-    offered: NDArray[np.bool_],
-) -> tuple[IntMatrix, int]:
-    """Integers per (group, cell), 0 where nothing is offered, and how many of them make 1."""
-    rows = [[value or 0 for value in row] for row in _amounts(table, quantity)]
-    combined = {group: [value or 0 for value in one.totals[quantity]] for group, one in covers.items()}
-    every = (value for row in (*rows, *combined.values()) for value in row)
-    scale = math.lcm(*(value.denominator for value in every))
-    whole = [[value.numerator * (scale // value.denominator) for value in row] for row in rows]
-    width, summed = offered.shape[1], []
-    for group, layers in enumerate(groups):
-        if group in combined:
-            own = [value.numerator * (scale // value.denominator) for value in combined[group]]
-        else:
-            own = [sum(whole[layer][c] for layer in layers) for c in range(len(table.schemes))]
-        summed.append(own + [0] * (width - len(own)))
-    return np.where(offered, integer_matrix(summed), 0), scale
-
-
-def _ranged(
-    limit: Limit,
-    usage: IntMatrix,
-    offered: NDArray[np.bool_],
-    ranges: Mapping[int, tuple[Exact, Exact]],
-    scale: int,
-) -> Fraction:
-    """The limit as a part of the range; `ranges` are those of groups whose cells are not all there."""
-    low, high = 0, 0
-    for group in np.flatnonzero(offered.any(axis=1)).tolist():
-        row = usage[group][offered[group]]
-        ends = ranges.get(group, (Fraction(int(row.min()), scale), Fraction(int(row.max()), scale)))
-        low, high = low + int(scale * ends[0]), high + int(scale * ends[1])
-    return low + limit.value * (high - low)
 
 
 def _index(name: str, names: Sequence[str], what: str) -> int:

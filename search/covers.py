@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.core import Mask, undominated
+from search.problem import SAFE_TOTAL
 from sensitivity.table import Exact, ScoreTable
 
 MOST_FUSINGS = 20_000
@@ -301,13 +302,20 @@ class _Enumeration:
 
     def _kept(self, pool: _Pool, most: float = math.inf) -> _Pool:
         """Without covers that another one equals or beats."""
-        ranks = []
+        ranks: dict[bytes, NDArray[np.int64]] = {}
         for position, wanted in enumerate(self._part.wanted.values()):
-            _, rank = np.unique(pool.totals[:, position], return_inverse=True)
+            rank = _rank(pool.totals[:, position])
             for sign in (1, -1) if wanted == 0 else (wanted,):
-                ranks.append(np.where(pool.missing[:, position], len(pool), sign * rank))
-        distinct = np.unique(np.array(ranks, dtype=np.int64).reshape(len(ranks), len(pool)), axis=0)
-        return pool.picked(undominated(distinct.T, most))
+                signed = np.where(pool.missing[:, position], len(pool), sign * rank)
+                ranks[signed.tobytes()] = signed
+        return pool.picked(undominated(np.stack(list(ranks.values()), axis=1), most))
+
+
+def _rank(values: NDArray[Any]) -> NDArray[np.int64]:
+    """The place of each integer among the distinct ones."""
+    small = max(map(abs, values.tolist()), default=0) < SAFE_TOTAL
+    _, rank = np.unique(values.astype(np.int64) if small else values, return_inverse=True)
+    return np.asarray(rank, dtype=np.int64)
 
 
 class _Range:

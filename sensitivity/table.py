@@ -167,14 +167,16 @@ class ScoreTable:
         none. Of some `layers` alone (all if empty): a number of its own counts whole where it covers any of
         them, since nobody knows its parts.
         """
-        inside = [not layers or name in layers for name in fused.layers]
         if resource in fused.resources:
-            return fused.resources[resource] if any(inside) else 0
-        values = [self.resources[resource][row][column] for row, column in self.fused_cells(fused)]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return None
-        return sum((value for value, taken in zip(known, inside, strict=True) if taken), 0)
+            touched = not layers or any(name in layers for name in fused.layers)
+            return fused.resources[resource] if touched else 0
+        rows, total = self.resources[resource], Fraction(0)
+        for name, (row, column) in zip(fused.layers, self.fused_cells(fused), strict=True):
+            value = rows[row][column]
+            if value is None:
+                return None
+            total += value if not layers or name in layers else 0
+        return total
 
     def fused_offered(self, fused: Fused, metric: str) -> bool:
         """Whether a candidate has a number of `metric` and of every resource."""

@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from search.budget import Relation
+from search.budget import Relation, close_names
 from search.catalog import AUTO, SOLVERS
-from search.compile import Compiled, close_names
+from search.compile import Compiled
 from search.core import exact_integers
 from search.covers import Quantity
 from search.deadline import Deadline

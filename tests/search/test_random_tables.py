@@ -21,7 +21,7 @@ from search.solve import solve
 from sensitivity.table import Fused, ScoreTable
 from sensitivity.table_reader import parse_table
 
-CASES = 300
+CASES = 250
 MANY = 5000
 
 
@@ -145,19 +145,19 @@ def _everything(case: Case) -> list[Plans]:
     for name, schemes in case.forbidden.items():
         for scheme in schemes:
             allowed &= choices[:, index[name]] != table.schemes.index(scheme)
+    choices = choices[allowed]
+    offered = table.offered("m")[np.arange(len(table.layers)), choices]
     found = []
     for size in range(len(table.fused) + 1):
         for fused in combinations(table.fused, size):
             covered = [index[name] for one in fused for name in one.layers]
             if len(set(covered)) < len(covered):
                 continue
-            fits = allowed.copy()
+            fits = np.delete(offered, covered, axis=1).all(axis=1)
             for one in fused:
                 column = table.schemes.index(one.scheme)
                 fits &= (choices[:, [index[name] for name in one.layers]] == column).all(axis=1)
-            offered = table.offered("m")[np.arange(len(table.layers)), choices]
-            offered[:, covered] = True
-            found.append(Plans(fused, choices[fits & offered.all(axis=1)]))
+            found.append(Plans(fused, choices[fits]))
     return found
 
 
@@ -240,6 +240,6 @@ def _agree(seeds: range) -> None:
         for name in case.table.resources:
             assert 4 * resources[name] == _used(case, same, name)[place], seed
         fused += bool(used)
-    assert min(seen.values()) > 60
+    assert min(seen.values()) > 50
     assert len(seen) == 2
-    assert fused > 30
+    assert fused > 25
