@@ -33,6 +33,9 @@ from service.api.context import Context
 from service.api.cursors import Cursors, load_secret
 from service.api.local_only import LocalOnly
 from service.api.requests import Requests
+from service.api.slots import Slots
+from service.api.stopping import calling_at_stop
+from service.api.watcher import Watcher
 from service.db import migrate
 from service.db.engine import Database
 from service.settings import Settings
@@ -78,8 +81,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         context = open_context(chosen)
         app.state.context = context
         try:
-            yield
+            with calling_at_stop(context.watcher.close):
+                yield
         finally:
+            await context.watcher.end()
             context.database.close()
 
     app = FastAPIOffline(
@@ -113,7 +118,10 @@ def open_context(settings: Settings) -> Context:
     except BaseException:
         database.close()
         raise
-    return Context(settings, database, BlobStore(settings.data_dir), cursors)
+    slots = Slots(settings.max_streams, settings.max_streams_per_client)
+    return Context(
+        settings, database, BlobStore(settings.data_dir), cursors, watcher=Watcher(database), slots=slots
+    )
 
 
 def _to_docs() -> RedirectResponse:

@@ -120,6 +120,27 @@ class EventRecord:
 
 
 @dataclass(frozen=True)
+class StandingRecord:
+    """Where a job stands, for those who wait for it: `version` grows with every visible change, `seq` is the
+    number of its last event.
+    """
+
+    id: str
+    state: JobState
+    stage: Stage | None
+    done: int
+    total: int
+    eta_seconds: float | None
+    version: int
+    seq: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True)
 class ScoreSetRecord:
     """The circumstances under which scores are equal; `inspection` is what the worker saw in the model and
     data.

@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(default=15.0, gt=0)
     poll_seconds: float = Field(default=1.0, gt=0)
     grace_seconds: float = Field(default=10.0, ge=0)
+    max_streams: int = Field(default=5000, ge=1)
+    max_streams_per_client: int = Field(default=200, ge=1)
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
     memory_limit: str = ""

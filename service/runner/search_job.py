@@ -260,13 +260,13 @@ def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[s
 
 
 def offered_choices(inventory: Inventory, request: JobRequest, caches: Caches | None) -> Choices:
-    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those that its format or the
-    runtime refuses.
+    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those that are forbidden or
+    that its format or the runtime refuses.
     """
     attention, kinds = ((), ()) if caches is None else (caches.layers, caches.menu)
     pinned = expand_pins(inventory, request.pins, attention)
     schemes = table_schemes(request.schemes, request.pins)
-    forbidden = forbidden_in(inventory, schemes, request.runtime, caches)
+    forbidden = forbidden_in(inventory, schemes, request.runtime, caches, request.forbid)
     weights = [layer.name for layer in inventory.layers]
     menus = dict.fromkeys(weights, table_schemes(request.schemes, {})) | dict.fromkeys(attention, kinds)
     found = {}

@@ -21,7 +21,7 @@ from service.failpoints import failpoint
 from service.planning.answer import settled_ask
 from service.planning.ask import Ask
 from service.planning.question import compile_ask
-from service.planning.result import plan_of, plan_result
+from service.planning.result import numbers, plan_of, plan_result
 from service.runner.context import JobContext
 from service.runner.evidence import measured_evidence
 from service.runner.lab import Lab
@@ -144,12 +144,30 @@ def store(
             status=said,
             digest=None if plan is None else plan.digest,
             document=None if plan is None else plan.as_json(),
-            result=result | dict(more or {}),
+            result=result | _pareto(found) | dict(more or {}),
             evidence=evidence,
             tenant=context.job.tenant,
         )
     )
     return said
+
+
+def _pareto(found: Solved) -> dict[str, Any]:
+    """The Pareto set of a search over several objectives, as a member of the plan resource."""
+    if found.refined is None or not found.refined.pareto:
+        return {}
+    return {
+        "pareto": [
+            {
+                "source": one.source,
+                "objectives": dict(one.objectives),
+                "measured": {"mean": one.measured.mean, "stderr": one.measured.stderr},
+                "resources": numbers(found.compiled.resources(one.assignment)),
+                "layers": dict(one.assignment),
+            }
+            for one in found.refined.pareto
+        ]
+    }
 
 
 def candidates_json(refined: Refined) -> tuple[dict[str, Any], ...]:

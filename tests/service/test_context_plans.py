@@ -103,6 +103,15 @@ def test_one_plan_over_contexts_is_the_best_by_their_mean_or_worst(
         assert answer["status"] == "optimal"
 
 
+def test_each_context_that_counts_is_an_objective(search: Any) -> None:
+    job, [answer], _ = search(contexts={"plans": "weighted", "weights": {"1": 3}}, chooser="nsga2")
+    assert job.state == "succeeded", job.problem
+    assert {tuple(point["objectives"]) for point in answer["pareto"]} == {("0", "1", "bits_per_weight")}
+    for point in answer["pareto"]:
+        mean = (point["objectives"]["0"] + 3 * point["objectives"]["1"]) / 4
+        assert point["measured"]["mean"] == pytest.approx(mean)
+
+
 def test_a_search_may_be_solved_for_its_interactions(search: Any) -> None:
     job, [answer], _ = search(objective="quadratic", interactions=True)
     assert job.state == "succeeded", job.problem
