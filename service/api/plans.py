@@ -8,13 +8,21 @@ from fastapi import APIRouter, Path, Response
 from sqlalchemy.orm import Session
 
 from quant.digest import canonical_json, digest
+from search.objectives.catalog import parse_objective
 from search.objectives.objective import ObjectiveError
+from search.objectives.quadratic import Quadratic
 from sensitivity.contexts import in_context
 from service import metrics
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import After, Context, Ctx, Limit
 from service.api.idempotency import Answer, IdempotencyKey, once
-from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
+from service.api.job_inputs import (
+    PLANNING_ERRORS,
+    planning_inputs,
+    planning_problem,
+    search_job,
+    with_interactions,
+)
 from service.api.job_resources import Job, Plan, Plans
 from service.api.jobs import JobId, accepted, queued_once
 from service.api.lookup import find_job, find_plan
@@ -138,6 +146,8 @@ def _solve(context: Context, job_id: str, body: PlansRequest) -> list[Question]:
                 dict.fromkeys((str(first.metric), *(n for ask in asks for n in ask.named_metrics)))
             )
             inputs = planning_inputs(context, session, job, metrics, first.pins, first.costs)
+            if isinstance(parse_objective(first.objective), Quadratic):
+                inputs = with_interactions(context, job, inputs)
             settings = digest(["solve", first.settings_digest(inputs.menu)])
             known = [plans.find(session, job_id, ask.budget, settings) for ask in asks]
         return [
