@@ -338,7 +338,8 @@ class JobRequest(WireModel):
             raise refusal(
                 "invalid-target",
                 "A target must be searched over all samples for the plain objective, without a refining"
-                f" metric. Got {' and '.join(named)}. Leave that out, or ask for budgets.",
+                " metric: its sizes are those of the frontier of one metric's sum. Got"
+                f" {' and '.join(named)}. Leave that out, or ask for budgets.",
             )
         return self
 
@@ -488,11 +489,6 @@ class JobRequest(WireModel):
     def rounding(self) -> tuple[str, ...]:
         """Every scheme that may be measured: of the menu, of pins, of caches."""
         return (*self.schemes, *self.pins.values(), *map(cache_scheme, self.kv_cache))
-
-    @property
-    def deciding_metric(self) -> str:
-        """The metric whose sum the plans minimize."""
-        return self.refine_metric or self.metrics[0]
 
     @property
     def takes_part(self) -> tuple[str, ...]:
