@@ -235,8 +235,6 @@ def test_many_larger_tables_agree_with_the_set_partitioning_program() -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_gives_the_same_plan_value(solver: str) -> None:
-    if solver == "cbc" and not _has_cbc():
-        pytest.skip("CBC is not installed")
     layers = 5 if solver == "brute" else 16
     solved = 0
     for seed in range(6):
@@ -248,10 +246,6 @@ def test_every_solver_gives_the_same_plan_value(solver: str) -> None:
             assert mine.objective == pytest.approx(other.objective, rel=1e-9)
             solved += 1
     assert solved > 2
-
-
-def _has_cbc() -> bool:
-    return bool(pulp.COIN_CMD().available() or pulp.PULP_CBC_CMD().available())
 
 
 def test_a_frontier_with_candidates_is_that_of_all_plans() -> None:
