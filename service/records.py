@@ -142,14 +142,11 @@ class StandingRecord:
 
 @dataclass(frozen=True)
 class ScoreSetRecord:
-    """The circumstances under which scores are equal; `inspection` is what the worker saw in the model and
-    data.
-    """
+    """The circumstances under which scores are equal."""
 
     digest: str
     tenant: str
     settings: Json
-    inspection: Json | None
     created_at: datetime
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from sensitivity.session import Session
 from sensitivity.units import MeasureUnit
-from service.cli.main import app
 from service.local import Local
 from service.local_inputs import factory_source, file_data
 from service.settings import Settings
@@ -23,7 +21,6 @@ PARAMETERS: dict[str, Any] = {
     "samples": 8,
     "evaluations": 12,
     "interactions": False,
-    "task": "image_classification",
 }
 SOURCES = {"nsga2": "nsga2", "motpe": "motpe", "black_box": "black box"}
 
@@ -124,19 +121,12 @@ def test_more_evaluations_go_on_from_the_trials_of_fewer(
     assert sum(one["source"] == "nsga2" for one in plan["candidates"]) == 12
 
 
-def test_the_command_prints_the_pareto_set(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
-    model = tiny("mlp")
-    line = (
-        f"run --factory {model.location} -c {model.data} -b 7bpw --data-dir {tmp_path}/d --schemes w2,w4,w8"
-    )
-    line += " --task image_classification --samples 8 --evaluations 4 --no-interactions --chooser nsga2"
-    found = CliRunner().invoke(app, line.split())
+def test_the_command_prints_the_pareto_set(tiny: Any, run_factory: Callable[..., Any]) -> None:
+    line = ("-b", "7bpw", "--evaluations", "4", "--no-interactions", "--chooser", "nsga2")
+    found = run_factory(tiny("mlp"), *line)
     assert found.exit_code == 0, found.output
     assert "Pareto set at 7bpw, measured on the choosing part" in found.output
-    [told] = json.loads(CliRunner().invoke(app, [*line.split(), "--json"]).stdout)
+    [told] = json.loads(run_factory(tiny("mlp"), *line, "--json").stdout)
     best = told["pareto"][0]
     assert f"{best['objectives']['loss']:.4g}" in found.output
     assert all(scheme in found.output for scheme in best["layers"].values())
