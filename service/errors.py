@@ -10,7 +10,7 @@
       TooLarge              413
       UnsupportedFile       415
       Unprocessable         422
-      TooManyRequests       429
+      TooMany               429
       Unavailable           503
       InsufficientStorage   507
 
@@ -120,10 +120,10 @@ class Unprocessable(ServiceError):
     status, title = 422, "Unprocessable"
 
 
-class TooManyRequests(ServiceError):
-    """Too many in too short a time, or at once."""
+class TooMany(ServiceError):
+    """More at a time, or in a while, than one client or the service allows."""
 
-    status, title = 429, "Too many requests"
+    status, title = 429, "Too many"
 
 
 class Unavailable(ServiceError):

@@ -26,7 +26,7 @@ class Write(Resource):
     action: str = Field(description="The operation's name in the OpenAPI document.")
     method: str
     path: str
-    request_id: str = Field(description="X-Request-Id of the answer.")
+    request_id: str = Field(description="X-Request-ID of the answer.")
     status: int | None = Field(description="HTTP status; null while it runs, or where the server died.")
     created_at: datetime
 

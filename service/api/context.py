@@ -10,6 +10,8 @@ from fastapi import Depends, Query, Request
 from service.access import Access
 from service.api.cursors import Cursors
 from service.api.kept_inputs import KeptInputs
+from service.api.slots import Slots
+from service.api.watcher import Watcher
 from service.db.engine import Database
 from service.settings import Settings
 from service.store.blobs import BlobStore
@@ -20,14 +22,17 @@ CONTEXT = "bitplan.context"
 
 @dataclass(frozen=True)
 class Context:
-    """One request's view of the service; `tenant` limits every statement it makes and owns the blobs of
-    `store`, `kept` are planning inputs that requests share.
+    """One request's view of the service; `access` says whose it is, and its tenant limits every statement and
+    owns the blobs of `store`. Requests share `kept` planning inputs, the `watcher` of jobs and the `slots` of
+    streams.
     """
 
     settings: Settings
     database: Database
     store: BlobStore
     cursors: Cursors
+    watcher: Watcher
+    slots: Slots
     access: Access = field(default_factory=Access)
     kept: KeptInputs = field(default_factory=KeptInputs)
 

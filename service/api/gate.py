@@ -18,7 +18,7 @@ from service.api.buckets import Buckets
 from service.api.context import Context
 from service.api.peers import is_local, refuse_foreign_pages
 from service.db.repositories import keys
-from service.errors import Forbidden, ServiceError, TooManyRequests, Unauthorized
+from service.errors import Forbidden, ServiceError, TooMany, Unauthorized
 from service.records import KeyRecord
 
 KEY_SECONDS = 5.0
@@ -47,7 +47,7 @@ class Gate:
         self._failures = Buckets(FAILURES_PER_SECOND, FAILURES_AT_ONCE, clock)
 
     async def admit(self, request: Request) -> Context:
-        """The context of a request, with its tenant. Raises Unauthorized, Forbidden, TooManyRequests."""
+        """The context of a request, with its tenant. Raises Unauthorized, Forbidden, TooMany."""
         header = request.headers.get("authorization")
         context = await (self._without_key(request) if header is None else self._with_key(request, header))
         access = context.access
@@ -165,6 +165,6 @@ def _unauthorized(slug: str, detail: str) -> Unauthorized:
 
 def _too_fast(slug: str, rule: str, wait: float, extra: dict[str, float] | None = None) -> ServiceError:
     seconds = max(1, math.ceil(wait))
-    return TooManyRequests(
+    return TooMany(
         slug, f"{rule} Got more. Wait {seconds} s.", extra=extra, headers={"Retry-After": str(seconds)}
     )

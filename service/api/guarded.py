@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError
 from service.api.context import CONTEXT, Context
 from service.api.gate import require_scope
 from service.api.peers import is_local
+from service.api.requests import SCOPE_KEY
 from service.api.scopes import scope_of
-from service.api.security import request_id_of
 from service.db.repositories import audit
 from service.errors import ServiceError
 
@@ -83,7 +83,7 @@ def _begin(context: Context, request: Request, name: str) -> str:
             method=request.method,
             path=request.url.path,
             peer=request.client.host if request.client else None,
-            request_id=request_id_of(request.scope),
+            request_id=str(request.scope[SCOPE_KEY]),
         )
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from starlette.types import Scope
 
-REQUEST_ID = "bitplan.request_id"
-"""Where the scope of a request has its id."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -36,4 +34,4 @@ def completed(scope: Scope, headers: Raw) -> Raw:
         added += [(b"cache-control", kept), (b"vary", b"Authorization")]
     present = {name.lower() for name, _ in headers}
     missing = [pair for pair in added if pair[0] not in present]
-    return [*headers, *missing, (b"x-request-id", scope[REQUEST_ID].encode())]
+    return [*headers, *missing]

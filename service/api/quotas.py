@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.api.context import Context
 from service.db.repositories import tenants
-from service.errors import InsufficientStorage, TooManyRequests
+from service.errors import InsufficientStorage, TooMany
 
 UNKNOWN = ""
 """The digest of a content that is not made yet."""
@@ -19,13 +19,13 @@ QUEUE_RETRY_SECONDS = "10"
 
 
 def require_job(context: Context, session: Session) -> None:
-    """Raise TooManyRequests `too-many-jobs` unless the tenant may queue one more job."""
+    """Raise TooMany `too-many-jobs` unless the tenant may queue one more job."""
     if context.access.key_id is None:
         return
     most = _limit(context, session, "jobs")
     used = tenants.unfinished_jobs(session, context.tenant)
     if most and used >= most:
-        raise TooManyRequests(
+        raise TooMany(
             "too-many-jobs",
             f"A tenant must have at most {most} jobs that wait or run. Got {used} already. Wait until "
             "some have ended, cancel one, or ask whoever runs the server for a larger quota.",

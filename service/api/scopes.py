@@ -13,6 +13,7 @@ OPEN = None
 SCOPES: Mapping[str, Scope | None] = {
     "healthz": OPEN,
     "readyz": OPEN,
+    "prometheus": Scope.READ,
     "formats": Scope.READ,
     "metrics": Scope.READ,
     "solvers": Scope.READ,

@@ -1,4 +1,4 @@
-"""What every answer carries, whatever made it: a request id and the headers that browsers obey.
+"""What every answer carries, whatever made it: the headers that browsers obey.
 
 A key in a query string is refused here, before anything else sees it.
 """
@@ -10,12 +10,10 @@ from urllib.parse import unquote_to_bytes
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bound_contextvars
 
-from service.api.headers import REQUEST_ID, completed
+from service.api.headers import completed
 from service.api.problems import respond
 from service.errors import BadRequest
-from service.ids import new_id
 
 _KEY_IN_QUERY = re.compile(
     rb"bitplan_[0-9a-f]{12}_|(?:^|&)(?:api[_-]?key|key|token|access_token|authorization)=", re.IGNORECASE
@@ -33,23 +31,16 @@ class Secured:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope[REQUEST_ID] = new_id("req")
 
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = completed(scope, list(message.get("headers", ())))
             await send(message)
 
-        with bound_contextvars(request_id=scope[REQUEST_ID]):
-            if scope["query_string"] and _KEY_IN_QUERY.search(unquote_to_bytes(scope["query_string"])):
-                await respond(Request(scope), _key_in_query())(scope, receive, secured)
-            else:
-                await self.app(scope, receive, secured)
-
-
-def request_id_of(scope: Scope) -> str:
-    """The id that this request has in its answer, in logs and in the audit log."""
-    return str(scope[REQUEST_ID])
+        if scope["query_string"] and _KEY_IN_QUERY.search(unquote_to_bytes(scope["query_string"])):
+            await respond(Request(scope), _key_in_query())(scope, receive, secured)
+        else:
+            await self.app(scope, receive, secured)
 
 
 def _key_in_query() -> BadRequest:
