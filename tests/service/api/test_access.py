@@ -286,30 +286,45 @@ def without_keys(tmp_path: Path, address: str = "127.0.0.1", **settings: Any) ->
     return TestClient(app, client=(address, 50000), base_url="http://localhost:8000")
 
 
+@pytest.fixture(scope="module")
+def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], TestClient]]:
+    """keyless(address): a client there, of a service without keys."""
+    with without_keys(tmp_path_factory.mktemp("keyless")) as started:
+        yield lambda address: TestClient(
+            started.app, client=(address, 50000), base_url="http://localhost:8000"
+        )
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
-def test_this_machine_needs_no_key_while_there_is_none(tmp_path: Path, address: str) -> None:
-    with without_keys(tmp_path, address) as http:
-        assert http.get("/v1/limits").json()["quotas"] is None
-        assert http.post("/v1/jobs", json={}).status_code == 422
-        assert http.get("/v1/audit").json()["items"] == []
+def test_this_machine_needs_no_key_while_there_is_none(
+    keyless: Callable[[str], TestClient], address: str
+) -> None:
+    http = keyless(address)
+    assert http.get("/v1/limits").json()["quotas"] is None
+    assert http.post("/v1/jobs", json={}).status_code == 422
+    assert http.get("/v1/audit").json()["items"] == []
 
 
 @pytest.mark.parametrize("address", ["192.0.2.7", "::ffff:10.0.0.1", "2001:db8::1"])
-def test_other_machines_are_refused_while_there_is_no_key(tmp_path: Path, address: str) -> None:
-    with without_keys(tmp_path, address) as http:
-        answer = http.get("/v1/limits")
-        assert (answer.status_code, slug(answer)) == (403, "no-keys")
-        assert f"Got one from {address}" in answer.json()["detail"]
-        assert http.get("/healthz").status_code == 200
+def test_other_machines_are_refused_while_there_is_no_key(
+    keyless: Callable[[str], TestClient], address: str
+) -> None:
+    http = keyless(address)
+    answer = http.get("/v1/limits")
+    assert (answer.status_code, slug(answer)) == (403, "no-keys")
+    assert f"Got one from {address}" in answer.json()["detail"]
+    assert http.get("/healthz").status_code == 200
 
 
-def test_pages_of_other_sites_are_refused_while_there_is_no_key(tmp_path: Path) -> None:
-    with without_keys(tmp_path) as http:
-        for host in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
-            assert http.get("/v1/limits", headers={"Host": host}).status_code == 200
-        rebound = http.get("/v1/limits", headers={"Host": "rebound.example.org:8000"})
-        foreign = http.post("/v1/jobs/job_0/cancel", headers={"Origin": "https://example.org"})
-        own = http.post("/v1/jobs/job_0/cancel", headers={"Origin": "http://localhost:8000"})
+def test_pages_of_other_sites_are_refused_while_there_is_no_key(
+    keyless: Callable[[str], TestClient],
+) -> None:
+    http = keyless("127.0.0.1")
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+        assert http.get("/v1/limits", headers={"Host": host}).status_code == 200
+    rebound = http.get("/v1/limits", headers={"Host": "rebound.example.org:8000"})
+    foreign = http.post("/v1/jobs/job_0/cancel", headers={"Origin": "https://example.org"})
+    own = http.post("/v1/jobs/job_0/cancel", headers={"Origin": "http://localhost:8000"})
     assert (slug(rebound), slug(foreign)) == ("foreign-host", "foreign-origin")
     assert own.status_code == 404
 
