@@ -9,6 +9,7 @@ from service import logs
 from service.db import migrate
 from service.db.engine import Database
 from service.runner.catalog import load_handlers
+from service.runner.deliveries import deliveries_of, delivering
 from service.runner.loop import Runner
 from service.settings import Settings
 
@@ -16,7 +17,8 @@ log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue.
+    """Serve jobs and deliver webhooks until SIGTERM or SIGINT, which give the job in progress back to the
+    queue.
 
     The database is migrated first. Raises `DatabaseTooNew`.
     """
@@ -27,7 +29,8 @@ def run(settings: Settings) -> None:
         runner = Runner(settings, database, load_handlers())
         _stop_on_signals(runner)
         log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)
-        runner.run()
+        with delivering(deliveries_of(settings, database), settings.poll_seconds):
+            runner.run()
         log.info("runner.stopped")
     finally:
         database.close()
