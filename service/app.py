@@ -33,6 +33,7 @@ from service.api import (
 from service.api.context import Context
 from service.api.cursors import Cursors, load_secret
 from service.api.local_only import LocalOnly
+from service.api.requests import Requests
 from service.api.slots import Slots
 from service.api.stopping import calling_at_stop
 from service.api.watcher import Watcher
@@ -78,6 +79,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chosen = settings or Settings()
         logs.configure(chosen.log_level)
+        logs.adopt_libraries(chosen.log_level)
         context = open_context(chosen)
         app.state.context = context
         try:
@@ -98,6 +100,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install(app)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(LocalOnly)
+    app.add_middleware(Requests)
     for router in ROUTERS:
         app.include_router(router)
     return app

@@ -226,6 +226,45 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True)
+class RunnerRecord:
+    """A runner that has said that it lives, `seconds_ago`; `metrics` are what it has counted, in the text
+    format of Prometheus.
+    """
+
+    name: str
+    host: str
+    pid: int
+    process: str
+    version: str
+    started_at: datetime
+    seconds_ago: float
+    metrics: str
+
+    @property
+    def label(self) -> str:
+        """A short name: host, process id, and what tells two of these apart."""
+        return f"{self.host.partition('/')[0]}:{self.pid}:{self.name[:6]}"
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """How much there is at this moment; `jobs` counts by kind and state."""
+
+    jobs: Mapping[tuple[str, str], int]
+    oldest_queued_seconds: float
+    leases: int
+    expired_leases: int
+    blobs: int
+    blob_bytes: int
+    free_bytes: int
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait for a runner."""
+        return sum(count for (_, state), count in self.jobs.items() if state == JobState.QUEUED)
+
+
+@dataclass(frozen=True)
 class PlanRecord:
     """One solved budget of a job; `document` is None when nothing fits, `evidence` until it was measured."""
 

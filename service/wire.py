@@ -340,7 +340,8 @@ class JobRequest(WireModel):
             raise refusal(
                 "invalid-target",
                 "A target must be searched over all samples for the plain objective, without a refining"
-                f" metric. Got {' and '.join(named)}. Leave that out, or ask for budgets.",
+                " metric: its sizes are those of the frontier of one metric's sum. Got"
+                f" {' and '.join(named)}. Leave that out, or ask for budgets.",
             )
         return self
 

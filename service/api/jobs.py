@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import anyio
+import structlog
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
@@ -31,6 +32,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 RETRY_SECONDS = "1"
 ALIVE = PENDING | {JobState.SUCCEEDED}
 
+log = structlog.get_logger()
 JobId = Annotated[str, Path(max_length=100)]
 
 
@@ -175,7 +177,8 @@ def list_events(
 
 
 def accepted(job: JobRecord) -> Answer:
-    """202 with where to ask and when."""
+    """202 with where to ask and when; the log tells which request the job came from."""
+    log.info("job.accepted", job=job.id, kind=str(job.kind), state=str(job.state))
     headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **_retry_headers(job)}
     return Answer(202, Job.of(job), headers)
 

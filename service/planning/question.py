@@ -17,6 +17,7 @@ from quant.runtimes import RUNTIMES
 from search.budget import Limit
 from search.compile import Compiled, CompileError
 from search.objectives.catalog import parse_objective
+from search.objectives.quadratic import Quadratic
 from search.question import Question, Restriction
 from service.planning.ask import Ask, limited_metrics
 from service.planning.inputs import PlanningInputs, ScoresMissing
@@ -55,9 +56,11 @@ def question_of(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) -> Qu
     if ask.runtime is not None:
         require_runtime(inputs, pins_of(inputs, ask), RUNTIMES[ask.runtime])
     metric = ask.metric or next(iter(inputs.table.metrics))
-    named = (*parse_objective(ask.objective).metrics, *limited_metrics(limits))
-    for name in dict.fromkeys((metric, *named)):
+    objective = parse_objective(ask.objective)
+    for name in dict.fromkeys((metric, *objective.metrics, *limited_metrics(limits))):
         _require_scores(inputs, ask, name)
+    if isinstance(objective, Quadratic) and inputs.unpaired is not None:
+        _require(inputs, ask, "interactions", inputs.unpaired)
     return Question(
         inputs.table,
         metric,

@@ -40,6 +40,7 @@ from service.costing import Costs, Timings, cost_request, costs_of, geometry_in,
 from service.db.repositories import calibrations, models
 from service.deciding import EACH, Deciding, context_names, deciding_of, scored_metrics, with_roles
 from service.errors import Conflict, Unprocessable
+from service.interactions import keep
 from service.planning.ask import Ask
 from service.planning.inputs import PlanningInputs, ScoresMissing, planning_menu, score_table, table_schemes
 from service.planning.question import compile_ask, compile_limits
@@ -62,7 +63,7 @@ STEPS = 3
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A search after scoring: what each budget is planned from."""
+    """A search after scoring: what each budget is planned from. `choices` are what was scored."""
 
     request: JobRequest
     inputs: PlanningInputs
@@ -70,6 +71,7 @@ class Search:
     inspection: Mapping[str, Any]
     timings: Timings | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
+    choices: Choices = field(default_factory=dict)
 
     @property
     def deciding(self) -> Deciding:
@@ -90,7 +92,8 @@ def run_search(context: JobContext) -> Mapping[str, Any]:
         for target in targets:
             statuses.append(plan_target(context, lab, search, ask_of(search.request, ""), target))
         spent = lab.work()
-    return {**_summary(search, lab, asks, statuses), **search.said, "forwards": spent}
+    kept = keep(context.store, search.inputs.table, search.choices)
+    return {**_summary(search, lab, asks, statuses), **search.said, "forwards": spent, "interactions": kept}
 
 
 def open_lab(context: JobContext, request: JobRequest) -> Lab:
@@ -153,7 +156,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     if factor is not None:
         paired = {name: factor for name in INTERACTIONS if name in inputs.table.metrics}
         inputs = replace(inputs, table=replace(inputs.table, interactions=dict([*paired.items()][:1])))
-    return Search(request, inputs, factor, inspection, timings, said)
+    return Search(request, inputs, factor, inspection, timings, said, choices)
 
 
 def _refined(

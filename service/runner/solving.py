@@ -14,6 +14,7 @@ from search.objectives.catalog import parse_objective, solve_objective
 from search.objectives.objective import Objective, ObjectiveError, Optimum, Part
 from search.problem import Solution
 from search.refine import CORRECTED, LOCAL, Refined
+from service import metrics
 from service.db.repositories import plans
 from service.errors import Unprocessable
 from service.failpoints import failpoint
@@ -76,9 +77,10 @@ def solved(context: JobContext, lab: Lab, search: Search, ask: Ask) -> Solved:
 def _optimum(compiled: Compiled, objective: Objective, ask: Ask) -> Optimum:
     """The objective's own plan. Raises Unprocessable where its metrics do not have what it needs."""
     try:
-        return solve_objective(
-            compiled, objective, gap=ask.gap, time_limit=ask.time_limit_seconds, prices=True
-        )
+        with metrics.timed(metrics.SOLVE_SECONDS):
+            return solve_objective(
+                compiled, objective, gap=ask.gap, time_limit=ask.time_limit_seconds, prices=True
+            )
     except ObjectiveError as error:
         raise Unprocessable("invalid-objective", str(error), pointer="/objective") from error
 
