@@ -162,14 +162,11 @@ class WebhookRecord:
 
 @dataclass(frozen=True)
 class ScoreSetRecord:
-    """The circumstances under which scores are equal; `inspection` is what the worker saw in the model and
-    data.
-    """
+    """The circumstances under which scores are equal."""
 
     digest: str
     tenant: str
     settings: Json
-    inspection: Json | None
     created_at: datetime
 
 

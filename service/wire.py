@@ -493,11 +493,6 @@ class JobRequest(WireModel):
         return (*self.schemes, *self.pins.values(), *map(cache_scheme, self.kv_cache))
 
     @property
-    def deciding_metric(self) -> str:
-        """The metric whose sum the plans minimize."""
-        return self.refine_metric or self.metrics[0]
-
-    @property
     def takes_part(self) -> tuple[str, ...]:
         """The patterns of `include`, and every pin that names a layer outright: a pinned head takes part."""
         pins = [name for name, scheme in self.pins.items() if not is_cache(scheme)]

@@ -30,9 +30,9 @@ from service.api.pages import page_of, position
 from service.api.resources import Page
 from service.costing import cost_request, without_costs
 from service.db.repositories import plans
+from service.deciding import deciding_metric
 from service.errors import Conflict, NotFound
 from service.fields import objective_fault
-from service.picking import deciding
 from service.planning.answer import Answer as Solved
 from service.planning.answer import solve_budget
 from service.planning.ask import Ask
@@ -126,7 +126,7 @@ def _asks(body: PlansRequest, job: JobRecord) -> list[Ask]:
     own = {name: value for name, value in body.model_dump(mode="json").items() if value is not None}
     costs = cost_request(own, job.request).members
     request = {**without_costs(job.request), **without_costs(own), **costs}
-    metric = body.metric or deciding(job.request)
+    metric = body.metric or deciding_metric(job.request)
     name = in_context(metric, body.context) if body.context else metric
     return [Ask.of(request, budget, name) for budget in body.budgets]
 

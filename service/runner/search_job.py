@@ -38,7 +38,15 @@ from sensitivity.units import ScoreRow
 from service.cascade import ROUNDS, undecided, with_calibrated
 from service.costing import Costs, Timings, cost_request, costs_of, geometry_in, unmeasured
 from service.db.repositories import calibrations, models
-from service.deciding import EACH, Deciding, context_names, deciding_of, scored_metrics, with_roles
+from service.deciding import (
+    EACH,
+    Deciding,
+    context_names,
+    deciding_metric,
+    deciding_of,
+    scored_metrics,
+    with_roles,
+)
 from service.errors import Conflict, Unprocessable
 from service.interactions import keep
 from service.planning.ask import Ask
@@ -135,7 +143,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
 
     def gathered() -> PlanningInputs:
         schemes, named = table_schemes(request.schemes, request.pins), deciding.table_metrics
-        named += deciding.compared(request.deciding_metric)
+        named += deciding.compared(deciding_metric(request.model_dump(mode="json")))
         found = lab.scores(deciding.all_measured)
         return PlanningInputs(
             inventory=inventory,
@@ -213,7 +221,8 @@ def check_asks(
     """
     if AUTO in request.metrics:
         request = request.model_copy(update={"metrics": ["output_kl"]})
-    metric = request.deciding_metric
+    members = request.model_dump(mode="json")
+    metric = deciding_metric(members)
     named = tuple(dict.fromkeys((metric, *request.metrics)))
     schemes = table_schemes(request.schemes, request.pins)
     try:
@@ -224,7 +233,7 @@ def check_asks(
             cells += product(caches.layers, caches.schemes)
         blank = [ScoreRow(*cell, name, 0.0, None, 0) for cell in cells for name in named]
         table = score_table(inventory, schemes, blank, named, costs=costs, caches=caches)
-        deciding = deciding_of(request.model_dump(mode="json"), [metric], inventory, inspection)
+        deciding = deciding_of(members, [metric], inventory, inspection)
         inputs = PlanningInputs(
             inventory, table, planning_menu(request.schemes, caches), deciding=deciding, caches=caches
         )
@@ -316,7 +325,8 @@ def asks_of(request: JobRequest) -> list[Ask]:
 
 def ask_of(request: JobRequest, budget: str) -> Ask:
     """The question of one budget, "" where a target stands for it."""
-    return Ask.of(request.model_dump(mode="json"), budget, request.deciding_metric)
+    members = request.model_dump(mode="json")
+    return Ask.of(members, budget, deciding_metric(members))
 
 
 def targets_of(request: JobRequest) -> list[Target]:

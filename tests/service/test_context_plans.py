@@ -12,13 +12,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from quant.plan import parse_plan
 from sensitivity.contexts import context_of, in_context, members
 from sensitivity.session import Session
 from sensitivity.units import InspectUnit, ScoreRow
-from service.cli.main import app
 from service.deciding import Deciding
 from service.local import Local
 from service.local_inputs import factory_source, file_data
@@ -218,52 +216,22 @@ def test_a_context_that_is_not_scored_yet_leaves_a_gap() -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_a_plan_for_each(
-    tiny: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, data: Path, tmp_path: Path, run_factory: Callable[..., Any]
 ) -> None:
-    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
-    line = [
-        "run",
-        "--factory",
-        tiny("denoiser").location,
-        "-c",
-        str(data),
-        "-b",
-        "5 bpw",
-        "--data-dir",
-        str(tmp_path / "d"),
-    ]
-    line += [
-        "--schemes",
-        "w2,w4,w8",
-        "--task",
-        "diffusion",
-        "--samples",
-        "8",
-        "--evaluations",
-        "0",
-        "--no-interactions",
-    ]
-    found = CliRunner().invoke(app, [*line, "--contexts", "each", "-o", str(tmp_path / "plans")])
+    def run(*options: object) -> Any:
+        return run_factory(tiny("denoiser"), "-c", data, "-b", "5 bpw", "--no-interactions", *options)
+
+    found = run("--contexts", "each", "-o", tmp_path / "plans")
     assert found.exit_code == 0, found.output
     assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == [
         "5-bpw-0.plan.json",
         "5-bpw-1.plan.json",
     ]
     assert "plan 5 bpw 1" in found.output
-    found = CliRunner().invoke(app, [*line, "--context-weight", "1=x"])
+    found = run("--context-weight", "1=x")
     assert found.exit_code == 2
     assert "A weight must be a number" in found.output
-    found = CliRunner().invoke(
-        app,
-        [
-            *line,
-            "--timestep-edge",
-            "500",
-            "--context-weight",
-            "timestep:500-=2",
-            "-o",
-            str(tmp_path / "one.json"),
-        ],
-    )
+    one = tmp_path / "one.json"
+    found = run("--timestep-edge", "500", "--context-weight", "timestep:500-=2", "-o", one)
     assert found.exit_code == 0, found.output
-    assert parse_plan((tmp_path / "one.json").read_bytes()).metric == "output_kl"
+    assert parse_plan(one.read_bytes()).metric == "output_kl"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from fastapi.testclient import TestClient
 
+from search.black_box import black_box
+from search.choosers import CHOOSERS
 from sensitivity.session import Session
 from sensitivity.units import MeasureUnit
-from service.cli.main import app
+from service.app import create_app
+from service.client import Client
 from service.local import Local
 from service.local_inputs import factory_source, file_data
 from service.settings import Settings
@@ -23,7 +27,6 @@ PARAMETERS: dict[str, Any] = {
     "samples": 8,
     "evaluations": 12,
     "interactions": False,
-    "task": "image_classification",
 }
 SOURCES = {"nsga2": "nsga2", "motpe": "motpe", "black_box": "black box"}
 
@@ -85,6 +88,29 @@ def test_the_plan_tells_the_pareto_set_of_what_was_measured(search: Any, chooser
     assert losses[0] == min(one["measured"]["mean"] for one in plan["candidates"])
 
 
+def test_a_plan_of_the_pareto_set_is_made_by_its_layers_as_pins(search: Any, tmp_path: Path) -> None:
+    job, plan = search("a", chooser="nsga2", evaluations=4)
+    url = f"sqlite:///{tmp_path}/a/bitplan.db"
+    with TestClient(create_app(Settings(data_dir=tmp_path / "a", database_url=url))) as http:
+        client = Client(str(http.base_url), http=http)  # type: ignore[arg-type]
+        [found] = client.job(job.id).plans()
+        assert found.pareto == plan["pareto"]
+        cheapest = found.pareto[-1]
+        [made] = client.job(job.id).solve(["7 bpw"], pins=cheapest["layers"])
+    assert made.document is not None
+    assert {name: layer["scheme"] for name, layer in made.document["layers"].items()} == cheapest["layers"]
+    assert made.resource["resources"] == cheapest["resources"]
+
+
+def test_the_seed_of_the_request_is_that_of_its_search(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    make = black_box.sampler
+    watched = replace(black_box, sampler=lambda seed: seeds.append(seed) or make(seed))
+    monkeypatch.setitem(CHOOSERS, "black_box", replace(CHOOSERS["black_box"], choose=watched))
+    search("a", chooser="black_box", evaluations=1, seed=7)
+    assert seeds == [7]
+
+
 def test_a_search_by_the_loss_alone_has_no_pareto_set(search: Any) -> None:
     _, plan = search("a", chooser="black_box", evaluations=1)
     assert plan["pareto"] == []
@@ -124,19 +150,12 @@ def test_more_evaluations_go_on_from_the_trials_of_fewer(
     assert sum(one["source"] == "nsga2" for one in plan["candidates"]) == 12
 
 
-def test_the_command_prints_the_pareto_set(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
-    model = tiny("mlp")
-    line = (
-        f"run --factory {model.location} -c {model.data} -b 7bpw --data-dir {tmp_path}/d --schemes w2,w4,w8"
-    )
-    line += " --task image_classification --samples 8 --evaluations 4 --no-interactions --chooser nsga2"
-    found = CliRunner().invoke(app, line.split())
+def test_the_command_prints_the_pareto_set(tiny: Any, run_factory: Callable[..., Any]) -> None:
+    line = ("-b", "7bpw", "--evaluations", "4", "--no-interactions", "--chooser", "nsga2")
+    found = run_factory(tiny("mlp"), *line)
     assert found.exit_code == 0, found.output
     assert "Pareto set at 7bpw, measured on the choosing part" in found.output
-    [told] = json.loads(CliRunner().invoke(app, [*line.split(), "--json"]).stdout)
+    [told] = json.loads(run_factory(tiny("mlp"), *line, "--json").stdout)
     best = told["pareto"][0]
     assert f"{best['objectives']['loss']:.4g}" in found.output
     assert all(scheme in found.output for scheme in best["layers"].values())
