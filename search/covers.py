@@ -126,9 +126,10 @@ class Part:
         """Raises CoverError for more than `most`."""
         if count > most:
             names = [self.table.layer_names[layer] for layer in self.layers]
+            shown = names if len(names) < 6 else [*names[:4], f"{len(names) - 4} others"]
             raise CoverError(
                 f"Layers that fused candidates hang together must have at most {most:,} {what}. Got more for "
-                f"{len(names)} layers: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}. Keep fewer "
+                f"{len(names)} layers: {', '.join(shown)}. Keep fewer "
                 "candidates or schemes (--forbid), tie layers, or leave out metrics and resources that are "
                 "not asked for."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from fractions import Fraction
+from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from search.compile import CompileError, compile_problem
 from search.conflict import conflict_of
 from search.decoupled import parts_of
 from search.explain import explain
-from search.frontier import between, frontier
 from search.objectives.catalog import parse_objective, solve_objective
 from search.objectives.objective import ObjectiveError
 from search.pairwise import pairwise_model
@@ -248,38 +247,92 @@ def test_every_solver_gives_the_same_plan_value(solver: str) -> None:
     assert solved > 2
 
 
-def test_a_frontier_with_candidates_is_that_of_all_plans() -> None:
-    pair = {"layers": ["v", "up"], "scheme": "w8", "resources": {"latency_ns": 15}, "metrics": {"loss": 0.5}}
-    compiled = compile_problem(_table(QKV, pair))
-    plans = _every_plan(compiled.table)
-    pareto = [p for p in plans if not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in plans)]
-    found = between(compiled, "latency_ns", Fraction(1), Fraction(48))
-    assert [(point.used, point.objective) for point in found.points] == sorted(set(pareto))
-    supported = {(point.used, point.objective) for point in frontier(compiled, "latency_ns")}
-    assert supported <= set(pareto)
-    assert {min(pareto), max(pareto)} <= supported
-    assert any(compiled.fused(point.choice) for point in found.points)
+def _two_metrics(seed: int) -> ScoreTable:
+    """Four layers and two or three candidates, which state each number or not."""
+    rng = random.Random(seed)
+
+    def rows(most: float) -> list[list[float]]:
+        return [[rng.uniform(0, most) for _ in range(3)] for _ in range(4)]
+
+    metrics = {name: {"direction": "min", "values": rows(9), "stderr": rows(1)} for name in ("loss", "other")}
+    fused = []
+    for _ in range(rng.choice([2, 3])):
+        stated = [name for name in metrics if rng.random() < 0.6]
+        fused.append(
+            {
+                "layers": rng.sample(["q", "k", "v", "up"], rng.choice([2, 3])),
+                "scheme": rng.choice(["w2", "w4", "w8"]),
+                "metrics": {name: rng.uniform(2, 12) for name in stated},
+                "stderr": {name: rng.uniform(0, 1) for name in stated},
+                "resources": {"latency_ns": rng.randint(10, 24)},
+            }
+        )
+    return _table(*fused, metrics=metrics)
 
 
-def _every_plan(table: ScoreTable) -> list[tuple[Fraction, float]]:
-    """Latency and loss of all plans of four layers, from the definition."""
-    found = []
-    for cells in np.ndindex(3, 3, 3, 3):
-        for used in ([], [0], [1]):
-            covered = {name for i in used for name in table.fused[i].layers}
-            schemes = dict(zip(table.layer_names, cells, strict=True))
-            if any(table.schemes[schemes[n]] != table.fused[i].scheme for i in used for n in covered):
-                continue
-            latency = sum(DOCUMENT["resources"]["latency_ns"][0][schemes[n]] for n in set(schemes) - covered)
-            loss = sum(
-                DOCUMENT["metrics"]["loss"]["values"][i][schemes[n]]
-                for i, n in enumerate(table.layer_names)
-                if not any("loss" in table.fused[f].metrics and n in table.fused[f].layers for f in used)
+def _every_plan(table: ScoreTable, name: str, member: str = "metrics") -> dict[tuple[Any, ...], float]:
+    """A number of every plan of four layers, from the definition: schemes and candidates -> total."""
+    cells = table.resources[name] if member == "resources" else table.metrics[name].values
+    if member == "stderr":
+        cells = table.metrics[name].stderr
+    found = {}
+    for schemes in product(range(3), repeat=4):
+        for used in chain(*(combinations(range(len(table.fused)), size) for size in range(3))):
+            picked = [table.fused[i] for i in used]
+            covered = [name for one in picked for name in one.layers]
+            agree = all(
+                table.schemes[schemes[table.layer_names.index(layer)]] == one.scheme
+                for one in picked
+                for layer in one.layers
             )
-            latency += sum(int(table.fused[i].resources["latency_ns"]) for i in used)
-            loss += sum(table.fused[i].metrics.get("loss", 0) for i in used)
-            found.append((Fraction(latency), float(loss)))
+            if not agree or len(set(covered)) < len(covered):
+                continue
+            stated = [
+                one for one in picked if name in (one.metrics if member == "stderr" else vars(one)[member])
+            ]
+            apart = {layer for one in stated for layer in one.layers}
+            own = [cells[i][c] for i, c in enumerate(schemes) if table.layer_names[i] not in apart]
+            found[schemes, used] = float(sum(own) + sum(vars(one)[member][name] for one in stated))
     return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "weighted: loss=1, other=0.5",
+        "weighted_normalized: loss=1, other=2",
+        "lexicographic: other within 20%, loss",
+        "uncertainty: 2",
+        "worst: loss, other",
+    ],
+)
+def test_objectives_over_candidates_equal_every_plan_tried(text: str) -> None:
+    fused = 0
+    for seed in range(12):
+        table = _two_metrics(seed)
+        compiled = compile_problem(table, metric="loss", limits=parse_limits(["latency_ns<=34"]))
+        solution = solve_objective(compiled, parse_objective(text)).solution
+        latency = _every_plan(table, "latency_ns", "resources")
+        loss, other = _every_plan(table, "loss"), _every_plan(table, "other")
+        error = _every_plan(table, "loss", "stderr")
+        span = {id(one): max(one.values()) - min(one.values()) for one in (loss, other)}
+        values = {
+            "weighted": {plan: loss[plan] + other[plan] / 2 for plan in loss},
+            "weighted_normalized": {
+                plan: loss[plan] / span[id(loss)] + 2 * other[plan] / span[id(other)] for plan in loss
+            },
+            "uncertainty": {plan: loss[plan] + 2 * error[plan] for plan in loss},
+            "worst": {plan: max(loss[plan], other[plan]) for plan in loss},
+            "lexicographic": loss,
+        }[text.partition(":")[0]]
+        plans = [plan for plan in loss if latency[plan] <= 34]
+        if text.startswith("lexicographic"):
+            least = min(other[plan] for plan in plans)
+            plans = [plan for plan in plans if other[plan] <= 1.2 * least]
+        assert solution.status is Status.OPTIMAL, seed
+        assert solution.objective == pytest.approx(min(values[plan] for plan in plans), rel=1e-9), seed
+        fused += bool(compiled.fused(solution.choice or ()))
+    assert fused > 4
 
 
 def test_ranges_count_plans_that_nothing_would_choose() -> None:

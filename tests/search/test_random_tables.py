@@ -16,6 +16,7 @@ import pytest
 
 from search.budget import Limit
 from search.compile import compile_problem
+from search.frontier import between, frontier
 from search.problem import Status
 from search.solve import solve
 from sensitivity.table import Fused, ScoreTable
@@ -243,3 +244,27 @@ def _agree(seeds: range) -> None:
     assert min(seen.values()) > 50
     assert len(seen) == 2
     assert fused > 25
+
+
+def test_random_frontiers_with_candidates_equal_every_plan_tried() -> None:
+    tried = 0
+    for seed in range(MANY, MANY + 60):
+        case = _case(seed)
+        everything = [plans for plans in _everything(case) if len(plans.schemes)]
+        if not case.table.fused or not everything:
+            continue
+        sign = 1 if case.table.metrics["m"].direction == "min" else -1
+        used = np.concatenate([_used(case, plans, "r0") for plans in everything])
+        scores = sign * np.concatenate([_scores(case, plans) for plans in everything])
+        curve: dict[Fraction, float] = {}
+        for total in np.unique(used):
+            best = scores[used == total].min()
+            if best < min(curve.values(), default=np.inf) - 1e-12:
+                curve[Fraction(int(total), 4)] = best
+        compiled = compile_problem(case.table, ties=case.ties, pins=case.pins, forbidden=case.forbidden)
+        found = between(compiled, "r0", Fraction(0), Fraction(10**6), most=1000)
+        assert [point.used for point in found.points] == list(curve), seed
+        assert [sign * point.objective for point in found.points] == pytest.approx(list(curve.values()))
+        assert {point.used for point in frontier(compiled, "r0")} <= set(curve), seed
+        tried += 1
+    assert tried > 15
