@@ -10,6 +10,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from service.api.context import Context, Ctx
+from service.api.guarded import Guarded
 from service.api.lookup import find_job
 from service.api.resources import Resource
 from service.db.repositories import webhooks
@@ -18,7 +19,7 @@ from service.records import JobRecord, WebhookRecord
 from service.webhooks.guard import DestinationRefused, Guard, parse_destination
 from service.wire import Webhook
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Guarded)
 
 
 class Delivery(Resource):
