@@ -65,7 +65,7 @@ def hand_back_freed_memory() -> None:
 
 
 def trim() -> None:
-    """Give back what freed blocks still hold between used ones (glibc), so that only what is used is counted."""
+    """Give back freed blocks between used ones (glibc), so that only what is used is counted."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

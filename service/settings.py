@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
     `model_folders` is an allow-list, separated like PATH. `memory_limit` ("2 GiB") holds for each worker that
     measures (searches, correlations, evidence, evaluation). The lease must outlive at least two heartbeats.
+    `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
+    for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
+    quotas of its own instead.
 
     Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
     workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
@@ -55,6 +58,12 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
     memory_limit: str = ""
+    access: Literal["auto", "keys", "open"] = "auto"
+    rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
+    rate_burst: int = Field(default=200, ge=1)
+    quota_jobs: int = Field(default=1000, ge=0)
+    quota_bytes: str = "256 GiB"
+    quota_running: int = Field(default=0, ge=0)
     keep_jobs_days: float = Field(default=0.0, ge=0)
     keep_logs_days: float = Field(default=14.0, ge=1)
     keep_uploads_days: float = Field(default=7.0, ge=1)
@@ -74,7 +83,7 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("memory_limit")
+    @field_validator("memory_limit", "quota_bytes")
     @classmethod
     def _amount(cls, value: str) -> str:
         if value:
@@ -96,6 +105,12 @@ class Settings(BaseSettings):
                 f"Got {self.heartbeat_seconds} and {self.lease_seconds}. Raise BITPLAN_LEASE_SECONDS."
             )
         return self
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """What a tenant without quotas of its own may have; 0 is no limit."""
+        kept = parse_bytes(self.quota_bytes) if self.quota_bytes else 0
+        return {"jobs": self.quota_jobs, "bytes": kept, "running": self.quota_running}
 
     def as_environment(self) -> dict[str, str]:
         """The environment variables that give another process these same settings."""

@@ -15,11 +15,13 @@ from quant.digest import digest
 from service.api.conditional import IfNoneMatch, Prefer, matches, not_modified, wait_seconds
 from service.api.context import After, Context, Ctx, Limit
 from service.api.event_stream import STREAM_RESPONSES, Accept, LastEventId, open_stream, wants_stream
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
 from service.api.job_resources import Event, Job
 from service.api.lookup import find_job
 from service.api.pages import page_of, position
+from service.api.quotas import UNKNOWN, require_bytes, require_job
 from service.api.resources import Page
 from service.db.repositories import events, jobs
 from service.errors import Conflict
@@ -27,7 +29,7 @@ from service.records import JobRecord
 from service.states import PENDING, IllegalTransition, JobKind, JobState
 from service.wire import JobRequest, LocalJobRequest
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Guarded)
 RETRY_SECONDS = "1"
 ALIVE = PENDING | {JobState.SUCCEEDED}
 
@@ -42,6 +44,7 @@ def submit(body: JobRequest, context: Ctx, key: IdempotencyKey = None) -> Respon
 
     def create(session: Session) -> Answer:
         check_job(context, session, body)
+        require_job(context, session)
         return accepted(
             jobs.create(
                 session,
@@ -123,6 +126,7 @@ def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
             )
         if job.kind == JobKind.SEARCH:
             check_job(context, session, LocalJobRequest.model_validate(job.request))
+        require_job(context, session)
         return accepted(
             jobs.create(
                 session,
@@ -186,13 +190,17 @@ def queued_once(
     request: Mapping[str, Any],
     content: str,
     is_there: Callable[[JobRecord], bool] = lambda job: True,
+    *,
+    size: int = 0,
 ) -> JobRecord:
     """The job whose digest is `content` that waits, runs or succeeded, or else a new one; `is_there` says
-    whether what a finished one made is still to be had.
+    whether what a finished one made is still to be had, `size` how many bytes a new one makes at least.
     """
     known = jobs.find_by_request(session, content, ALIVE, context.tenant)
     if known is not None and (not known.finished or is_there(known)):
         return known
+    require_job(context, session)
+    require_bytes(context, session, {UNKNOWN: size})
     return jobs.create(session, kind=kind, request=request, request_digest=content, tenant=context.tenant)
 
 

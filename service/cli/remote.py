@@ -48,6 +48,7 @@ def submit(
     watch: Watch = False,
     dry_run: options.DryRun = False,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Send a model and calibration data to a server and start a search there; -o waits for its plans."""
@@ -57,7 +58,7 @@ def submit(
         if dry_run:
             _preview(Path(model), Path(calibration), parameters, as_json=as_json)
             return
-        with client_of(server, patient=True) as client:
+        with client_of(server, key_file, patient=True) as client:
             job = client.submit(model=model, calibration=calibration, **parameters)
             if not (watch or output):
                 _print_job(job, as_json=as_json)
@@ -67,49 +68,71 @@ def submit(
             _finish(job.plans(), output, job, several=several_plans(parameters), as_json=as_json)
 
 
-def models(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
+def models(
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
     """List the models that the server has."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         rows = [model if as_json else {**(model["summary"] or {}), **model} for model in client.models()]
         _show_rows(("id", "state", "model_type", "parameters", "created_at"), rows, as_json=as_json)
 
 
-def jobs(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
+def jobs(
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
     """List the jobs of the server, the newest first."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         rows = [{**job.resource, **({} if as_json else _asked(job.resource))} for job in client.jobs()]
         _show_rows(("id", "state", "stage", "model", "budgets", "name", "created_at"), rows, as_json=as_json)
 
 
 def status(
-    job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show where one job stands, and why it failed if it did."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         _print_job(client.job(job), as_json=as_json)
 
 
-def watch(job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
+def watch(
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
     """Follow a job to its end and show its plans. Ctrl-C leaves the job running."""
-    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=True) as client:
+    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, key_file, patient=True) as client:
         handle = client.job(job)
         follow(handle, as_json=as_json)
         _finish(handle.plans(), None, handle, as_json=as_json)
 
 
 def cancel(
-    job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Stop a job; its scores are kept."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         _print_job(client.job(job).cancel(), as_json=as_json)
 
 
 def resume(
-    job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Go on from the scores of a job that failed or was cancelled, as a new job."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         _print_job(client.job(job).resume(), as_json=as_json)
 
 
@@ -121,10 +144,11 @@ def scores(
         typer.Option("--against", help="Also show each score's difference from that of this scheme, paired."),
     ] = None,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what each layer loses in each scheme, with standard errors."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         rows = [vars(score) for score in client.job(job).scores(metric, against)]
         columns = ("layer", "scheme", "metric", "value", "stderr", "samples")
         paired = ("difference", "difference_stderr") if against else ()
@@ -154,10 +178,11 @@ def plan(
         bool, typer.Option("--measure", help="Measure evidence for the new plans too.")
     ] = False,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Plan from stored scores, in milliseconds: other budgets, limits, pins, ties, forbidden choices ..."""
-    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=measure) as client:
+    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, key_file, patient=measure) as client:
         wanted = required(budgets)
         check_output(output, several=len(wanted) > 1)
         solved = client.job(job).solve(
@@ -180,16 +205,18 @@ def plan(
         _finish(solved, output, several=len(wanted) > 1, as_json=as_json)
 
 
-def client_of(server: str, *, patient: bool = False) -> Client:
+def client_of(server: str, key_file: Path | None, *, patient: bool = False) -> Client:
     """A client that, unless it is patient, gives up on a server that is not there within a second."""
     from service.client import Client
+    from service.remote.key import find_key
 
     if not server.startswith(("http://", "https://")):
         raise ValueError(
             f"--server must be an address that begins with http:// or https://. Got {server!r}. "
             f"Use for example {options.DEFAULT_SERVER}."
         )
-    return Client(server) if patient else Client(server, retries=SHORT_TRIES)
+    key = find_key(file=key_file)
+    return Client(server, key=key) if patient else Client(server, key=key, retries=SHORT_TRIES)
 
 
 def is_remote(name: str) -> bool:

@@ -258,7 +258,7 @@ def scope_of(api: Any, path: str) -> dict[str, Any]:
         "query_string": b"",
         "root_path": "",
         "scheme": "http",
-        "headers": [(b"accept", b"text/event-stream"), (b"host", b"testserver")],
+        "headers": [(b"accept", b"text/event-stream"), (b"host", b"localhost")],
         "server": ("testserver", 80),
         "client": ("127.0.0.1", 1),
         "app": api.http.app,
