@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from service.db.engine import Database
 from service.db.repositories import jobs, webhooks
 from service.failpoints import failpoint
+from service.metrics import WEBHOOK_ATTEMPTS
 from service.records import WebhookRecord
 from service.settings import Settings
 from service.states import WebhookState
@@ -98,8 +99,10 @@ class Deliveries:
             else:
                 pause = self._pauses[claimed.attempts - 1]
                 webhooks.postpone(session, claimed, pause, outcome.status, outcome.error)
+        done = "delivered" if outcome.delivered else "given_up" if last else "failed"
+        WEBHOOK_ATTEMPTS.labels(done).inc()
         log.info(
-            "webhook.delivered" if outcome.delivered else "webhook.given_up" if last else "webhook.failed",
+            f"webhook.{done}",
             job=claimed.job_id,
             webhook=claimed.id,
             attempt=claimed.attempts,

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 import uvicorn
 
+from service import metrics
 from service.api import event_stream, watcher
 from service.api.stopping import calling_at_stop
 from service.app import create_app
@@ -187,6 +188,7 @@ def test_streams_are_limited_for_each_client_and_in_all(api, job, serving, setti
             with http.sse(path_of(job)), http.sse(path_of(job)):
                 refused = http.get(path_of(job), headers=STREAM)
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+                assert metrics.API.get_sample_value("bitplan_event_streams") >= 2
                 assert refused.json()["type"] == "urn:bitplan:problem:too-many-streams"
                 assert words in refused.json()["detail"]
                 assert http.get(path_of(job)).status_code == 200

@@ -17,6 +17,7 @@ import pytest
 from service.db.engine import Database
 from service.db.repositories import jobs, webhooks
 from service.failpoints import FailpointReached
+from service.metrics import RUNNER
 from service.records import JobRecord, WebhookRecord
 from service.runner.deliveries import PAUSES, Deliveries, deliveries_of, delivering
 from service.settings import Settings
@@ -113,6 +114,7 @@ def test_after_the_last_attempt_it_is_given_up_with_the_reason(database, receive
     while work.deliver_one():
         pass
     record = told(job)
+    assert RUNNER.get_sample_value("bitplan_webhook_attempts_total", {"outcome": "given_up"}) >= 1
     assert len(receiver.received) == record.attempts == 3
     assert (record.state, record.last_status, record.last_error) == ("failed", 500, "HTTP status 500")
     assert record.secret is None
