@@ -40,7 +40,7 @@ PEERS = (
     Peer("ModelOpt kl_div", *MODELOPT, "kl_div"),
     Peer("AutoRound AutoScheme", *AUTOROUND, "", ("lm",), "takes language models alone"),
     Peer("MCT", *MCT, "average"),
-    Peer("MCT Hessian", *MCT, "hessian"),
+    Peer("MCT Hessian", *MCT, "hessian", ("cnn",), "needs over 7 minutes of CPU for its Hessians here"),
     Peer("NNCF", *NNCF),
     Peer("AIMET AMP", *AIMET),
 )

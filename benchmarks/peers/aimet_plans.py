@@ -8,12 +8,13 @@ points of this list and changes none, so it is left out.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch
 from asked import Asked, Scheme, timed
 from missing_operators import declare_missing_operators
-from plain import plain
+from plain import PlainNorm, plain
 from torch import nn
 
 WIDE = 16
@@ -23,6 +24,7 @@ WIDE = 16
 def main() -> None:
     declare_missing_operators()
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     asked = Asked.from_command()
     plans, seconds = timed(lambda: search(asked))
     asked.answer("aimet-torch", plans, seconds)
@@ -34,6 +36,7 @@ def search(asked: Asked) -> dict[float, dict[str, str]]:
     from aimet_torch.amp.utils import _mock_v1_quantizers
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
     from aimet_torch.common.defs import CallbackFunc, QuantizationDataType
+    from aimet_torch.nn import QuantizationMixin
     from aimet_torch.quantsim import QuantizationSimModel
 
     model = plain(asked)
@@ -42,6 +45,7 @@ def search(asked: Asked) -> dict[float, dict[str, str]]:
         exact = [model(batch).log_softmax(-1) for batch in inputs]
     if asked.kind == "cnn":
         fold_all_batch_norms(model, None, dummy_input=inputs[0])
+    QuantizationMixin.ignore(PlainNorm)
     sim = QuantizationSimModel(model, inputs[0], default_param_bw=max(x.bits for x in asked.schemes))
     weights_alone(sim, asked.layers)
 

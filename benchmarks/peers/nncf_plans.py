@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ METRICS = ("weight_quantization_error", "max_activation_variance", "hessian_inpu
 
 def main() -> None:
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     asked = Asked.from_command()
     plans, seconds = timed(lambda: search(asked))
     asked.answer("nncf", plans, seconds)
