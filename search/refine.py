@@ -42,12 +42,14 @@ class Measured:
     """The measured quality of one plan, smaller is better: mean, its standard error, every sample.
 
     `halves` are the means of two halves of the samples, the same two for every plan; () where there are none.
+    `parts` are the losses that the mean is made of, by name, where there are several.
     """
 
     mean: float
     stderr: float
     per_sample: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     halves: tuple[float, ...] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def counts_against(self, other: Measured) -> bool:
         """Whether it is clearly better than the other one, by CLEAR standard errors of the difference over
@@ -77,23 +79,29 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One measured plan, in the order of measuring; `accepted` says that it became the best so far."""
+    """One measured plan, in the order of measuring; `accepted` says that it became the best so far. In a
+    Pareto set `objectives` are what no other plan has all better.
+    """
 
     source: str
     assignment: Assignment
     predicted: float
     measured: Measured
     accepted: bool
+    objectives: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """The best measured plan. `source` is the candidate it came from, "corrected model" or "local search"."""
+    """The best measured plan. `source` is the candidate it came from, "corrected model" or "local search".
+    `pareto` are, where several objectives were searched, the measured plans that none beats in all of them.
+    """
 
     assignment: Assignment
     source: str
     measured: Measured
     trace: tuple[Evaluation, ...]
+    pareto: tuple[Evaluation, ...] = ()
 
 
 Measure = Callable[[Sequence[Assignment]], Sequence[Measured]]
@@ -148,6 +156,11 @@ class MeasuredSearch:
     def room(self) -> Room:
         """What moves and repairs work on."""
         return self._room
+
+    @property
+    def evaluated(self) -> Mapping[Choice, Evaluation]:
+        """Every measured choice, in the order of measuring."""
+        return self._choices
 
     @property
     def measured(self) -> list[tuple[Choice, float]]:

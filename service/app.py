@@ -32,6 +32,10 @@ from service.api import (
 from service.api.context import Context
 from service.api.cursors import Cursors, load_secret
 from service.api.local_only import LocalOnly
+from service.api.requests import Requests
+from service.api.slots import Slots
+from service.api.stopping import calling_at_stop
+from service.api.watcher import Watcher
 from service.db import migrate
 from service.db.engine import Database
 from service.settings import Settings
@@ -73,11 +77,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chosen = settings or Settings()
         logs.configure(chosen.log_level)
+        logs.adopt_libraries(chosen.log_level)
         context = open_context(chosen)
         app.state.context = context
         try:
-            yield
+            with calling_at_stop(context.watcher.close):
+                yield
         finally:
+            await context.watcher.end()
             context.database.close()
 
     app = FastAPIOffline(
@@ -91,6 +98,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install(app)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(LocalOnly)
+    app.add_middleware(Requests)
     for router in ROUTERS:
         app.include_router(router)
     return app
@@ -110,7 +118,10 @@ def open_context(settings: Settings) -> Context:
     except BaseException:
         database.close()
         raise
-    return Context(settings, database, BlobStore(settings.data_dir), cursors)
+    slots = Slots(settings.max_streams, settings.max_streams_per_client)
+    return Context(
+        settings, database, BlobStore(settings.data_dir), cursors, watcher=Watcher(database), slots=slots
+    )
 
 
 def _to_docs() -> RedirectResponse:

@@ -9,6 +9,7 @@
       TooLarge              413
       UnsupportedFile       415
       Unprocessable         422
+      TooMany               429
       Unavailable           503
       InsufficientStorage   507
 
@@ -110,6 +111,12 @@ class Unprocessable(ServiceError):
     """The request was understood and is wrong."""
 
     status, title = 422, "Unprocessable"
+
+
+class TooMany(ServiceError):
+    """More at a time, or in a while, than one client or the service allows."""
+
+    status, title = 429, "Too many"
 
 
 class Unavailable(ServiceError):

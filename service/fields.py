@@ -230,6 +230,21 @@ Pins = Annotated[
         description="Layer name or pattern -> the scheme it must get; attention layers kv-full, kv-int8 ....",
     ),
 ]
+Forbid = Annotated[
+    dict[
+        Text,
+        Annotated[
+            list[Annotated[Text, AfterValidator(any_scheme)]],
+            Field(min_length=1, max_length=MOST_SCHEMES),
+            AfterValidator(distinct),
+        ],
+    ],
+    Field(
+        max_length=MOST_PATTERNS,
+        description="Layer name or pattern -> schemes of the menu that it must not get, nor be measured in.",
+        examples=[{"*.down_proj": ["w2", "w3"]}],
+    ),
+]
 Ties = Annotated[
     list[Annotated[list[Text], Field(min_length=1, max_length=MOST_PATTERNS)]],
     Field(max_length=MOST_PATTERNS, description="Sets of layer names or patterns that get one scheme."),

@@ -120,15 +120,33 @@ class EventRecord:
 
 
 @dataclass(frozen=True)
-class ScoreSetRecord:
-    """The circumstances under which scores are equal; `inspection` is what the worker saw in the model and
-    data.
+class StandingRecord:
+    """Where a job stands, for those who wait for it: `version` grows with every visible change, `seq` is the
+    number of its last event.
     """
+
+    id: str
+    state: JobState
+    stage: Stage | None
+    done: int
+    total: int
+    eta_seconds: float | None
+    version: int
+    seq: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True)
+class ScoreSetRecord:
+    """The circumstances under which scores are equal."""
 
     digest: str
     tenant: str
     settings: Json
-    inspection: Json | None
     created_at: datetime
 
 
@@ -182,6 +200,45 @@ class AttemptRecord:
     unit_key: str
     attempts: int
     last_failure: Json
+
+
+@dataclass(frozen=True)
+class RunnerRecord:
+    """A runner that has said that it lives, `seconds_ago`; `metrics` are what it has counted, in the text
+    format of Prometheus.
+    """
+
+    name: str
+    host: str
+    pid: int
+    process: str
+    version: str
+    started_at: datetime
+    seconds_ago: float
+    metrics: str
+
+    @property
+    def label(self) -> str:
+        """A short name: host, process id, and what tells two of these apart."""
+        return f"{self.host.partition('/')[0]}:{self.pid}:{self.name[:6]}"
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """How much there is at this moment; `jobs` counts by kind and state."""
+
+    jobs: Mapping[tuple[str, str], int]
+    oldest_queued_seconds: float
+    leases: int
+    expired_leases: int
+    blobs: int
+    blob_bytes: int
+    free_bytes: int
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait for a runner."""
+        return sum(count for (_, state), count in self.jobs.items() if state == JobState.QUEUED)
 
 
 @dataclass(frozen=True)

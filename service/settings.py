@@ -28,6 +28,11 @@ class Settings(BaseSettings):
     ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
     `model_folders` is an allow-list, separated like PATH. `memory_limit` ("2 GiB") holds for each worker that
     measures (searches, correlations, evidence, evaluation). The lease must outlive at least two heartbeats.
+
+    Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
+    workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
+    `unreferenced_hours`; runners collect every `gc_interval_hours` (0: only ``bitplan gc`` does). With less
+    than `least_free_bytes` on the disk of the store the service says that it is not ready.
     """
 
     model_config = SettingsConfigDict(
@@ -45,9 +50,18 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(default=15.0, gt=0)
     poll_seconds: float = Field(default=1.0, gt=0)
     grace_seconds: float = Field(default=10.0, ge=0)
+    max_streams: int = Field(default=5000, ge=1)
+    max_streams_per_client: int = Field(default=200, ge=1)
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
     memory_limit: str = ""
+    keep_jobs_days: float = Field(default=0.0, ge=0)
+    keep_logs_days: float = Field(default=14.0, ge=1)
+    keep_uploads_days: float = Field(default=7.0, ge=1)
+    keep_keys_days: float = Field(default=7.0, ge=1)
+    unreferenced_hours: float = Field(default=24.0, ge=1)
+    gc_interval_hours: float = Field(default=1.0, ge=0)
+    least_free_bytes: int = Field(default=256 * 2**20, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("data_dir")

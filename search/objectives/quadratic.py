@@ -82,8 +82,8 @@ class Quadratic:
     def _model(self, compiled: Compiled) -> PairwiseModel:
         if not compiled.table.interactions:
             raise ObjectiveError(
-                "The objective quadratic must have interactions in the table. Got none. A search measures"
-                " them (gram_output) unless it declines; a re-solve has none: submit a search for it."
+                "The objective quadratic must have interactions in the table. Got none. Add them; a search"
+                " measures them (gram_output) unless it declines."
             )
         try:
             return pairwise_model(compiled, next(iter(compiled.table.interactions.values())), self.weight)

@@ -22,6 +22,7 @@ from service.api.job_resources import Job
 from service.api.jobs import RETRY_SECONDS, accepted, queued_once
 from service.api.lookup import find_job, find_plan
 from service.api.plans import PlanId
+from service.api.resources import items_of
 from service.checkpoints import request_of, require_calibration, require_model
 from service.db.repositories import jobs
 from service.errors import Conflict, NotFound, Unprocessable
@@ -36,12 +37,7 @@ Consumer = Annotated[str, Query(max_length=100, description=f"One of {', '.join(
 @router.get("/checkpoints")
 def list_checkpoint_consumers() -> dict[str, Any]:
     """The consumers that a plan's weights can be written for, and what they get: a folder or a file."""
-    return {
-        "items": [
-            {"name": entry.name, "writes": entry.writes, "summary": entry.summary, "source": entry.source}
-            for entry in CHECKPOINTS.values()
-        ]
-    }
+    return items_of(CHECKPOINTS, "name", "writes", "summary", "source")
 
 
 @router.post("/plans/{plan_id}/checkpoint", status_code=202, response_model=Job)

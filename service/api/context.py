@@ -9,6 +9,8 @@ from fastapi import Depends, Query, Request
 
 from service.api.cursors import Cursors
 from service.api.kept_inputs import KeptInputs
+from service.api.slots import Slots
+from service.api.watcher import Watcher
 from service.db.engine import Database
 from service.settings import Settings
 from service.store.blobs import BlobStore
@@ -18,14 +20,16 @@ LARGEST_PAGE = 200
 
 @dataclass(frozen=True)
 class Context:
-    """One request's view of the service; `tenant` limits every statement it makes, `kept` are planning inputs
-    that requests share.
+    """One request's view of the service; `tenant` limits every statement it makes. Requests share `kept`
+    planning inputs, the `watcher` of jobs and the `slots` of streams.
     """
 
     settings: Settings
     database: Database
     store: BlobStore
     cursors: Cursors
+    watcher: Watcher
+    slots: Slots
     tenant: str = "default"
     kept: KeptInputs = field(default_factory=KeptInputs)
 

@@ -62,7 +62,9 @@ class Decision(Resource):
 
 
 class Relief(Resource):
-    """A pin, tie, protection or rule of a runtime, or all together, left out at the same limits."""
+    """A pin, tie, protection, forbidden choice or rule of a runtime, or all together, left out at the same
+    limits.
+    """
 
     kind: str
     name: str

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import anyio
+import structlog
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from quant.digest import digest
 from service.api.conditional import IfNoneMatch, Prefer, matches, not_modified, wait_seconds
 from service.api.context import After, Context, Ctx, Limit
+from service.api.event_stream import STREAM_RESPONSES, Accept, LastEventId, open_stream, wants_stream
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
 from service.api.job_resources import Event, Job
@@ -29,8 +30,8 @@ from service.wire import JobRequest, LocalJobRequest
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 RETRY_SECONDS = "1"
 ALIVE = PENDING | {JobState.SUCCEEDED}
-POLL_SECONDS = 0.1
 
+log = structlog.get_logger()
 JobId = Annotated[str, Path(max_length=100)]
 
 
@@ -79,15 +80,13 @@ def list_jobs(
 async def get_job(
     job_id: JobId, context: Ctx, if_none_match: IfNoneMatch = None, prefer: Prefer = None
 ) -> Response:
-    """The job as it stands. With If-None-Match and `Prefer: wait=N` the answer comes when it changes."""
-    deadline = time.monotonic() + wait_seconds(prefer)
-    while True:
-        job = await run_in_threadpool(_read, context, job_id)
-        unchanged = matches(etag_of(job), if_none_match)
-        if not unchanged or job.finished or time.monotonic() >= deadline:
-            break
-        await anyio.sleep(POLL_SECONDS)
-    if unchanged:
+    """The job as it stands. With `Prefer: wait=N` the answer comes when it has ended, and with If-None-Match
+    too when it has changed.
+    """
+    job = await run_in_threadpool(_read, context, job_id)
+    if seconds := wait_seconds(prefer):
+        job = await _awaited(context, job, if_none_match, seconds)
+    if matches(etag_of(job), if_none_match):
         return not_modified(etag_of(job), _retry_headers(job))
     headers = {"ETag": etag_of(job), **_retry_headers(job)}
     return Response(Job.of(job).model_dump_json(), headers=headers, media_type="application/json")
@@ -152,9 +151,18 @@ def delete(job_id: JobId, context: Ctx) -> None:
         context.store.remove(forgotten)
 
 
-@router.get("/{job_id}/events")
-def list_events(job_id: JobId, context: Ctx, limit: Limit = 200, cursor: After = None) -> Page[Event]:
-    """What happened to the job, in order."""
+@router.get("/{job_id}/events", response_model=Page[Event], responses=STREAM_RESPONSES)
+def list_events(
+    job_id: JobId,
+    context: Ctx,
+    limit: Limit = 200,
+    cursor: After = None,
+    accept: Accept = None,
+    last_event_id: LastEventId = None,
+) -> Page[Event] | Response:
+    """What happened to the job, in order; with `Accept: text/event-stream` also what is still to happen."""
+    if wants_stream(accept):
+        return open_stream(context, job_id, last_event_id)
     kind = f"events of {job_id}"
     with context.database.read() as session:
         find_job(context, session, job_id)
@@ -165,7 +173,8 @@ def list_events(job_id: JobId, context: Ctx, limit: Limit = 200, cursor: After =
 
 
 def accepted(job: JobRecord) -> Answer:
-    """202 with where to ask and when."""
+    """202 with where to ask and when; the log tells which request the job came from."""
+    log.info("job.accepted", job=job.id, kind=str(job.kind), state=str(job.state))
     headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **_retry_headers(job)}
     return Answer(202, Job.of(job), headers)
 
@@ -203,6 +212,20 @@ def etag_of(job: JobRecord) -> str:
 
 def _retry_headers(job: JobRecord) -> dict[str, str]:
     return {} if job.finished else {"Retry-After": RETRY_SECONDS}
+
+
+async def _awaited(context: Context, job: JobRecord, if_none_match: str | None, seconds: float) -> JobRecord:
+    """The job once it has ended, has changed for a client that knows an ETag, or after the seconds."""
+    with anyio.move_on_after(seconds), context.watcher.topic(job.id) as topic:
+        while not (job.finished or context.watcher.closing):
+            if if_none_match is not None and not matches(etag_of(job), if_none_match):
+                break
+            signal, standing = topic.signal, topic.standing
+            if topic.gone or (standing is not None and standing.version > job.version):
+                job = await run_in_threadpool(_read, context, job.id)
+            else:
+                await signal.wait()
+    return job
 
 
 def _read(context: Context, job_id: str) -> JobRecord:

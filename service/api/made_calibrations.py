@@ -15,6 +15,7 @@ from service.api.job_resources import Job
 from service.api.jobs import accepted, queued_once
 from service.api.lookup import find_model, usable
 from service.api.models import ModelId
+from service.api.resources import items_of
 from service.db.repositories import calibrations
 from service.made_calibration import require_size
 from service.records import JobRecord
@@ -27,12 +28,7 @@ router = APIRouter(prefix="/v1", tags=["calibrations"])
 @router.get("/calibration-methods")
 def list_methods() -> dict[str, Any]:
     """Ways to make calibration data from a model alone."""
-    return {
-        "items": [
-            {"name": entry.name, "makes": entry.makes, "summary": entry.summary, "source": entry.source}
-            for entry in DATA_FREE.values()
-        ]
-    }
+    return items_of(DATA_FREE, "name", "makes", "summary", "source")
 
 
 @router.post("/models/{model_id}/calibrations", status_code=202, response_model=Job)

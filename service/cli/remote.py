@@ -140,6 +140,7 @@ def plan(
     pins: options.Pins = None,
     ties: options.Ties = None,
     protect: options.Protect = None,
+    forbid: options.Forbid = None,
     role_limits: options.RoleLimits = None,
     context: Annotated[
         str | None, typer.Option("--context", help="For a job with a plan per context: which one.")
@@ -155,7 +156,7 @@ def plan(
     server: options.Server = options.DEFAULT_SERVER,
     as_json: options.Json = False,
 ) -> None:
-    """Plan from stored scores, in milliseconds: other budgets, limits, pins, ties or protected layers."""
+    """Plan from stored scores, in milliseconds: other budgets, limits, pins, ties, forbidden choices ..."""
     with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=measure) as client:
         wanted = required(budgets)
         check_output(output, several=len(wanted) > 1)
@@ -165,6 +166,7 @@ def plan(
             pins=options.assignments(pins) if pins is not None else None,
             ties=options.names(ties) if ties is not None else None,
             protect=protect,
+            forbid=None if forbid is None else options.forbidden(forbid),
             role_limits=options.role_limits(role_limits),
             metric=metric,
             context=context,

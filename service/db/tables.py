@@ -196,7 +196,7 @@ class UnitRow(Base):
     kind: Mapped[str]
     unit: Mapped[dict[str, Any]]
     facts: Mapped[dict[str, Any]]
-    artifact: Mapped[str | None]
+    artifact: Mapped[str | None] = mapped_column(index=True)
     job_id: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
 
@@ -253,6 +253,20 @@ class PlanRow(Base):
     result: Mapped[dict[str, Any]]
     evidence: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class RunnerRow(Base):
+    """Runners that serve, or died without saying so; `seen_at` is in seconds of the database's own clock."""
+
+    __tablename__ = "runners"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    process: Mapped[str]
+    version: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(default=now)
+    seen_at: Mapped[float]
+    metrics: Mapped[str]
 
 
 class IdempotencyKeyRow(Base):

@@ -10,24 +10,28 @@ from service.db import migrate
 from service.db.engine import Database
 from service.runner.catalog import load_handlers
 from service.runner.loop import Runner
+from service.runner.presence import collecting, present
 from service.settings import Settings
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue.
+    """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue. Meanwhile be
+    known as a runner, and collect garbage.
 
     The database is migrated first. Raises `DatabaseTooNew`.
     """
     migrate.upgrade(settings.database_url)
     logs.configure(settings.log_level)
+    logs.adopt_libraries(settings.log_level)
     database = Database(settings.database_url)
     try:
         runner = Runner(settings, database, load_handlers())
         _stop_on_signals(runner)
-        log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)
-        runner.run()
+        with present(settings, database, runner.owner), collecting(settings, database):
+            log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)
+            runner.run()
         log.info("runner.stopped")
     finally:
         database.close()

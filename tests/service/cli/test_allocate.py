@@ -142,7 +142,8 @@ def test_forbidden_schemes_are_not_chosen(run: Run) -> None:
     for bad in ("blocks.0.up", "blocks.0.up=w3", "=w2"):
         refused = run("--forbid", bad)
         assert refused.exit_code == 2
-        assert "--forbid must be LAYER=SCHEME" in refused.stderr
+        assert "must be" in refused.stderr
+        assert "LAYER=SCHEME" in refused.stderr
 
 
 def test_a_limit_on_a_maximum_holds_at_every_cut(run: Run) -> None:

@@ -183,7 +183,7 @@ def test_calibration_of_the_wrong_shape(
         (["--metric", "hessian_trace", "--task", "generic"], "hessian_trace"),
         (["--task", "knitting"], "A task must be one of"),
         (["--device", "tpu"], "--device: "),
-        (["--chooser", "dice"], "A chooser must be one of local_search, nsga2, black_box"),
+        (["--chooser", "dice"], "A chooser must be one of local_search, nsga2, motpe, black_box"),
         (["--gap", "2"], "--gap: "),
         (["--time-limit", "0"], "--time-limit: "),
         (["--relative-error", "0"], "--relative-error: "),

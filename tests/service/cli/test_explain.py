@@ -85,6 +85,8 @@ def test_frontier_shows_corners_and_what_lies_between_them(
     between = answer("frontier", table, "--between", "150", "0.3 kB")
     assert between["complete"] is True
     assert {one for one in used if one <= 300} <= {one["resources"]["bytes"] for one in between["items"]}
+    kept = answer("frontier", table, "--forbid", "down=w2,w8")["items"]
+    assert {one["layers"]["down"] for one in kept} == {"w4"}
     words = bitplan("frontier", table, "--between", "150", "600", "--points", "2")
     assert words.exit_code == 0
     assert "600 |" not in words.stdout

@@ -38,7 +38,7 @@ def test_every_command_explains_itself(bitplan: Callable[..., Result], name: str
 
 def test_run_and_submit_share_the_options_of_a_search(bitplan: Callable[..., Result]) -> None:
     wanted = (
-        "--budget --schemes --limit --metric --task --samples --sequence-length --seed --device --pin --tie "
+        "--budget --schemes --limit --metric --task --samples --sequence-length --seed --device --pin --tie --forbid "
         "--exclude --include --latency-table --time-limit --gap --evaluations --chooser --objective --relative-error --max-probes "
         "--batch-size --no-interactions --output --json --dry-run"
     )
