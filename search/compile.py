@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.budget import BITS_PER_WEIGHT, BudgetError, Limit
-from search.problem import Choice, IntMatrix, Problem, Row, integer_matrix
-from sensitivity.table import Exact, ExactMatrix, MetricTable, ScoreTable, TableLayer
+from search.problem import Choice, IntMatrix, Problem, Row
+from sensitivity.table import Exact, ExactMatrix, MetricTable, ScoreTable, TableLayer, whole_numbers
 
 Assignment = dict[str, str]
 """Layer name -> scheme name."""
@@ -66,10 +66,9 @@ class Compiled:
         """Exact totals of every resource, and `bits_per_weight` where there are bytes."""
         column = {name: i for i, name in enumerate(self.table.schemes)}
         chosen = [column[assignment[layer.name]] for layer in self.table.layers]
-        totals = {
-            name: sum((Fraction(rows[i][c] or 0) for i, c in enumerate(chosen)), Fraction(0))
-            for name, rows in self.table.resources.items()
-        }
+        exact = {name: self.table.whole(name) for name in self.table.resources}
+        rows = np.arange(len(chosen))
+        totals = {name: int(whole[rows, chosen].sum()) * unit for name, (whole, unit) in exact.items()}
         used = {layer.name: i for i, layer in enumerate(self.table.layers)}
         for name, maximum in self.table.maxima.items():
             cells = self.table.resources[maximum.resource]
@@ -320,16 +319,16 @@ def _usage(
     table: ScoreTable, limit: Limit, groups: tuple[tuple[int, ...], ...]
 ) -> tuple[IntMatrix, Fraction]:
     """Integers per (group, scheme) and the resource one integer stands for; 0 for layers out of the scope."""
-    rows, inside = _amounts(table, limit.resource), _inside(table, limit)
-    numbers = [[value or 0 if taken else 0 for value in row] for row, taken in zip(rows, inside, strict=True)]
-    scale = math.lcm(*(value.denominator for row in numbers for value in row))
-    whole = [[value.numerator * (scale // value.denominator) for value in row] for row in numbers]
-    summed = [
-        [sum(whole[layer][c] for layer in layers) for c in range(len(table.schemes))] for layers in groups
-    ]
-    unit = Fraction(1, scale)
+    source = "bytes" if limit.resource == BITS_PER_WEIGHT else limit.resource
+    known = source in table.resources
+    whole, unit = table.whole(source) if known else whole_numbers(_amounts(table, limit.resource))
+    counted = np.where(np.array(_inside(table, limit))[:, None], whole, 0)
+    if len(groups) == len(table.layers):
+        usage = counted[[layers[0] for layers in groups]]
+    else:
+        usage = np.array([counted[list(layers)].sum(axis=0) for layers in groups])
     per_weight = limit.resource == BITS_PER_WEIGHT
-    return integer_matrix(summed), unit * 8 / _parameters(table, limit) if per_weight else unit
+    return usage, unit * 8 / _parameters(table, limit) if per_weight else unit
 
 
 def _ranged(limit: Limit, usage: IntMatrix, offered: NDArray[np.bool_]) -> Fraction:

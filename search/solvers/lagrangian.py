@@ -28,6 +28,7 @@ from search.items import alike
 from search.labels import FEWER, MOST_LABELS, Searched, search_labels
 from search.outcome import Outcome, lower_bound, solution_of
 from search.polish import polish
+from search.prices import prices_at
 from search.problem import SMALLEST_OBJECTIVE, Choice, Problem, Solution, Status, answered
 from search.screen import BEYOND, Image, Indices, Priced, Screen
 from search.solvers.ilp import solve_ilp_highs
@@ -117,6 +118,8 @@ class Search:
     def solution(self, finish: Finish) -> Solution:
         """The answer; `finish` exhausts what neither bound nor labels decide."""
         found = self._decided(finish)
+        if not self._screen.impossible:
+            found = replace(found, prices=prices_at(self._problem, self._screen, self._best.point))
         if found.choice is None or found.bound is None or found.status is Status.OPTIMAL:
             return found
         proven = answered(self._problem, found.choice, self._bounded(found.bound), self._gap)

@@ -39,7 +39,8 @@ def insert(
         "evidence": None if evidence is None else dict(evidence),
         "created_at": now(),
     }
-    insert_or_keep(session, PlanRow, values)
+    if insert_or_keep(session, PlanRow, values):
+        return PlanRecord(**values)
     stored = find(session, job_id, budget, settings_digest)
     assert stored is not None
     return stored
