@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from quant.catalog import CORRECTIONS
 from quant.costs import bits_per_weight, bops
 from quant.kv_cache import FULL, SMALLER_TYPES, cache_type
-from quant.layers import Inventory, Layer, Matrix
+from quant.layers import Inventory, Layer
 from quant.lint import lint
 from quant.plan import Calibration, Certificate, Digests, Plan, PlanError, PlanLayer, Totals
 from quant.runtime_rules import Runtime
 from quant.runtimes import RUNTIMES
 from quant.schemes import Scheme, parse_scheme
+from quant.storage import Matrix
 
 
 def build_plan(
