@@ -24,6 +24,7 @@ class Choose(Protocol):
         *,
         predicted: PairwiseModel | None = None,
         evaluations: int = 40,
+        seed: int = 0,
     ) -> Refined:
         """The best measured plan."""
 

@@ -116,14 +116,16 @@ def refine(
     evaluations: int = 40,
     batch: int = 4,
     patience: int = PATIENCE,
+    seed: int = 0,
 ) -> Refined:
     """The best of the candidates, improved by up to `evaluations` measured plans.
 
     Every candidate must keep all limits, ties and pins. Plans are measured `batch` at a time, in the order
     of the `predicted` model (the additive one by default) as the measurements correct it, so the result does
     not depend on how many workers measure. It is never measured worse than the first candidate or a rival.
-    Ends early when `patience` plans in a row did not count, or when no move is predicted to be worth it.
-    Raises CompileError without candidates or for one that is not allowed.
+    Ends early when `patience` plans in a row did not count, or when no move is predicted to be worth it. The
+    same `seed`, of the corrected model's restarts, and measurements give the same answer.
+    Raises CompileError without candidates, for one that is not allowed, and for fused layers in the table.
 
     `measure` gets layer -> scheme mappings and returns one Measured for each, in their order.
     """
@@ -132,7 +134,7 @@ def refine(
     left, fruitless = evaluations, 0
     while left > 0 and fruitless < patience:
         search.correct()
-        tried = list(islice(search.proposals(), min(batch, left)))
+        tried = list(islice(search.proposals(seed), min(batch, left)))
         if not tried:
             break
         left -= len(tried)
@@ -144,6 +146,7 @@ class MeasuredSearch:
     """The best plan so far and everything that has been measured."""
 
     def __init__(self, compiled: Compiled, measure: Measure, model: PairwiseModel) -> None:
+        compiled.refuse_fused("A measured search")
         self._compiled = compiled
         self._measure = measure
         self._prior = self._model = model
@@ -201,12 +204,14 @@ class MeasuredSearch:
         """Correct the score model by everything that was measured."""
         self._model = corrected(self._prior, self.measured)
 
-    def proposals(self) -> Iterator[tuple[str, Choice]]:
+    def proposals(self, seed: int = 0) -> Iterator[tuple[str, Choice]]:
         """Plans that were not measured and that the model, once corrected, thinks worth it, each with its
         source: the plan it likes best of all, then neighbors of the best plan, the predicted best first.
         """
         choice, _ = self._current()
-        again = solve_quadratic(self._compiled.problem, self._model, [choice], restarts=RESTARTS).choice
+        again = solve_quadratic(
+            self._compiled.problem, self._model, [choice], restarts=RESTARTS, seed=seed
+        ).choice
         if again not in self._choices:
             yield CORRECTED, again
         moves, hope = moves_from(self._room, choice), self._hope()

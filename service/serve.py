@@ -153,10 +153,13 @@ def run_child(role: str) -> None:
 def _run_api(settings: Settings) -> None:
     import uvicorn
 
+    logs.configure(settings.log_level)
+    logs.adopt_libraries(settings.log_level)
     uvicorn.run(
         "service.app:app",
         host=settings.host,
         port=settings.port,
+        log_config=None,
         log_level=settings.log_level,
         timeout_graceful_shutdown=int(settings.grace_seconds),
     )

@@ -21,7 +21,7 @@ from service.cli.options import Json
 from service.cli.output import console, print_json, show_conflict, show_reference
 from service.cli.spread import spread
 from service.cli.table_question import SolverOptions, TableFile
-from service.explaining import conflict_json, reference_json
+from service.explaining import conflict_json, fused_json, reference_json
 
 ObjectiveText = Annotated[
     str,
@@ -66,6 +66,7 @@ def allocation_json(question: Question, wanted: Objective, found: Optimum) -> di
     infeasible = solution.status is Status.INFEASIBLE
     conflict = conflict_of(question, solution.least_budget) if infeasible else None
     assignment = None if solution.choice is None else compiled.assignment(solution.choice)
+    fused = () if solution.choice is None else compiled.fused(solution.choice)
     return {
         "status": solution.status.value,
         "solved_for": wanted.text,
@@ -74,9 +75,9 @@ def allocation_json(question: Question, wanted: Objective, found: Optimum) -> di
         "gap": solution.gap,
         "parts": [part.as_json() for part in found.parts],
         "choice": assignment,
-        "fused": [],
-        "resources": {} if assignment is None else _numbers(compiled.resources(assignment)),
-        "reference": _reference(compiled, assignment),
+        "fused": fused_json(compiled, fused),
+        "resources": {} if assignment is None else _numbers(compiled.resources(assignment, fused)),
+        "reference": None if fused else _reference(compiled, assignment),
         "shadow_prices": dict(solution.prices),
         "least_budget": _numbers(solution.least_budget),
         "conflict": conflict_json(conflict),
@@ -89,7 +90,7 @@ def allocation_json(question: Question, wanted: Objective, found: Optimum) -> di
 def _value(compiled: Compiled, wanted: Objective, solution: Solution) -> float | None:
     if solution.choice is None or wanted.text != DEFAULT:
         return solution.objective
-    return compiled.objective(compiled.assignment(solution.choice))
+    return compiled.objective(compiled.assignment(solution.choice), compiled.fused(solution.choice))
 
 
 def _reference(compiled: Compiled, assignment: Mapping[str, str] | None) -> dict[str, Any] | None:
@@ -122,6 +123,8 @@ def _show(compiled: Compiled, wanted: Objective, solution: Solution, answer: Map
     for layer, scheme in answer["choice"].items():
         shown.add_row(layer, scheme)
     console().print(shown)
+    for one in answer["fused"]:
+        console().print(f"fused: {' + '.join(one['layers'])} at {one['scheme']}", markup=False)
     totals = ", ".join(f"{name} {value}" for name, value in answer["resources"].items())
     proof = "" if solution.bound is None else f"bound {solution.bound:.9g}, gap {solution.gap:.2g}"
     console().print(f"{totals}\n{proof}", markup=False)

@@ -65,7 +65,7 @@ def explain(
             found = allocation_json(question, Sum(), Optimum(solution))
             if solution.choice is not None:
                 shown = explanation_of(question, solution, draws=draws, seed=seed, seconds=asked.time_limit)
-                found = {"status": solution.status.value, **explanation_json(shown)}
+                found = {"status": solution.status.value, "fused": found["fused"], **explanation_json(shown)}
         if as_json:
             print_json(found)
         else:
@@ -79,6 +79,8 @@ def _show(found: Mapping[str, Any]) -> None:
         show_conflict(found["conflict"])
         return
     console().print(_decisions(found))
+    for one in found.get("fused", ()):
+        console().print(f"fused: {' + '.join(one['layers'])} at {one['scheme']}", markup=False)
     for name, price in found["shadow_prices"].items():
         console().print(f"price of {name}: {price:.4g} per unit", markup=False)
     for one in found["restrictions"]:

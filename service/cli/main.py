@@ -18,7 +18,7 @@ from service.cli.explain import explain
 from service.cli.export import export
 from service.cli.frontier import frontier
 from service.cli.lint import lint
-from service.cli.operate import gc
+from service.cli.operate import backup, doctor, gc, restore
 from service.cli.remote import cancel, jobs, models, plan, resume, scores, status, submit, watch
 from service.cli.run import run
 from service.cli.serve import migrate, runner, serve
@@ -40,7 +40,7 @@ PANELS = {
         frontier,
         lint,
     ),
-    "The service": (serve, runner, migrate, gc),
+    "The service": (serve, runner, migrate, doctor, gc, backup, restore),
     "A server's jobs": (submit, watch, status, jobs, models, scores, plan, cancel, resume),
 }
 for _panel, _commands in PANELS.items():

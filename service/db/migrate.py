@@ -125,12 +125,13 @@ def _version(connection: Connection) -> str | None:
 
 def _refuse_newer(connection: Connection) -> None:
     found = _version(connection)
-    if found is not None and found not in _known():
+    if found is not None and found not in known():
         raise DatabaseTooNew(found, newest())
 
 
 @cache
-def _known() -> frozenset[str]:
+def known() -> frozenset[str]:
+    """Every schema version that this code can read and bring to its own."""
     return frozenset(script.revision for script in scripts().walk_revisions())
 
 

@@ -66,6 +66,13 @@ class PlanHandle:
         """The measured quality of the plan and its rivals; None until it was measured."""
         return self.resource["evidence"]  # type: ignore[no-any-return]
 
+    @property
+    def pareto(self) -> list[dict[str, Any]]:
+        """The measured plans that none beats in every objective, for a chooser of several; the `layers` of
+        one, as pins of `JobHandle.solve`, make it a plan.
+        """
+        return list(self.resource["pareto"])
+
     def save(self, path: str | Path) -> Path:
         """Write the plan file, byte for byte as the service made it; raises ClientError when there is
         none.

@@ -70,6 +70,7 @@ def solved(context: JobContext, lab: Lab, search: Search, ask: Ask) -> Solved:
         losses_of(lab, search, compiled.metric),
         predicted=screen(search.inputs, ask, compiled, search.factor),
         evaluations=search.request.evaluations,
+        seed=search.request.seed,
     )
     return Solved(ask, compiled, solution, refined, found.parts)
 

@@ -109,9 +109,7 @@ def test_a_count_of_changes_is_the_cheapest_of_its_size() -> None:
         assert 6 * (side.sum() - base.sum()) == used
         seen[int(side.sum())] = cost
     for count in range(6):
-        costs = [
-            sum(reduced[g, int(g in ones)] for g in range(5)) for ones in combinations(range(5), count)
-        ]
+        costs = [sum(reduced[g, int(g in ones)] for g in range(5)) for ones in combinations(range(5), count)]
         assert seen[count] == min(costs)
     assert len(pairs((5, 7), np.arange(5), reduced, np.array([6]), 1.5).reduced) == 3
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
+from search.black_box import black_box
+from search.choosers import CHOOSERS
 from sensitivity.session import Session
 from sensitivity.units import MeasureUnit
+from service.app import create_app
+from service.client import Client
 from service.local import Local
 from service.local_inputs import factory_source, file_data
 from service.settings import Settings
@@ -80,6 +86,29 @@ def test_the_plan_tells_the_pareto_set_of_what_was_measured(search: Any, chooser
     assert losses == sorted(losses)
     assert sizes == sorted(sizes, reverse=True)
     assert losses[0] == min(one["measured"]["mean"] for one in plan["candidates"])
+
+
+def test_a_plan_of_the_pareto_set_is_made_by_its_layers_as_pins(search: Any, tmp_path: Path) -> None:
+    job, plan = search("a", chooser="nsga2", evaluations=4)
+    url = f"sqlite:///{tmp_path}/a/bitplan.db"
+    with TestClient(create_app(Settings(data_dir=tmp_path / "a", database_url=url))) as http:
+        client = Client(str(http.base_url), http=http)  # type: ignore[arg-type]
+        [found] = client.job(job.id).plans()
+        assert found.pareto == plan["pareto"]
+        cheapest = found.pareto[-1]
+        [made] = client.job(job.id).solve(["7 bpw"], pins=cheapest["layers"])
+    assert made.document is not None
+    assert {name: layer["scheme"] for name, layer in made.document["layers"].items()} == cheapest["layers"]
+    assert made.resource["resources"] == cheapest["resources"]
+
+
+def test_the_seed_of_the_request_is_that_of_its_search(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    make = black_box.sampler
+    watched = replace(black_box, sampler=lambda seed: seeds.append(seed) or make(seed))
+    monkeypatch.setitem(CHOOSERS, "black_box", replace(CHOOSERS["black_box"], choose=watched))
+    search("a", chooser="black_box", evaluations=1, seed=7)
+    assert seeds == [7]
 
 
 def test_a_search_by_the_loss_alone_has_no_pareto_set(search: Any) -> None:

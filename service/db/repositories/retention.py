@@ -172,6 +172,20 @@ def needed_blobs(
     return frozenset(found)
 
 
+def named_blobs(session: Session) -> Iterator[Blob]:
+    """Every blob that some row promises."""
+    yield from _named(session, frozenset(), frozenset())
+    artifacts = (
+        select(ScoreSetRow.tenant, UnitRow.artifact)
+        .join(ScoreSetRow, ScoreSetRow.digest == UnitRow.score_set)
+        .where(UnitRow.artifact.is_not(None))
+        .distinct()
+    )
+    yield from ((tenant, str(artifact)) for tenant, artifact in session.execute(artifacts))
+    sent = select(BlobRow.tenant, BlobRow.sha256)
+    yield from ((tenant, sha256) for tenant, sha256 in session.execute(sent))
+
+
 def _named(session: Session, jobs: frozenset[str], uploads: frozenset[str]) -> Iterator[Blob]:
     """The blobs that rows name in their JSON, jobs and uploads of these ids left out."""
     for table in (ModelRow, CalibrationRow):

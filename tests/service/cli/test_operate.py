@@ -42,3 +42,62 @@ def test_gc_needs_a_database(tmp_path: Path, bitplan: Bitplan) -> None:
     result = bitplan("gc", "--data-dir", tmp_path)
     assert result.exit_code == 1
     assert "Got an empty database" in result.stderr
+
+
+def found(checks: Any) -> dict[str, str]:
+    return {check["name"]: check["state"] for check in checks["checks"]}
+
+
+def test_doctor_finds_a_service_healthy(data: Path, answer: Ask, bitplan: Bitplan) -> None:
+    checks = answer("doctor")
+    assert checks["healthy"]
+    states = found(checks)
+    assert {
+        states[name] for name in ("python", "torch", "executor", "database", "schema", "store", "clock")
+    } == {"ok"}
+    assert states["runner"] == "warning"
+    assert {name for name in states if name.startswith("extra ")} == {
+        "extra demo",
+        "extra diffusion",
+        "extra exports",
+    }
+    shown = bitplan("doctor").stdout
+    assert "none is known: jobs wait" in shown
+
+
+def test_doctor_makes_nothing(tmp_path: Path, answer: Ask) -> None:
+    checks = answer("doctor", "--data-dir", tmp_path / "none")
+    assert checks["healthy"]
+    assert found(checks)["database"] == "warning"
+    assert not (tmp_path / "none").exists()
+
+
+def test_doctor_says_what_is_wrong(data: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.db.engine import Database
+
+    database = Database(f"sqlite:///{data / 'bitplan.db'}")
+    with database.write_connection() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    database.close()
+    monkeypatch.setenv("BITPLAN_EXECUTOR", "hope")
+    (data / "cursor.key").touch(mode=0o644)
+    data.chmod(0o777)
+    checks = answer("doctor", code=1)
+    assert not checks["healthy"]
+    states = found(checks)
+    assert (states["schema"], states["executor"], states["permissions"]) == ("failed", "failed", "warning")
+    text = " ".join(check["detail"] for check in checks["checks"])
+    for words in ("Run `bitplan migrate`", "BITPLAN_EXECUTOR must be one of", "chmod o-w", "chmod 600"):
+        assert words in text
+
+
+def test_backup_and_restore(data: Path, tmp_path: Path, answer: Ask, bitplan: Bitplan) -> None:
+    BlobStore(data).put_bytes(b"a blob")
+    made = answer("backup", tmp_path / "copy")
+    assert (made["database"], made["blobs"], made["bytes"]) == ("sqlite", 1, 6)
+    assert answer("restore", tmp_path / "copy", "--data-dir", tmp_path / "new") == made
+    assert (tmp_path / "new" / "bitplan.db").exists()
+    again = bitplan("restore", tmp_path / "copy")
+    assert again.exit_code == 2
+    assert "Got some with content" in again.stderr
+    assert "1 files of 6 B" in bitplan("backup", tmp_path / "copy").stdout
