@@ -50,4 +50,4 @@ def test_limits_must_fit_the_rows(knapsack: Callable[..., Problem]) -> None:
 def test_the_example_of_the_documentation_runs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
     (example,) = [block for block in text.split("```python\n")[1:] if "Prepared(" in block]
-    exec(example.partition("```")[0], {})  # noqa: S102
+    exec(example.partition("```")[0], {})
