@@ -105,8 +105,8 @@ def pairs(
     """The item of some groups; `reduced` (groups, 2) are their reduced costs, `step` (rows,) what the second
     scheme uses more than the first. Only sums up to `limit` are offered.
     """
-    costs = []
-    sides = []
+    costs: list[Numbers] = []
+    sides: list[Indices] = []
     for side in (0, 1):
         here = np.flatnonzero(np.asarray(reduced[:, side] <= reduced[:, 1 - side], dtype=bool))
         if side:

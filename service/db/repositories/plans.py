@@ -26,7 +26,7 @@ def insert(
     tenant: str = "default",
 ) -> PlanRecord:
     """The plan of (job, budget, settings): a new row, or the one that was stored first, unchanged."""
-    values = {
+    values: dict[str, Any] = {
         "id": new_id("plan"),
         "tenant": tenant,
         "job_id": job_id,
