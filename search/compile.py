@@ -367,14 +367,14 @@ def _costs(
 ) -> NDArray[np.float64]:
     """Shape (groups, cells), NaN where there is no cell, or none that is offered."""
     width = max(len(table.schemes), *(len(one.options) for one in covers.values()), 1)
+    own = np.array([_group_costs(table.metrics[metric], layers) for layers in groups])
+    own[~np.array([offered[list(layers)].all(axis=0) for layers in groups])] = np.nan
     costs = np.full((len(groups), width), np.nan)
-    for group, layers in enumerate(groups):
-        if group in covers:
-            scores = covers[group].totals[Quantity("score", metric)]
-            costs[group, : len(scores)] = [float(score) for score in scores if score is not None]
-        else:
-            own = _group_costs(table.metrics[metric], layers)
-            costs[group, : len(own)] = np.where(offered[list(layers)].all(axis=0), own, np.nan)
+    costs[:, : own.shape[1]] = own
+    for group, one in covers.items():
+        scores = one.totals[Quantity("score", metric)]
+        costs[group] = np.nan
+        costs[group, : len(scores)] = [float(score) for score in scores if score is not None]
     return costs
 
 

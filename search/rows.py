@@ -132,16 +132,18 @@ def _usage(
         return _kept_usage(table, quantity, groups, offered)
     rows = [[value or 0 for value in row] for row in amounts_of(table, quantity)]
     combined = {group: [value or 0 for value in one.totals[quantity]] for group, one in covers.items()}
-    every = (value for row in (*rows, *combined.values()) for value in row)
-    scale = math.lcm(*(value.denominator for value in every))
-    whole = [[value.numerator * (scale // value.denominator) for value in row] for row in rows]
-    width, summed = offered.shape[1], []
+    scale = math.lcm(*(value.denominator for row in (*rows, *combined.values()) for value in row))
+
+    def whole(values: Sequence[Exact]) -> list[int]:
+        return [value.numerator * (scale // value.denominator) for value in values]
+
+    width, own, summed = offered.shape[1], [whole(row) for row in rows], []
     for group, layers in enumerate(groups):
         if group in combined:
-            own = [value.numerator * (scale // value.denominator) for value in combined[group]]
+            cells = whole(combined[group])
         else:
-            own = [sum(whole[layer][c] for layer in layers) for c in range(len(table.schemes))]
-        summed.append(own + [0] * (width - len(own)))
+            cells = own[layers[0]] if len(layers) == 1 else _summed([own[i] for i in layers])
+        summed.append(cells + [0] * (width - len(cells)) if len(cells) < width else cells)
     return np.where(offered, integer_matrix(summed), 0), scale
 
 
@@ -158,6 +160,10 @@ def _kept_usage(
     else:
         summed = np.array([whole[list(layers)].sum(axis=0) for layers in groups])
     return np.where(offered, summed, 0), unit.denominator
+
+
+def _summed(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _ranged(

@@ -2,6 +2,7 @@
 
     ServiceError            500
       BadRequest            400
+      Unauthorized          401
       Forbidden             403
       NotFound              404
       Conflict              409
@@ -71,8 +72,14 @@ class BadRequest(ServiceError):
     status, title = 400, "Bad request"
 
 
+class Unauthorized(ServiceError):
+    """There is no key, or none that is good."""
+
+    status, title = 401, "Unauthorized"
+
+
 class Forbidden(ServiceError):
-    """The peer may not do this."""
+    """The peer or its key may not do this."""
 
     status, title = 403, "Forbidden"
 
@@ -126,7 +133,7 @@ class Unavailable(ServiceError):
 
 
 class InsufficientStorage(ServiceError):
-    """The disk is full."""
+    """The disk, or the tenant's part of it, is full."""
 
     status, title = 507, "Insufficient storage"
 

@@ -6,6 +6,15 @@ import logging
 import sys
 
 import structlog
+from structlog.typing import EventDict
+
+from service.access import redacted
+
+
+def _without_keys(_: object, __: str, event: EventDict) -> EventDict:
+    """No key gets into a log, wherever it was sent."""
+    return {name: redacted(value) if isinstance(value, str) else value for name, value in event.items()}
+
 
 SHARED = (
     structlog.contextvars.merge_contextvars,
@@ -13,6 +22,7 @@ SHARED = (
     structlog.processors.TimeStamper(fmt="iso", utc=True),
     structlog.processors.StackInfoRenderer(),
     structlog.processors.format_exc_info,
+    _without_keys,
 )
 
 

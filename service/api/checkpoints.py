@@ -17,6 +17,7 @@ from quant.plan import plan_from_json
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import Context, Ctx
 from service.api.exports import deployment_of
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_resources import Job
 from service.api.jobs import RETRY_SECONDS, accepted, queued_once
@@ -30,7 +31,7 @@ from service.records import JobRecord, PlanRecord
 from service.states import JobKind, JobState
 from service.wire import CheckpointRequest
 
-router = APIRouter(prefix="/v1", tags=["checkpoints"])
+router = APIRouter(prefix="/v1", tags=["checkpoints"], route_class=Guarded)
 Consumer = Annotated[str, Query(max_length=100, description=f"One of {', '.join(CHECKPOINTS)}.")]
 
 
@@ -111,7 +112,13 @@ def _job(context: Context, session: Session, plan: PlanRecord, body: CheckpointR
     """The job that writes this checkpoint or has written it, or a new one."""
     request, digest = request_of(plan, body.consumer, force=body.force)
     return queued_once(
-        context, session, JobKind.WRITE_CHECKPOINT, request, digest, lambda job: _is_there(context, job)
+        context,
+        session,
+        JobKind.WRITE_CHECKPOINT,
+        request,
+        digest,
+        lambda job: _is_there(context, job),
+        size=int((plan.result.get("resources") or {}).get("bytes", 0)),
     )
 
 

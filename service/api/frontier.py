@@ -10,6 +10,7 @@ from search.budget import parse_limits
 from search.objectives.catalog import DEFAULT
 from sensitivity.contexts import in_context
 from service.api.context import Ctx
+from service.api.guarded import Guarded
 from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
 from service.api.job_resources import Frontier, FrontierPoint
 from service.api.jobs import JobId
@@ -19,7 +20,7 @@ from service.fields import Metric
 from service.planning.answer import frontier_of
 from service.planning.ask import Ask, limited_metrics
 
-router = APIRouter(prefix="/v1/jobs", tags=["plans"])
+router = APIRouter(prefix="/v1/jobs", tags=["plans"], route_class=Guarded)
 
 ResourceName = Annotated[
     str, Query(max_length=100, description="bytes, bits_per_weight, bops, latency_ns ...")

@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict
 
 from service import metrics
 from service.api.context import Ctx
+from service.api.guarded import Guarded
 from service.checks import alive_seconds, free_bytes, readiness
 from service.db.repositories import gauges, runners
 from service.errors import Unavailable
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=Guarded)
 TEXT = "text/plain; version=1.0.0; charset=utf-8"
 
 

@@ -15,6 +15,7 @@ from quant.digest import digest, manifest_digest
 from sensitivity.calibration_check import check_calibration
 from service.api.context import Context
 from service.api.lookup import find_upload
+from service.api.quotas import require_bytes, require_job
 from service.db.repositories import calibrations, jobs, models, uploads
 from service.errors import Conflict, Unprocessable
 from service.ingest.kinds import calibration_kind
@@ -91,6 +92,8 @@ def store_model(context: Context, session: Session, checked: CheckedModel) -> Mo
     known = models.find_by_digest(session, checked.digest, context.tenant)
     if known is not None:
         return known
+    require_bytes(context, session, {file["sha256"]: file["size"] for file in checked.files})
+    require_job(context, session)
     model = models.create(
         session, source=checked.source, digest=checked.digest, summary=checked.summary, tenant=context.tenant
     )

@@ -15,19 +15,22 @@ from quant.digest import digest
 from service.api.conditional import IfNoneMatch, Prefer, matches, not_modified, wait_seconds
 from service.api.context import After, Context, Ctx, Limit
 from service.api.event_stream import STREAM_RESPONSES, Accept, LastEventId, open_stream, wants_stream
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
 from service.api.job_resources import Event, Job
 from service.api.lookup import find_job
 from service.api.pages import page_of, position
+from service.api.quotas import UNKNOWN, require_bytes, require_job
 from service.api.resources import Page
+from service.api.webhooks import attach, identity_of
 from service.db.repositories import events, jobs
 from service.errors import Conflict
 from service.records import JobRecord
 from service.states import PENDING, IllegalTransition, JobKind, JobState
-from service.wire import JobRequest, LocalJobRequest
+from service.wire import LocalJobRequest, ResumeRequest, SubmitRequest
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Guarded)
 RETRY_SECONDS = "1"
 ALIVE = PENDING | {JobState.SUCCEEDED}
 
@@ -36,23 +39,24 @@ JobId = Annotated[str, Path(max_length=100)]
 
 
 @router.post("", status_code=202, response_model=Job)
-def submit(body: JobRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
+def submit(body: SubmitRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
     """Queue a search."""
-    request = body.model_dump(mode="json")
+    request = body.model_dump(mode="json", exclude={"webhook"})
 
     def create(session: Session) -> Answer:
         check_job(context, session, body)
-        return accepted(
-            jobs.create(
-                session,
-                kind=JobKind.SEARCH,
-                request=request,
-                request_digest=digest(request),
-                tenant=context.tenant,
-            )
+        require_job(context, session)
+        job = jobs.create(
+            session,
+            kind=JobKind.SEARCH,
+            request=request,
+            request_digest=digest(request),
+            tenant=context.tenant,
         )
+        attach(context, session, job, body.webhook)
+        return accepted(job)
 
-    return once(context, key, "POST /v1/jobs", request, create)
+    return once(context, key, "POST /v1/jobs", {**request, **identity_of(body.webhook)}, create)
 
 
 @router.get("")
@@ -110,8 +114,11 @@ def cancel(job_id: JobId, context: Ctx) -> Response:
 
 
 @router.post("/{job_id}/resume", status_code=202, response_model=Job)
-def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
+def resume(
+    job_id: JobId, context: Ctx, body: ResumeRequest | None = None, key: IdempotencyKey = None
+) -> Response:
     """Queue a new job with the same request, which finds the scores of this one stored."""
+    webhook = None if body is None else body.webhook
 
     def create(session: Session) -> Answer:
         job = find_job(context, session, job_id)
@@ -123,18 +130,19 @@ def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
             )
         if job.kind == JobKind.SEARCH:
             check_job(context, session, LocalJobRequest.model_validate(job.request))
-        return accepted(
-            jobs.create(
-                session,
-                kind=job.kind,
-                request=job.request,
-                request_digest=job.request_digest,
-                predecessor=job.id,
-                tenant=context.tenant,
-            )
+        require_job(context, session)
+        made = jobs.create(
+            session,
+            kind=job.kind,
+            request=job.request,
+            request_digest=job.request_digest,
+            predecessor=job.id,
+            tenant=context.tenant,
         )
+        attach(context, session, made, webhook)
+        return accepted(made)
 
-    return once(context, key, f"POST /v1/jobs/{job_id}/resume", None, create)
+    return once(context, key, f"POST /v1/jobs/{job_id}/resume", identity_of(webhook) or None, create)
 
 
 @router.delete("/{job_id}", status_code=204)
@@ -186,13 +194,17 @@ def queued_once(
     request: Mapping[str, Any],
     content: str,
     is_there: Callable[[JobRecord], bool] = lambda job: True,
+    *,
+    size: int = 0,
 ) -> JobRecord:
     """The job whose digest is `content` that waits, runs or succeeded, or else a new one; `is_there` says
-    whether what a finished one made is still to be had.
+    whether what a finished one made is still to be had, `size` how many bytes a new one makes at least.
     """
     known = jobs.find_by_request(session, content, ALIVE, context.tenant)
     if known is not None and (not known.finished or is_there(known)):
         return known
+    require_job(context, session)
+    require_bytes(context, session, {UNKNOWN: size})
     return jobs.create(session, kind=kind, request=request, request_digest=content, tenant=context.tenant)
 
 

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from quant.digest import digest
 from sensitivity.catalog import DATA_FREE
 from service.api.context import Context, Ctx
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_resources import Job
 from service.api.jobs import accepted, queued_once
@@ -17,12 +18,12 @@ from service.api.lookup import find_model, usable
 from service.api.models import ModelId
 from service.api.resources import items_of
 from service.db.repositories import calibrations
-from service.made_calibration import require_size
+from service.made_calibration import least_size, require_size
 from service.records import JobRecord
 from service.states import InputState, JobKind
 from service.wire import MakeCalibrationRequest
 
-router = APIRouter(prefix="/v1", tags=["calibrations"])
+router = APIRouter(prefix="/v1", tags=["calibrations"], route_class=Guarded)
 
 
 @router.get("/calibration-methods")
@@ -52,6 +53,7 @@ def make_calibration(
             request,
             content,
             lambda job: _is_there(context, session, job),
+            size=least_size(body),
         )
         return accepted(job)
 

@@ -15,6 +15,7 @@ from sensitivity.contexts import in_context
 from service import metrics
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import After, Context, Ctx, Limit
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_inputs import (
     PLANNING_ERRORS,
@@ -41,7 +42,7 @@ from service.records import JobRecord, PlanRecord
 from service.states import JobKind
 from service.wire import PlansRequest
 
-router = APIRouter(prefix="/v1", tags=["plans"])
+router = APIRouter(prefix="/v1", tags=["plans"], route_class=Guarded)
 PlanId = Annotated[str, Path(max_length=100)]
 Question = tuple[Ask, str, Solved | None]
 

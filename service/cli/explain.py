@@ -17,7 +17,7 @@ from search.objectives.objective import Optimum
 from search.solve import solve
 from service.cli.allocate import allocation_json
 from service.cli.exits import exits, leave_with, plan_exit
-from service.cli.options import DEFAULT_SERVER, Json, Server
+from service.cli.options import DEFAULT_SERVER, Json, KeyFile, Server
 from service.cli.output import console, print_json, show_conflict, show_reference
 from service.cli.remote import client_of, is_remote, plan_named
 from service.cli.spread import spread
@@ -45,13 +45,14 @@ def explain(
     draws: Draws = DRAWS,
     seed: Seed = 0,
     server: Server = DEFAULT_SERVER,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Say why each layer got its scheme and what limits, pins, ties and rules cost; or why nothing fits."""
     with exits(as_json=as_json):
         if is_remote(target):
             asked.require_none(asked.metric)
-            with client_of(server) as client:
+            with client_of(server, key_file) as client:
                 found = plan_named(client, target).explanation(draws, seed)
         else:
             question = asked.question(Path(target))

@@ -12,7 +12,7 @@ from rich.table import Table
 from search.frontier import between as plans_between
 from search.frontier import frontier as supported
 from service.cli.exits import exits
-from service.cli.options import DEFAULT_SERVER, Json, Server
+from service.cli.options import DEFAULT_SERVER, Json, KeyFile, Server
 from service.cli.output import console, print_json
 from service.cli.plot import plot
 from service.cli.remote import client_of, is_remote
@@ -41,13 +41,14 @@ def frontier(
     between: Between = None,
     points: Points = 100,
     server: Server = DEFAULT_SERVER,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Show the plans that nothing beats in both the metric and a resource, each with its proof."""
     with exits(as_json=as_json):
         if is_remote(target):
             asked.require_none()
-            with client_of(server) as client:
+            with client_of(server, key_file) as client:
                 found = client.job(target).trade_off(
                     resource, metric=asked.metric, between=between, points=points
                 )

@@ -246,6 +246,10 @@ DryRun = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on standard output.")]
 Server = Annotated[str, typer.Option("--server", envvar="BITPLAN_SERVER", help="Address of the service.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--key-file", help="File with the key for the service (or BITPLAN_KEY, BITPLAN_KEY_FILE)."),
+]
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Where scores and files are kept (BITPLAN_DATA_DIR).")
 ]

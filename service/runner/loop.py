@@ -88,7 +88,13 @@ class Runner:
     def run_one(self, on_progress: OnProgress | None = None) -> JobRecord | None:
         """Claim the oldest free job and run it; None when there is none."""
         with self.database.write() as session:
-            job = leases.claim(session, self.owner, self.settings.lease_seconds, self._handlers.keys())
+            job = leases.claim(
+                session,
+                self.owner,
+                self.settings.lease_seconds,
+                self._handlers.keys(),
+                self.settings.quota_running,
+            )
         return None if job is None else self._run_claimed(job, on_progress)
 
     def run_job(self, job_id: str, on_progress: OnProgress | None = None) -> JobRecord:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,11 +133,11 @@ class BlobStore:
 
     def partial(self, upload_id: str, digest: str) -> PartialUpload:
         """The upload in progress of one blob; `commit` it to make the blob visible."""
-        final = self.path(digest)
-        if not re.fullmatch(r"[A-Za-z0-9_]{1,100}", upload_id):
-            raise StoreError(f"An upload id must be letters, digits and _. Got {upload_id!r}.")
-        folder = self.data_dir / "partials" / self.tenant / upload_id
-        return PartialUpload(folder / digest, final, digest, self.lock)
+        return PartialUpload(self._partials(upload_id) / digest, self.path(digest), digest, self.lock)
+
+    def drop_partials(self, upload_id: str) -> None:
+        """Forget what has arrived of an upload's blobs that are not whole."""
+        shutil.rmtree(self._partials(upload_id), ignore_errors=True)
 
     def materialize(self, manifest: Iterable[tuple[str, str]], digest: str) -> Path:
         """A read-only folder of the (path, blob digest) pairs, kept under `digest`, which names this content.
@@ -155,6 +156,11 @@ class BlobStore:
     def drop_view(self, digest: str) -> None:
         """Remove a materialized folder; the blobs stay."""
         views.remove(self.data_dir / "views" / self.tenant / self.path(digest).name)
+
+    def _partials(self, upload_id: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_]{1,100}", upload_id):
+            raise StoreError(f"An upload id must be letters, digits and _. Got {upload_id!r}.")
+        return self.data_dir / "partials" / self.tenant / upload_id
 
     def _publish(self, path: Path, digest: str) -> None:
         with shared(self.lock):

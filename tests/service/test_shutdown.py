@@ -77,7 +77,11 @@ def database(settings: Settings) -> Iterator[Database]:
 
 
 @pytest.mark.parametrize(
-    ("layer", "grace", "kept"), [("sleep:1", 60.0, ["l0", "sleep:1"]), ("sleep:600", 0.1, ["l0"])]
+    ("layer", "grace", "kept"),
+    [
+        ("sleep:1", 60.0, ["l0", "sleep:1"]),
+        pytest.param("sleep:600", 0.1, ["l0"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_runner_keeps_results_and_gives_its_job_back(
     settings: Settings, database: Database, tmp_path: Path, layer: str, grace: float, kept: list[str]
@@ -117,6 +121,7 @@ def children(pid: int) -> list[str]:
     return [child for listing in lists for child in listing.read_text().split()]
 
 
+@pytest.mark.slow
 def test_an_api_answers_what_it_has_begun(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

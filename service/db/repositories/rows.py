@@ -12,12 +12,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
 
-from service.db.tables import Base, CalibrationRow, JobRow, ModelRow, PlanRow
+from service.db.tables import AuditRow, Base, CalibrationRow, JobRow, ModelRow, PlanRow
 from service.records import Cursor
 
 Record = TypeVar("Record")
 Item = TypeVar("Item")
-Pageable = TypeVar("Pageable", JobRow, ModelRow, CalibrationRow, PlanRow)
+Pageable = TypeVar("Pageable", JobRow, ModelRow, CalibrationRow, PlanRow, AuditRow)
 MAXIMUM_PAGE = 200
 
 

@@ -258,7 +258,7 @@ def scope_of(api: Any, path: str) -> dict[str, Any]:
         "query_string": b"",
         "root_path": "",
         "scheme": "http",
-        "headers": [(b"accept", b"text/event-stream"), (b"host", b"testserver")],
+        "headers": [(b"accept", b"text/event-stream"), (b"host", b"localhost")],
         "server": ("testserver", 80),
         "client": ("127.0.0.1", 1),
         "app": api.http.app,
@@ -378,3 +378,13 @@ def test_the_client_follows_a_real_server(api, job, runner, http):
     assert ("running", 10) in states
     assert states[-1] == ("succeeded", 10)
     assert [event["type"] for event in handle.follow(after=1)] == ["running", "stage", "succeeded"]
+
+
+def test_a_stream_ends_after_a_while_for_its_client_to_come_again(api, job, runner, http, monkeypatch):
+    monkeypatch.setattr(event_stream, "LONGEST_SECONDS", -1.0)
+    assert parsed(api.http.get(path_of(job), headers=STREAM).text) == [{"retry": "2000"}]
+    monkeypatch.setattr(event_stream, "LONGEST_SECONDS", 0.1)
+    timer = threading.Timer(0.5, lambda: runner.finish(runner.start(job["id"])))
+    timer.start()
+    assert Client(http=http).job(job["id"]).wait().state == "succeeded"
+    timer.join()

@@ -27,6 +27,10 @@ def test_every_command_of_the_manual_exists(bitplan: Callable[..., Result]) -> N
     for name in COMMANDS:
         assert f"\n│ {name} " in shown
         assert f"`bitplan {name}" in page
+    assert "\n│ keys " in shown
+    for name in ("create", "list", "revoke"):
+        assert f"\n│ {name} " in bitplan("keys", "--help").stdout
+        assert f"`bitplan keys {name}" in page
 
 
 @pytest.mark.parametrize("name", COMMANDS)
