@@ -55,7 +55,7 @@ def run_script(python: Path, script: Path, *arguments: object) -> None:
 
 def _run(command: list[object], variables: dict[str, str]) -> None:
     words = list(map(str, command))
-    done = subprocess.run(words, check=False, env=variables, capture_output=True, text=True)
+    done = subprocess.run(words, check=False, env=variables, capture_output=True, text=True)  # noqa: S603 - a command of ours
     if done.returncode:
         raise PeerFailed(last_words(done.stderr) or f"exit status {done.returncode}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -197,6 +198,15 @@ def _units() -> str:
 
 def _shown(value: Fraction) -> str:
     return str(value) if value.denominator == 1 else repr(float(value))
+
+
+def close_names(wanted: str, names: Iterable[str]) -> str:
+    """The names most like the wanted one, for an error message."""
+    known = list(names)
+    close = difflib.get_close_matches(wanted, known[:20_000], n=3, cutoff=0.5)
+    shown = close or known[:5]
+    more = "" if close or len(known) <= 5 else f" and {len(known) - 5} more"
+    return f"{'Close names' if close else 'Known names'}: {', '.join(shown)}{more}."
 
 
 def _refuse(must: str, got: object) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from search.black_box import black_box
 from search.compile import Compiled
-from search.nsga2 import nsga2
+from search.multi_objective import motpe, nsga2
 from search.pairwise import PairwiseModel
 from search.refine import Candidate, Measure, Refined, refine
 
@@ -24,6 +24,7 @@ class Choose(Protocol):
         *,
         predicted: PairwiseModel | None = None,
         evaluations: int = 40,
+        seed: int = 0,
     ) -> Refined:
         """The best measured plan."""
 
@@ -44,7 +45,15 @@ CHOOSERS: dict[str, Chooser] = {
         refine,
     ),
     "nsga2": Chooser(
-        "nsga2", "Optuna's NSGA-II over measured loss and limited resources; trusts no score model.", nsga2
+        "nsga2",
+        "Optuna's NSGA-II over measured losses and limited resources, with their Pareto set; trusts no score"
+        " model.",
+        nsga2,
+    ),
+    "motpe": Chooser(
+        "motpe",
+        "The same objectives and Pareto set by Optuna's Parzen estimator; trusts no score model.",
+        motpe,
     ),
     "black_box": Chooser(
         "black_box", "Optuna's Parzen estimator over whole plans; trusts no score model.", black_box

@@ -6,6 +6,7 @@ rounding: coefficients from 1e-12 to 1e12, or a limit one unit below a tempting 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,9 @@ from search.problem import Choice, IntMatrix, Problem, exact_total
 FloatMatrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 MULTIPLIER_BITS = 60
+NARROW = 64
+"""Groups of more cells than this are looked at one by one."""
+BLOCK = 64
 
 
 @dataclass(eq=False)
@@ -157,8 +161,13 @@ def drop_loose_rows(core: Core) -> None:
 def drop_dominated(core: Core) -> None:
     """Closes cells that another of their group equals or beats in everything; the first of equals stays."""
     ranks = [_ranks(core.cost), *map(_ranks, core.usage)]
-    for kept in range(core.cost.shape[1]):
-        for other in range(core.cost.shape[1]):
+    for group in np.flatnonzero(core.open[:, NARROW:].any(axis=1)):
+        cells = np.flatnonzero(core.open[group])
+        core.open[group] = False
+        core.open[group, cells[undominated(np.stack([rank[group, cells] for rank in ranks], axis=1))]] = True
+    columns = range(min(NARROW, core.cost.shape[1]))
+    for kept in columns:
+        for other in columns:
             if kept == other:
                 continue
             no_worse = core.open[:, kept] & core.open[:, other]
@@ -167,6 +176,24 @@ def drop_dominated(core: Core) -> None:
                 no_worse &= rank[:, kept] <= rank[:, other]
                 equal &= rank[:, kept] == rank[:, other]
             core.open[:, other] &= ~(no_worse & (~equal if kept > other else True))
+
+
+def undominated(ranks: NDArray[np.int64], most: float = math.inf) -> NDArray[np.int64]:
+    """The rows of (cells, numbers) that no other one equals or beats everywhere; the first of equals. Where
+    there are more than `most`, some more than that.
+
+    >>> undominated(np.array([[2, 1], [1, 2], [2, 2], [2, 1]]))
+    array([0, 1])
+    """
+    left = np.argsort(ranks.sum(axis=1), kind="stable")
+    kept: list[int] = []
+    while len(left) and len(kept) <= most:
+        block, left = left[:BLOCK], left[BLOCK:]
+        beaten = np.triu((ranks[block, None] <= ranks[None, block]).all(axis=2), 1).any(axis=0)
+        block = block[~beaten]
+        kept += block.tolist()
+        left = left[~(ranks[block, None] <= ranks[None, left]).all(axis=2).any(axis=0)]
+    return np.array(sorted(kept), dtype=np.int64)
 
 
 def least_open(values: IntMatrix, opened: Mask) -> NDArray[Any]:

@@ -35,8 +35,9 @@ class Part:
 def parts_of(compiled: Compiled, decided: Mapping[str, str]) -> tuple[Part, ...]:
     """The parts by first appearance. `decided` maps layers to metrics; layers of a group must have the same.
 
-    Raises CompileError for a group that two metrics decide.
+    Raises CompileError for a group that two metrics decide, and for fused candidates.
     """
+    compiled.refuse_fused("Metric decoupling")
     groups: dict[str, list[int]] = {}
     for group, layers in enumerate(compiled.groups):
         names = [compiled.table.layers[layer].name for layer in layers]

@@ -39,7 +39,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Decision:
-    """One choice: a layer, or layers that are tied.
+    """One choice: a layer, or layers that are tied or that fused candidates hang together.
+
+    A scheme of the last is said as in `q=w4, k+v=w8 fused`; choices that another one equals or beats in every
+    metric and resource of the table are no steps and no alternatives there.
 
     `alternative` is the scheme that would win next at the shadow prices, and `margin` how much better its
     score would have to be for that: the difference of reduced costs. Below 0 the scheme was taken only to
@@ -112,16 +115,16 @@ def explain(
     priced = priced_costs(compiled.problem, prices)
     done = _affordable(compiled.problem, draws)
     stable = _stability(compiled, plan, done, seed)
-    named = compiled.assignment(plan)
+    named, fused = compiled.assignment(plan), compiled.fused(plan)
     return Explanation(
         compiled.metric,
-        compiled.objective(named),
+        compiled.objective(named, fused),
         compiled.problem.objective(solution.choice),
         prices,
         excess_of(compiled.problem, plan, prices, priced),
         tuple(_decision(compiled, plan, group, priced, stable) for group in range(len(plan))),
         reliefs(question, solution, deadline),
-        rate_distortion(compiled.table, compiled.metric, named),
+        None if fused else rate_distortion(compiled.table, compiled.metric, named),
         0 if stable is None else done,
     )
 
@@ -185,13 +188,42 @@ def _affordable(problem: Problem, draws: int) -> int:
 
 
 def _stability(compiled: Compiled, plan: Choice, draws: int, seed: int) -> Floats | None:
-    """None where the metric has no standard errors. Errors of tied layers are independent."""
+    """None where the metric has no standard errors. Errors of layers and of candidates' own scores are
+    independent.
+    """
     stderr = compiled.table.metrics[compiled.metric].stderr
     if stderr is None or np.isnan(stderr).all() or not draws:
         return None
     squares = np.nan_to_num(stderr) ** 2
-    grouped = np.sqrt(np.array([squares[list(layers)].sum(axis=0) for layers in compiled.groups]))
-    return stability(compiled.problem, grouped, plan, draws, seed)
+    grouped = np.zeros(compiled.problem.costs.shape)
+    for group, layers in enumerate(compiled.groups):
+        if group not in compiled.covers:
+            grouped[group, : squares.shape[1]] = np.sqrt(squares[list(layers)].sum(axis=0))
+    shared = {group: _shared_errors(compiled, group) for group in compiled.covers}
+    return stability(compiled.problem, grouped, plan, draws, seed, shared)
+
+
+def _shared_errors(compiled: Compiled, group: int) -> Floats:
+    """Shape (scores, covers): the standard error of each score where a cover of the group has it, else 0."""
+    table, options = compiled.table, compiled.covers[group].options
+    metric = table.metrics[compiled.metric]
+    parts: dict[tuple[int, int] | int, list[int]] = {}
+    for position, cover in enumerate(options):
+        own = dict(zip(compiled.groups[group], cover.columns, strict=True))
+        for index in cover.fused:
+            if compiled.metric in table.fused[index].metrics:
+                parts.setdefault(index, []).append(position)
+                for layer, _ in table.fused_cells(table.fused[index]):
+                    del own[layer]
+        for cell in own.items():
+            parts.setdefault(cell, []).append(position)
+    errors = np.zeros((len(parts), len(options)))
+    for row, (part, positions) in zip(errors, parts.items(), strict=True):
+        if isinstance(part, int):
+            row[positions] = table.fused[part].stderr.get(compiled.metric, 0.0)
+        elif metric.stderr is not None:
+            row[positions] = np.nan_to_num(metric.stderr[part])
+    return errors
 
 
 def _decision(
@@ -202,10 +234,10 @@ def _decision(
     nearest = min(others, key=lambda cell: float(priced[group, cell]), default=None)
     return Decision(
         tuple(compiled.table.layers[layer].name for layer in compiled.groups[group]),
-        compiled.table.schemes[chosen],
+        compiled.label(group, chosen),
         float(problem.costs[group, chosen]),
         *_steps(compiled, group, chosen, others),
-        None if nearest is None else compiled.table.schemes[nearest],
+        None if nearest is None else compiled.label(group, nearest),
         None if nearest is None else float(priced[group, nearest] - priced[group, chosen]),
         None if stable is None or nearest is None else float(stable[group]),
     )
@@ -230,7 +262,7 @@ def _sizes(compiled: Compiled, group: int, cells: Sequence[int]) -> dict[int, Fr
     """What steps go by: bytes, or where they do not differ the first resource that does (a cache's bytes)."""
     resources = compiled.table.resources
     for name in sorted(resources, key=lambda name: name != "bytes"):
-        size = {cell: _used(compiled, name, group, cell) for cell in cells}
+        size = {cell: compiled.used(name, group, cell) for cell in cells}
         if len(set(size.values())) > 1:
             return size
     return dict.fromkeys(cells, Fraction(0))
@@ -240,13 +272,8 @@ def _step(compiled: Compiled, group: int, chosen: int, cell: Any) -> Step | None
     if cell is None:
         return None
     changes = {
-        name: _used(compiled, name, group, cell) - _used(compiled, name, group, chosen)
+        name: compiled.used(name, group, cell) - compiled.used(name, group, chosen)
         for name in compiled.table.resources
     }
     loss = float(compiled.problem.costs[group, cell] - compiled.problem.costs[group, chosen])
-    return Step(compiled.table.schemes[cell], loss, changes)
-
-
-def _used(compiled: Compiled, resource: str, group: int, cell: int) -> Fraction:
-    rows = compiled.table.resources[resource]
-    return sum((Fraction(rows[layer][cell] or 0) for layer in compiled.groups[group]), Fraction(0))
+    return Step(compiled.label(group, cell), loss, changes)

@@ -72,8 +72,9 @@ def pairwise_model(compiled: Compiled, factor: Floats, weight: float) -> Pairwis
     `factor` has shape (layers, schemes, d) in table order: the gram matrix of two cells is their inner
     product. Layers tied into one group interact too: their inner products join the diagonal of the group.
     Cells that are not offered may hold anything finite. Raises CompileError for a metric to maximize, a
-    wrong shape, a negative weight.
+    wrong shape, a negative weight, fused candidates.
     """
+    compiled.refuse_fused("The quadratic model")
     table = compiled.table
     if compiled.problem.direction != "min":
         raise CompileError("The quadratic model must have a metric to minimize. Got one to maximize.")

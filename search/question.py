@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from search.budget import Limit
@@ -55,6 +56,13 @@ class Question:
 
     def compiled(self, without: Collection[Restriction] = ()) -> Compiled:
         """The problem, with some restrictions left out. Raises CompileError or BudgetError."""
+        return self._whole if not without else self._compiled(without)
+
+    @cached_property
+    def _whole(self) -> Compiled:
+        return self._compiled(())
+
+    def _compiled(self, without: Collection[Restriction]) -> Compiled:
         kept = [one for one in self.restrictions if one not in without]
         forbidden: dict[str, set[str]] = {}
         for one in kept:

@@ -42,12 +42,14 @@ class Measured:
     """The measured quality of one plan, smaller is better: mean, its standard error, every sample.
 
     `halves` are the means of two halves of the samples, the same two for every plan; () where there are none.
+    `parts` are the losses that the mean is made of, by name, where there are several.
     """
 
     mean: float
     stderr: float
     per_sample: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     halves: tuple[float, ...] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def counts_against(self, other: Measured) -> bool:
         """Whether it is clearly better than the other one, by CLEAR standard errors of the difference over
@@ -77,23 +79,29 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One measured plan, in the order of measuring; `accepted` says that it became the best so far."""
+    """One measured plan, in the order of measuring; `accepted` says that it became the best so far. In a
+    Pareto set `objectives` are what no other plan has all better.
+    """
 
     source: str
     assignment: Assignment
     predicted: float
     measured: Measured
     accepted: bool
+    objectives: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """The best measured plan. `source` is the candidate it came from, "corrected model" or "local search"."""
+    """The best measured plan. `source` is the candidate it came from, "corrected model" or "local search".
+    `pareto` are, where several objectives were searched, the measured plans that none beats in all of them.
+    """
 
     assignment: Assignment
     source: str
     measured: Measured
     trace: tuple[Evaluation, ...]
+    pareto: tuple[Evaluation, ...] = ()
 
 
 Measure = Callable[[Sequence[Assignment]], Sequence[Measured]]
@@ -108,14 +116,16 @@ def refine(
     evaluations: int = 40,
     batch: int = 4,
     patience: int = PATIENCE,
+    seed: int = 0,
 ) -> Refined:
     """The best of the candidates, improved by up to `evaluations` measured plans.
 
     Every candidate must keep all limits, ties and pins. Plans are measured `batch` at a time, in the order
     of the `predicted` model (the additive one by default) as the measurements correct it, so the result does
     not depend on how many workers measure. It is never measured worse than the first candidate or a rival.
-    Ends early when `patience` plans in a row did not count, or when no move is predicted to be worth it.
-    Raises CompileError without candidates or for one that is not allowed.
+    Ends early when `patience` plans in a row did not count, or when no move is predicted to be worth it. The
+    same `seed`, of the corrected model's restarts, and measurements give the same answer.
+    Raises CompileError without candidates, for one that is not allowed, and for fused layers in the table.
 
     `measure` gets layer -> scheme mappings and returns one Measured for each, in their order.
     """
@@ -124,7 +134,7 @@ def refine(
     left, fruitless = evaluations, 0
     while left > 0 and fruitless < patience:
         search.correct()
-        tried = list(islice(search.proposals(), min(batch, left)))
+        tried = list(islice(search.proposals(seed), min(batch, left)))
         if not tried:
             break
         left -= len(tried)
@@ -136,6 +146,7 @@ class MeasuredSearch:
     """The best plan so far and everything that has been measured."""
 
     def __init__(self, compiled: Compiled, measure: Measure, model: PairwiseModel) -> None:
+        compiled.refuse_fused("A measured search")
         self._compiled = compiled
         self._measure = measure
         self._prior = self._model = model
@@ -148,6 +159,11 @@ class MeasuredSearch:
     def room(self) -> Room:
         """What moves and repairs work on."""
         return self._room
+
+    @property
+    def evaluated(self) -> Mapping[Choice, Evaluation]:
+        """Every measured choice, in the order of measuring."""
+        return self._choices
 
     @property
     def measured(self) -> list[tuple[Choice, float]]:
@@ -188,12 +204,14 @@ class MeasuredSearch:
         """Correct the score model by everything that was measured."""
         self._model = corrected(self._prior, self.measured)
 
-    def proposals(self) -> Iterator[tuple[str, Choice]]:
+    def proposals(self, seed: int = 0) -> Iterator[tuple[str, Choice]]:
         """Plans that were not measured and that the model, once corrected, thinks worth it, each with its
         source: the plan it likes best of all, then neighbors of the best plan, the predicted best first.
         """
         choice, _ = self._current()
-        again = solve_quadratic(self._compiled.problem, self._model, [choice], restarts=RESTARTS).choice
+        again = solve_quadratic(
+            self._compiled.problem, self._model, [choice], restarts=RESTARTS, seed=seed
+        ).choice
         if again not in self._choices:
             yield CORRECTED, again
         moves, hope = moves_from(self._room, choice), self._hope()

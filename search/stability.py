@@ -8,6 +8,7 @@ counts. That is near the exact solver, in a fraction of its time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,19 @@ BOX = 1e6
 TIE = 1e-12
 
 
-def stability(problem: Problem, stderr: Floats, choice: Choice, draws: int = 200, seed: int = 0) -> Floats:
+def stability(
+    problem: Problem,
+    stderr: Floats,
+    choice: Choice,
+    draws: int = 200,
+    seed: int = 0,
+    shared: Mapping[int, Floats] | None = None,
+) -> Floats:
     """Shape (groups,): the share of draws whose plan gives a group the scheme that `choice` gives it.
 
-    Every score gets its own normal error; `stderr` (groups, schemes) is 0 where a score is exact. `choice`
-    must keep the limits.
+    Every score gets its own normal error; `stderr` (groups, schemes) is 0 where a score is exact. Cells of a
+    group in `shared` have scores in common, shape (scores, cells): the standard error of each where a cell
+    has it. `choice` must keep the limits.
     """
     generator = np.random.default_rng(seed)
     sign = 1.0 if problem.direction == "min" else -1.0
@@ -43,6 +52,9 @@ def stability(problem: Problem, stderr: Floats, choice: Choice, draws: int = 200
     for start in range(0, draws, batch):
         shape = (min(batch, draws - start), *problem.costs.shape)
         costs = sign * problem.costs + generator.standard_normal(shape) * stderr
+        for group, errors in (shared or {}).items():
+            drawn = generator.standard_normal((shape[0], len(errors))) @ errors
+            costs[:, group, : drawn.shape[1]] += drawn
         kept += (_Draws(problem, costs, choice).plans() == np.asarray(choice)).sum(axis=0)
     return np.asarray(kept / draws)
 

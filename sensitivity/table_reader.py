@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import TypeVar
@@ -15,6 +16,7 @@ from sensitivity.table import (
     SCHEMA,
     Exact,
     ExactMatrix,
+    Fused,
     Maximum,
     MetricTable,
     ScoreTable,
@@ -32,6 +34,7 @@ _TABLE_KEYS = ("schema", "layers", "schemes", "metrics", "resources", "maxima", 
 _LAYER_KEYS = ("name", "parameters", "macs", "group", "role", "kept")
 _MAXIMUM_KEYS = ("resource", "cuts")
 _METRIC_KEYS = ("direction", "values", "stderr")
+_FUSED_KEYS = ("layers", "scheme", "metrics", "stderr", "resources")
 
 
 class _Object(dict[str, object]):
@@ -47,7 +50,6 @@ def parse_table(source: str | bytes) -> ScoreTable:
     document = _fields(_load(source), "", _TABLE_KEYS, required=_TABLE_KEYS[:5])
     if document["schema"] != SCHEMA:
         raise _fault("/schema", f'must be "{SCHEMA}"', document["schema"])
-    _refuse_fused(document.get("fused", []))
     layers = tuple(
         _layer(item, f"/layers/{i}") for i, item in enumerate(_list(document["layers"], "/layers"))
     )
@@ -71,6 +73,11 @@ def parse_table(source: str | bytes) -> ScoreTable:
             for name, item in (_named(document, "interactions") if "interactions" in document else ())
         },
     )
+    if document.get("fused") not in (None, []):
+        items = _list(document["fused"], "/fused")
+        table = replace(
+            table, fused=tuple(_fused(item, f"/fused/{i}", table) for i, item in enumerate(items))
+        )
     _refuse_unoffered(table)
     _refuse_bad_caches(table)
     return table
@@ -171,10 +178,69 @@ def _maximum(item: object, name: str, document: Mapping[str, object], layers: Se
     return Maximum(str(fields["resource"]), tuple(cuts))
 
 
-def _member(layer: object, at: str, layers: Sequence[str]) -> str:
+def _member(layer: object, at: str, layers: Container[object]) -> str:
     if not isinstance(layer, str) or layer not in layers:
         raise _fault(at, "must be the name of a layer", layer)
     return layer
+
+
+def _fused(item: object, at: str, table: ScoreTable) -> Fused:
+    """A candidate whose layers and scheme are the table's, offered under some metric."""
+    fields = _fields(item, at, _FUSED_KEYS, required=_FUSED_KEYS[:2])
+    layers = [
+        _member(name, f"{at}/layers/{i}", table.row_of)
+        for i, name in enumerate(_list(fields["layers"], f"{at}/layers"))
+    ]
+    _refuse_duplicates(layers, f"{at}/layers/{{}}")
+    if len(layers) < 2:
+        raise TableError(f"{at}/layers must name at least two layers. Got {layers[0]!r} alone.")
+    if fields["scheme"] not in table.schemes:
+        raise _fault(
+            f"{at}/scheme", f"must be a scheme of the table: {', '.join(table.schemes)}", fields["scheme"]
+        )
+    found = Fused(
+        tuple(layers),
+        str(fields["scheme"]),
+        _numbers(fields, "metrics", at, table.metrics, _float),
+        _numbers(fields, "stderr", at, table.metrics, _float),
+        _numbers(fields, "resources", at, table.resources, _exact),
+    )
+    for metric, error in found.stderr.items():
+        if error < 0 or metric not in found.metrics:
+            raise TableError(
+                f"{at}/stderr/{_escape(metric)} must be 0 or more and belong to a score of the candidate's "
+                f"own. Got {error}."
+            )
+    if not any(table.fused_offered(found, metric) for metric in table.metrics):
+        lacking = [name for name in table.resources if table.fused_usage(found, name) is None]
+        where = (
+            f"resources/{_escape(lacking[0])}" if lacking else f"metrics/{_escape(next(iter(table.metrics)))}"
+        )
+        raise TableError(
+            f"{at}/{where} must be given, since a layer of the candidate has no number of its own at "
+            f"{found.scheme}. Got none. Give it, or leave the candidate out."
+        )
+    return found
+
+
+def _numbers(
+    fields: Mapping[str, object],
+    member: str,
+    at: str,
+    known: Mapping[str, object],
+    read: Callable[[object, str], _T],
+) -> dict[str, _T]:
+    """Numbers by name, all names known; an absent member has none."""
+    if fields.get(member) is None:
+        return {}
+    items = _fields(fields[member], f"{at}/{member}", tuple(known), ())
+    for name, value in items.items():
+        if value is None:
+            raise TableError(
+                f"{at}/{member}/{_escape(name)} must be a number. Got null. Leave it out for the sum of the "
+                "layers' own numbers."
+            )
+    return {name: read(value, f"{at}/{member}/{_escape(name)}") for name, value in items.items()}
 
 
 def _floats(item: object, at: str, shape: tuple[int, int]) -> NDArray[np.float64]:
@@ -290,14 +356,6 @@ def _sized(item: object, at: str, size: int, what: str, per: str) -> list[object
     return item
 
 
-def _refuse_fused(item: object) -> None:
-    if item not in ([], None):
-        raise TableError(
-            "/fused must be empty: fused candidates are not supported by this version. Got some. "
-            "Give the layers one `group` instead."
-        )
-
-
 def _refuse_duplicates(names: Sequence[str], at: str) -> None:
     seen: set[str] = set()
     for i, name in enumerate(names):
@@ -314,7 +372,10 @@ def _refuse_bad_stderr(values: NDArray[np.float64], stderr: NDArray[np.float64],
 
 def _refuse_unoffered(table: ScoreTable) -> None:
     for metric in table.metrics:
+        covered = {name for one in table.fused if table.fused_offered(one, metric) for name in one.layers}
         for i in np.flatnonzero(~table.offered(metric).any(axis=1)):
+            if table.layers[i].name in covered:
+                continue
             raise TableError(
                 f"/metrics/{_escape(metric)}/values/{i} must offer at least one scheme that every resource "
                 f"prices. Got none for layer {table.layers[i].name!r}."

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+import structlog
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
@@ -13,10 +14,12 @@ from fastapi_offline import FastAPIOffline
 
 from service import logs
 from service.api import (
+    audit,
     calibrations,
     catalogs,
     checkpoints,
     correlations,
+    doc_pages,
     explanations,
     exports,
     frontier,
@@ -28,10 +31,17 @@ from service.api import (
     problems,
     scores,
     uploads,
+    webhooks,
 )
 from service.api.context import Context
 from service.api.cursors import Cursors, load_secret
-from service.api.local_only import LocalOnly
+from service.api.gate import Gate
+from service.api.requests import Requests
+from service.api.scopes import with_security
+from service.api.security import Secured
+from service.api.slots import Slots
+from service.api.stopping import calling_at_stop
+from service.api.watcher import Watcher
 from service.db import migrate
 from service.db.engine import Database
 from service.settings import Settings
@@ -46,7 +56,8 @@ Bitplan decides how many bits each layer of a neural network gets.
 3. `GET /v1/jobs/{id}` until it has succeeded, then `GET /v1/jobs/{id}/plans`, and for the plan file
    `GET /v1/plans/{id}/document`.
 
-Errors are `application/problem+json` (RFC 9457).
+Errors are `application/problem+json` (RFC 9457). Where the server has keys, each request brings one:
+`Authorization: Bearer bitplan_...`.
 """
 ROUTERS = (
     uploads.router,
@@ -54,6 +65,7 @@ ROUTERS = (
     calibrations.router,
     made_calibrations.router,
     jobs.router,
+    webhooks.router,
     scores.router,
     frontier.router,
     correlations.router,
@@ -62,8 +74,12 @@ ROUTERS = (
     exports.router,
     checkpoints.router,
     catalogs.router,
+    audit.router,
     health.router,
 )
+
+
+log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -73,14 +89,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chosen = settings or Settings()
         logs.configure(chosen.log_level)
+        logs.adopt_libraries(chosen.log_level)
         context = open_context(chosen)
-        app.state.context = context
+        if chosen.access == "open":
+            log.warning("no keys are asked for: whoever can connect may do everything")
+        app.state.context, app.state.gate = context, Gate(context)
         try:
-            yield
+            with calling_at_stop(context.watcher.close):
+                yield
         finally:
+            await context.watcher.end()
             context.database.close()
 
     app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
         title="Bitplan",
         version=version("bitplan"),
         description=DESCRIPTION,
@@ -90,9 +113,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_api_route("/", _to_docs, include_in_schema=False)
-    app.add_middleware(LocalOnly)
+    app.add_middleware(Secured)
+    app.add_middleware(Requests)
+    doc_pages.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    describe = app.openapi
+    app.openapi = lambda: with_security(describe())  # type: ignore[method-assign]
     return app
 
 
@@ -110,7 +137,10 @@ def open_context(settings: Settings) -> Context:
     except BaseException:
         database.close()
         raise
-    return Context(settings, database, BlobStore(settings.data_dir), cursors)
+    slots = Slots(settings.max_streams, settings.max_streams_per_client)
+    return Context(
+        settings, database, BlobStore(settings.data_dir), cursors, watcher=Watcher(database), slots=slots
+    )
 
 
 def _to_docs() -> RedirectResponse:

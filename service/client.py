@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 
 from service.remote.handles import JobHandle, PlanHandle
+from service.remote.key import find_key
 from service.remote.transport import Transport
 from service.remote.upload import OnBytes, local_file, model_files, upload
 
@@ -25,18 +26,23 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 class Client:
     """One server. `http` replaces the connection pool (tests, proxies); `retries` counts repeated
-    requests.
+    requests, `key` is an API key (else BITPLAN_KEY or the file of BITPLAN_KEY_FILE; none where neither is
+    set). Raises ValueError for what has not the form of a key.
     """
 
     def __init__(
         self,
         url: str = DEFAULT_URL,
         *,
+        key: str | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         http: httpx2.Client | None = None,
     ) -> None:
         self._http = http or httpx2.Client(base_url=url, timeout=timeout)
+        found = find_key(key)
+        if found is not None:
+            self._http.headers["Authorization"] = f"Bearer {found}"
         self.transport = Transport(self._http, retries=retries)
 
     def __enter__(self) -> Client:
@@ -111,6 +117,7 @@ class Client:
         role_limits: Mapping[str, str] | None = None,
         ratios: Sequence[float] | None = None,
         protect: Sequence[str] = (),
+        forbid: Mapping[str, Sequence[str]] | None = None,
         contexts: Mapping[str, Any] | None = None,
         task: str = "auto",
         limits: Sequence[str] = (),
@@ -139,12 +146,14 @@ class Client:
         latency_ns: Mapping[str, Mapping[str, float]] | None = None,
         labels: Mapping[str, str] | None = None,
         name: str | None = None,
+        webhook: Mapping[str, str] | None = None,
         on_bytes: OnBytes | None = None,
     ) -> JobHandle:
         """Start a search. `model` is a folder or an id, `calibration` a file or an id; local ones are sent
         first.
 
-        The parameters are those of `POST /v1/jobs`. Raises ProblemError with the server's words.
+        The parameters are those of `POST /v1/jobs`; `webhook` has the members url and secret. Raises
+        ProblemError with the server's words.
         """
         body: dict[str, Any] = {
             "model": self._input(model, "model_", self.upload_model, on_bytes),
@@ -163,6 +172,7 @@ class Client:
             "role_limits": dict(role_limits or {}),
             **({} if ratios is None else {"ratios": list(ratios)}),
             "protect": list(protect),
+            "forbid": {name: list(schemes) for name, schemes in (forbid or {}).items()},
             "contexts": None if contexts is None else dict(contexts),
             "task": task,
             "limits": list(limits),
@@ -191,6 +201,7 @@ class Client:
             "device_profile": device_profile,
             "labels": dict(labels or {}),
             "name": name,
+            "webhook": None if webhook is None else dict(webhook),
         }
         return JobHandle(self.transport, self.transport.post("/v1/jobs", body))
 

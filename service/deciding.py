@@ -30,6 +30,13 @@ from service.records import ScoreRecord
 EACH, MAXIMUM = "each", "maximum"
 
 
+def deciding_metric(request: Mapping[str, Any]) -> str:
+    """The metric whose sum the plans of a request, its members as JSON, minimize: the refining one, else the
+    first.
+    """
+    return str(request.get("refine_metric") or request["metrics"][0])
+
+
 @dataclass(frozen=True)
 class Deciding:
     """What is measured for a job, and how a score table is made of it.

@@ -2,6 +2,7 @@
 
     ServiceError            500
       BadRequest            400
+      Unauthorized          401
       Forbidden             403
       NotFound              404
       Conflict              409
@@ -9,6 +10,7 @@
       TooLarge              413
       UnsupportedFile       415
       Unprocessable         422
+      TooMany               429
       Unavailable           503
       InsufficientStorage   507
 
@@ -70,8 +72,14 @@ class BadRequest(ServiceError):
     status, title = 400, "Bad request"
 
 
+class Unauthorized(ServiceError):
+    """There is no key, or none that is good."""
+
+    status, title = 401, "Unauthorized"
+
+
 class Forbidden(ServiceError):
-    """The peer may not do this."""
+    """The peer or its key may not do this."""
 
     status, title = 403, "Forbidden"
 
@@ -112,6 +120,12 @@ class Unprocessable(ServiceError):
     status, title = 422, "Unprocessable"
 
 
+class TooMany(ServiceError):
+    """More at a time, or in a while, than one client or the service allows."""
+
+    status, title = 429, "Too many"
+
+
 class Unavailable(ServiceError):
     """Not now: a dependency is missing or busy."""
 
@@ -119,7 +133,7 @@ class Unavailable(ServiceError):
 
 
 class InsufficientStorage(ServiceError):
-    """The disk is full."""
+    """The disk, or the tenant's part of it, is full."""
 
     status, title = 507, "Insufficient storage"
 

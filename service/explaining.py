@@ -12,6 +12,7 @@ from search.conflict import Conflict, Relaxed
 from search.explain import Decision, Explanation, Relief, Step
 from search.frontier import FrontierPoint, Stretch
 from search.rate_distortion import Reference
+from sensitivity.table import Fused
 
 METHOD = "lagrangian choice, repaired and filled"
 """How the draws of the stability are solved."""
@@ -51,15 +52,36 @@ def totals_between(resource: str, texts: Sequence[str]) -> tuple[Fraction, Fract
     return low, high
 
 
+def fused_json(compiled: Compiled, fused: Sequence[Fused]) -> list[dict[str, Any]]:
+    """The fused candidates of a plan: the layers of each, their scheme, and all that it counts with."""
+    table = compiled.table
+    return [
+        {
+            "layers": list(one.layers),
+            "scheme": one.scheme,
+            "metrics": {
+                name: float(score)
+                for name in table.metrics
+                if (score := table.fused_score(one, name)) is not None
+            },
+            "resources": _numbers(
+                {name: Fraction(table.fused_usage(one, name) or 0) for name in table.resources}
+            ),
+        }
+        for one in fused
+    ]
+
+
 def _point(compiled: Compiled, point: FrontierPoint) -> dict[str, Any]:
-    assignment = compiled.assignment(point.choice)
+    assignment, fused = compiled.assignment(point.choice), compiled.fused(point.choice)
     return {
         "objective": point.objective,
         "bound": point.bound,
         "gap": point.gap,
         "price": point.price,
-        "resources": _numbers(compiled.resources(assignment)),
+        "resources": _numbers(compiled.resources(assignment, fused)),
         "layers": assignment,
+        **({"fused": fused_json(compiled, fused)} if compiled.covers else {}),
     }
 
 

@@ -6,24 +6,63 @@ import logging
 import sys
 
 import structlog
+from structlog.typing import EventDict
+
+from service.access import redacted
+
+
+def _without_keys(_: object, __: str, event: EventDict) -> EventDict:
+    """No key gets into a log, wherever it was sent."""
+    return {name: redacted(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+SHARED = (
+    structlog.contextvars.merge_contextvars,
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.StackInfoRenderer(),
+    structlog.processors.format_exc_info,
+    _without_keys,
+)
 
 
 def configure(level: str) -> None:
     """Send what is at least `level` (debug, info, warning, error) to standard error."""
-    on_terminal = sys.stderr.isatty()
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.StackInfoRenderer(),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer(),
-        ],
+        processors=[*SHARED, _renderer()],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=_standard_error,
         cache_logger_on_first_use=False,
     )
+
+
+def adopt_libraries(level: str) -> None:
+    """Say what libraries log in the same form, with the same ids; requests have their own line already."""
+    handler = _ToStandardError()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=SHARED,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer()],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [kept for kept in root.handlers if not isinstance(kept, _ToStandardError)] + [handler]
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(level.upper())
+    logging.getLogger("uvicorn.access").disabled = True
+
+
+class _ToStandardError(logging.Handler):
+    """Writes to what standard error is now, as `_standard_error` does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def _renderer() -> structlog.types.Processor:
+    return structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
 
 
 def _standard_error(*_: object) -> structlog.PrintLogger:

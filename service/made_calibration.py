@@ -55,7 +55,12 @@ def sample_bytes(request: MakeCalibrationRequest) -> int | None:
 
 def require_size(request: MakeCalibrationRequest, most: int) -> None:
     """Raise TooLarge for samples that would take more than `most` bytes, as far as the request tells."""
-    _require(request.samples * (sample_bytes(request) or 0), most)
+    _require(least_size(request), most)
+
+
+def least_size(request: MakeCalibrationRequest) -> int:
+    """Bytes that the samples take at least, as far as the request tells."""
+    return request.samples * (sample_bytes(request) or 0)
 
 
 def write_samples(parts: Iterator[Arrays], rows: int, file: Path, most: int) -> None:

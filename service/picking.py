@@ -57,11 +57,6 @@ def settled(request: Mapping[str, Any], summary: Mapping[str, Any] | None) -> di
     return {**request, **((summary or {}).get("picked") or {}).get("request", {})}
 
 
-def deciding(request: Mapping[str, Any]) -> str:
-    """The metric whose sum the plans of a settled request minimize."""
-    return str(request.get("refine_metric") or request["metrics"][0])
-
-
 def is_settled(request: Mapping[str, Any]) -> bool:
     """Whether the metrics of a request have names."""
     return AUTO not in request["metrics"]

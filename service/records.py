@@ -4,11 +4,12 @@ JSON columns are plain dicts and lists; treat them as read-only. Times are aware
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from service.states import TERMINAL, InputState, JobKind, JobState, Stage, UploadState
+from service.access import Scope
+from service.states import TERMINAL, InputState, JobKind, JobState, Stage, UploadState, WebhookState
 
 Json = Mapping[str, Any]
 
@@ -120,15 +121,53 @@ class EventRecord:
 
 
 @dataclass(frozen=True)
-class ScoreSetRecord:
-    """The circumstances under which scores are equal; `inspection` is what the worker saw in the model and
-    data.
+class StandingRecord:
+    """Where a job stands, for those who wait for it: `version` grows with every visible change, `seq` is the
+    number of its last event.
     """
+
+    id: str
+    state: JobState
+    stage: Stage | None
+    done: int
+    total: int
+    eta_seconds: float | None
+    version: int
+    seq: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True)
+class WebhookRecord:
+    """Who is told of a job's end, and how far that has come; `secret` is None once it is not needed any more.
+
+    `next_attempt_at` is in seconds of the database's own clock.
+    """
+
+    id: str
+    job_id: str
+    url: str
+    secret: str | None = field(repr=False)
+    state: WebhookState
+    attempts: int
+    next_attempt_at: float | None
+    last_status: int | None
+    last_error: str | None
+    created_at: datetime
+    settled_at: datetime | None
+
+
+@dataclass(frozen=True)
+class ScoreSetRecord:
+    """The circumstances under which scores are equal."""
 
     digest: str
     tenant: str
     settings: Json
-    inspection: Json | None
     created_at: datetime
 
 
@@ -185,6 +224,45 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True)
+class RunnerRecord:
+    """A runner that has said that it lives, `seconds_ago`; `metrics` are what it has counted, in the text
+    format of Prometheus.
+    """
+
+    name: str
+    host: str
+    pid: int
+    process: str
+    version: str
+    started_at: datetime
+    seconds_ago: float
+    metrics: str
+
+    @property
+    def label(self) -> str:
+        """A short name: host, process id, and what tells two of these apart."""
+        return f"{self.host.partition('/')[0]}:{self.pid}:{self.name[:6]}"
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """How much there is at this moment; `jobs` counts by kind and state."""
+
+    jobs: Mapping[tuple[str, str], int]
+    oldest_queued_seconds: float
+    leases: int
+    expired_leases: int
+    blobs: int
+    blob_bytes: int
+    free_bytes: int
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait for a runner."""
+        return sum(count for (_, state), count in self.jobs.items() if state == JobState.QUEUED)
+
+
+@dataclass(frozen=True)
 class PlanRecord:
     """One solved budget of a job; `document` is None when nothing fits, `evidence` until it was measured."""
 
@@ -211,4 +289,52 @@ class IdempotencyRecord:
     status: int | None
     body: Json | None
     headers: Mapping[str, str]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class TenantRecord:
+    """Who shares the service; None where the quota is that of the settings, 0 for no limit."""
+
+    name: str
+    quota_jobs: int | None
+    quota_bytes: int | None
+    quota_running: int | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    """An API key without its secret: `digest` is the SHA-256 of the whole key, `prefix` its public part."""
+
+    id: str
+    tenant: str
+    name: str
+    scope: Scope
+    prefix: str
+    digest: str
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+    def state(self, at: datetime) -> str:
+        """active, expired or revoked."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expires_at is not None and self.expires_at <= at else "active"
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """One write: `key_id` is None where no key was asked for, `status` None until it was answered."""
+
+    id: str
+    tenant: str
+    key_id: str | None
+    peer: str | None
+    action: str
+    method: str
+    path: str
+    request_id: str
+    status: int | None
     created_at: datetime

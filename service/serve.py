@@ -4,7 +4,6 @@ Each child's standard input is a pipe that only the supervisor holds: when the s
 dies, the pipe closes and the child stops by itself.
 """
 
-import ipaddress
 import os
 import signal
 import subprocess
@@ -17,7 +16,10 @@ from types import FrameType
 import structlog
 
 from service import logs
+from service.access import is_local_host
 from service.db import migrate
+from service.db.engine import Database
+from service.db.repositories import keys
 from service.settings import Settings
 
 SETTLED_SECONDS = 5.0
@@ -29,20 +31,25 @@ log = structlog.get_logger()
 
 
 class BindRefused(ValueError):  # noqa: N818 - an error is named after what went wrong
-    """The host is not this machine's own loopback address."""
+    """Other machines could connect, and there is no key that they could show."""
 
 
-def require_local(host: str) -> None:
-    """Raise `BindRefused` unless only this machine can connect to `host`."""
+def require_safe_bind(settings: Settings) -> None:
+    """Raise `BindRefused` where other machines could connect without a key, unless access is "open"."""
+    if is_local_host(settings.host) or settings.access == "open":
+        return
+    migrate.upgrade(settings.database_url)
+    database = Database(settings.database_url)
     try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local:
+        with database.read() as session:
+            usable = keys.usable(session)
+    finally:
+        database.close()
+    if not usable:
         raise BindRefused(
-            f"host must be a loopback address (127.0.0.1, ::1 or localhost). Got {host!r}. Access control "
-            "does not exist yet, so everybody who can connect could use the service. Reach it from elsewhere "
-            "through an SSH tunnel."
+            "host must be a loopback address (127.0.0.1, ::1 or localhost) while there is no usable key. "
+            f"Got {settings.host!r}. Make a key with `bitplan keys create --tenant NAME --scope submit`, use "
+            "an SSH tunnel, or pass --insecure to let everybody who can connect do everything."
         )
 
 
@@ -53,7 +60,7 @@ def serve(settings: Settings) -> int:
     for example). Raises `BindRefused` and `DatabaseTooNew`.
     """
     logs.configure(settings.log_level)
-    require_local(settings.host)
+    require_safe_bind(settings)
     migrate.upgrade(settings.database_url)
     supervisor = Supervisor(settings)
     _stop_on_signals(supervisor)
@@ -153,12 +160,16 @@ def run_child(role: str) -> None:
 def _run_api(settings: Settings) -> None:
     import uvicorn
 
+    logs.configure(settings.log_level)
+    logs.adopt_libraries(settings.log_level)
     uvicorn.run(
         "service.app:app",
         host=settings.host,
         port=settings.port,
+        log_config=None,
         log_level=settings.log_level,
         timeout_graceful_shutdown=int(settings.grace_seconds),
+        server_header=False,
     )
 
 

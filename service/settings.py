@@ -1,5 +1,6 @@
 """Settings of every Bitplan process: defaults, then environment variables that start with BITPLAN_."""
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,8 +27,18 @@ class Settings(BaseSettings):
     """What an operator may choose.
 
     ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
-    `model_folders` is an allow-list, separated like PATH. `memory_limit` ("2 GiB") holds for each worker that
-    measures (searches, correlations, evidence, evaluation). The lease must outlive at least two heartbeats.
+    `model_folders` is an allow-list, separated like PATH. `webhook_networks` ("10.0.0.0/8,127.0.0.1/32") are
+    networks beside the public ones that webhooks may go to. `memory_limit` ("2 GiB") holds for each worker
+    that measures (searches, correlations, evidence, evaluation). The lease must outlive at least two
+    heartbeats.
+    `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
+    for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
+    quotas of its own instead.
+
+    Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
+    workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
+    `unreferenced_hours`; runners collect every `gc_interval_hours` (0: only ``bitplan gc`` does). With less
+    than `least_free_bytes` on the disk of the store the service says that it is not ready.
     """
 
     model_config = SettingsConfigDict(
@@ -45,9 +56,25 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(default=15.0, gt=0)
     poll_seconds: float = Field(default=1.0, gt=0)
     grace_seconds: float = Field(default=10.0, ge=0)
+    max_streams: int = Field(default=5000, ge=1)
+    max_streams_per_client: int = Field(default=200, ge=1)
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
+    webhook_networks: Annotated[tuple[str, ...], NoDecode] = ()
     memory_limit: str = ""
+    access: Literal["auto", "keys", "open"] = "auto"
+    rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
+    rate_burst: int = Field(default=200, ge=1)
+    quota_jobs: int = Field(default=1000, ge=0)
+    quota_bytes: str = "256 GiB"
+    quota_running: int = Field(default=0, ge=0)
+    keep_jobs_days: float = Field(default=0.0, ge=0)
+    keep_logs_days: float = Field(default=14.0, ge=1)
+    keep_uploads_days: float = Field(default=7.0, ge=1)
+    keep_keys_days: float = Field(default=7.0, ge=1)
+    unreferenced_hours: float = Field(default=24.0, ge=1)
+    gc_interval_hours: float = Field(default=1.0, ge=0)
+    least_free_bytes: int = Field(default=256 * 2**20, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("data_dir")
@@ -60,7 +87,23 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("memory_limit")
+    @field_validator("webhook_networks", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            ipaddress.ip_network(network)
+        return value
+
+    @field_validator("memory_limit", "quota_bytes")
     @classmethod
     def _amount(cls, value: str) -> str:
         if value:
@@ -83,8 +126,15 @@ class Settings(BaseSettings):
             )
         return self
 
+    @property
+    def quotas(self) -> dict[str, int]:
+        """What a tenant without quotas of its own may have; 0 is no limit."""
+        kept = parse_bytes(self.quota_bytes) if self.quota_bytes else 0
+        return {"jobs": self.quota_jobs, "bytes": kept, "running": self.quota_running}
+
     def as_environment(self) -> dict[str, str]:
         """The environment variables that give another process these same settings."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         values["model_folders"] = os.pathsep.join(str(folder) for folder in self.model_folders)
+        values["webhook_networks"] = ",".join(self.webhook_networks)
         return {f"BITPLAN_{name.upper()}": str(value) for name, value in values.items()}

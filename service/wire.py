@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 from typing import Annotated, Any, Literal
@@ -42,6 +43,7 @@ from service.fields import (
     CostTable,
     DeviceProfile,
     EnergySource,
+    Forbid,
     Gap,
     Integer,
     LatencySource,
@@ -67,6 +69,8 @@ from service.fields import (
     Text,
     Ties,
     TimeLimit,
+    WebhookSecret,
+    WebhookUrl,
     any_scheme,
     checkpoint_consumer,
     distinct,
@@ -260,6 +264,7 @@ class JobRequest(WireModel):
     pins: Pins = {}
     ties: Ties = []
     protect: Protect = []
+    forbid: Forbid = {}
     include: Patterns = Field(default=[], description="Embeddings or heads that take part too (patterns).")
     exclude: Patterns = Field(default=[], description="Layers that keep their precision (patterns).")
     samples: Integer = Field(
@@ -335,22 +340,28 @@ class JobRequest(WireModel):
             raise refusal(
                 "invalid-target",
                 "A target must be searched over all samples for the plain objective, without a refining"
-                f" metric. Got {' and '.join(named)}. Leave that out, or ask for budgets.",
+                " metric: its sizes are those of the frontier of one metric's sum. Got"
+                f" {' and '.join(named)}. Leave that out, or ask for budgets.",
             )
         return self
 
     @model_validator(mode="after")
-    def _uniform_schemes(self) -> JobRequest:
-        """A limit such as "uniform w4" must name a scheme that is measured."""
-        known = {*self.schemes, *self.pins.values(), *map(cache_scheme, (FULL, *self.kv_cache))}
+    def _known_schemes(self) -> JobRequest:
+        """A limit such as "uniform w4", and what is forbidden, must name schemes that are measured."""
         for limit in parse_limits((*self.budgets, *self.limits, *self.role_limits.values())):
-            if limit.uniform and any_scheme(limit.uniform) not in known:
+            self._require_known("A uniform limit", [any_scheme(limit.uniform)] if limit.uniform else [])
+        self._require_known("What is forbidden", [name for names in self.forbid.values() for name in names])
+        return self
+
+    def _require_known(self, what: str, schemes: Sequence[str]) -> None:
+        known = {*self.schemes, *self.pins.values(), *map(cache_scheme, (FULL, *self.kv_cache))}
+        for scheme in schemes:
+            if scheme not in known:
                 raise refusal(
                     "unknown-scheme",
-                    f"A uniform limit must name a scheme of the menu: {', '.join(self.schemes)}."
-                    f" Got {limit.uniform!r:.80}. Pick one of them, or add it to the schemes.",
+                    f"{what} must name a scheme of the menu: {', '.join(self.schemes)}."
+                    f" Got {scheme!r:.80}. Pick one of them, or add it to the schemes.",
                 )
-        return self
 
     @model_validator(mode="after")
     def _auto_alone(self) -> JobRequest:
@@ -454,14 +465,18 @@ class JobRequest(WireModel):
         return self
 
     @model_validator(mode="after")
-    def _pinned_caches(self) -> JobRequest:
-        """Caches are pinned where they are decided, and a menu decides what a deployment would assume."""
-        pinned = [name for name, scheme in self.pins.items() if is_cache(scheme)]
-        if pinned and not self.kv_cache:
+    def _decided_caches(self) -> JobRequest:
+        """Caches are pinned and forbidden where they are decided, and a menu decides what a deployment would
+        assume.
+        """
+        forbidden = [(key, scheme) for key, schemes in self.forbid.items() for scheme in schemes]
+        decided = [pair for pair in (*self.pins.items(), *forbidden) if is_cache(pair[1])]
+        if decided and not self.kv_cache:
+            name, scheme = decided[0]
             raise refusal(
                 "missing-cache-types",
-                f"A pin of a cache must come with a menu of cache types. Got {pinned[0]!r}:"
-                f' {self.pins[pinned[0]]!r} and no kv_cache. Add kv_cache, for example ["int8"].',
+                f"The scheme of a cache must come with a menu of cache types. Got {name!r}: {scheme!r} and no"
+                ' kv_cache. Add kv_cache, for example ["int8"].',
             )
         if self.kv_cache and self.deployment is not None and self.deployment.kv_cache not in FULL_TYPES:
             raise refusal(
@@ -478,16 +493,30 @@ class JobRequest(WireModel):
         return (*self.schemes, *self.pins.values(), *map(cache_scheme, self.kv_cache))
 
     @property
-    def deciding_metric(self) -> str:
-        """The metric whose sum the plans minimize."""
-        return self.refine_metric or self.metrics[0]
-
-    @property
     def takes_part(self) -> tuple[str, ...]:
         """The patterns of `include`, and every pin that names a layer outright: a pinned head takes part."""
         pins = [name for name, scheme in self.pins.items() if not is_cache(scheme)]
         named = [pattern for pattern in pins if not WILDCARDS & set(pattern)]
         return tuple(dict.fromkeys((*self.include, *named)))
+
+
+class Webhook(WireModel):
+    """Who is told, by a signed POST, that a job has ended."""
+
+    url: WebhookUrl
+    secret: WebhookSecret
+
+
+class SubmitRequest(JobRequest):
+    """A search to be queued, and who is told of its end."""
+
+    webhook: Webhook | None = Field(default=None, description="Told of the job's end; see docs/events.md.")
+
+
+class ResumeRequest(WireModel):
+    """What a resumed job has of its own."""
+
+    webhook: Webhook | None = Field(default=None, description="Told of the new job's end.")
 
 
 class CheckpointRequest(WireModel):
@@ -555,7 +584,7 @@ class CorrelationJob(WireModel):
 
 
 class PlansRequest(WireModel):
-    """An instant re-solve from stored scores; limits, pins, ties and protected layers that are left out are
+    """An instant re-solve from stored scores; limits, pins, ties and so on that are left out are
     those of the job.
     """
 
@@ -564,6 +593,7 @@ class PlansRequest(WireModel):
     pins: Pins | None = None
     ties: Ties | None = None
     protect: Protect | None = None
+    forbid: Forbid | None = None
     role_limits: RoleLimits | None = None
     metric: Metric | None = Field(
         default=None, description="A metric of the job; the one that decides when left out."

@@ -21,6 +21,7 @@ from search.objectives.objective import (
     any_choice,
     certified,
     without_arguments,
+    without_fused,
 )
 from search.problem import Choice, Problem, Solution, Status
 
@@ -40,7 +41,8 @@ class Minimax:
         return "minimax_sum" if self.then_sum else "minimax"
 
     def constrained(self, compiled: Compiled) -> Compiled:
-        """The problem as it is."""
+        """The problem as it is. Raises ObjectiveError for fused candidates."""
+        without_fused(self.text, compiled)
         return compiled
 
     def solve(self, compiled: Compiled, how: How) -> Optimum:

@@ -11,10 +11,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from search.budget import Relation
+from search.budget import Relation, close_names
 from search.catalog import AUTO, SOLVERS
-from search.compile import Compiled, close_names
+from search.compile import Compiled
 from search.core import exact_integers
+from search.covers import Quantity
 from search.deadline import Deadline
 from search.problem import DEFAULT_GAP, Choice, Problem, Row, Solution, Status, relative_gap
 from search.solve import solve
@@ -121,17 +122,40 @@ def metric_of(compiled: Compiled, name: str) -> MetricTable:
     return metrics[name]
 
 
-def grouped(compiled: Compiled, values: Floats) -> Floats:
-    """Values (layers, schemes) summed over the layers of each group, NaN where nothing is offered."""
+def costs_of(compiled: Compiled, name: str) -> Floats:
+    """A metric by (group, cell), NaN where nothing is offered or scored. Raises ObjectiveError for one that
+    is not in the table.
+    """
+    return _grouped(compiled, metric_of(compiled, name).values, Quantity("score", name))
+
+
+def errors_of(compiled: Compiled, name: str) -> Floats:
+    """A metric's standard errors by (group, cell), added up; NaN where nothing is offered or known."""
+    stderr = metric_of(compiled, name).stderr
+    if stderr is None:
+        return np.full(compiled.problem.costs.shape, np.nan)
+    return _grouped(compiled, stderr, Quantity("error", name))
+
+
+def _grouped(compiled: Compiled, values: Floats, quantity: Quantity) -> Floats:
+    """Values (layers, schemes), which are those of a quantity, summed over the layers of each group."""
     summed = np.full(compiled.problem.costs.shape, np.nan)
-    for group, scheme in np.argwhere(compiled.problem.offered):
-        summed[group, scheme] = math.fsum(values[list(compiled.groups[group]), scheme])
+    for group, cell in np.argwhere(compiled.problem.offered).tolist():
+        if group in compiled.covers:
+            total = compiled.covers[group].totals[quantity][cell]
+            summed[group, cell] = math.nan if total is None else float(total)
+        else:
+            summed[group, cell] = math.fsum(values[list(compiled.groups[group]), cell])
     return summed
 
 
-def costs_of(compiled: Compiled, name: str) -> Floats:
-    """A metric by (group, scheme). Raises ObjectiveError for one that is not in the table."""
-    return grouped(compiled, metric_of(compiled, name).values)
+def without_fused(name: str, compiled: Compiled) -> None:
+    """Raises ObjectiveError where the problem has fused candidates, for an objective about single layers."""
+    if compiled.covers:
+        raise ObjectiveError(
+            f"The objective {name} must have a table without fused candidates: it is about each layer's own "
+            "scheme. Got some. Take sum, weighted, lexicographic, uncertainty or worst, or leave `fused` out."
+        )
 
 
 def limited(name: str, costs: Floats, relation: Relation, limit: Fraction) -> Row:

@@ -28,6 +28,7 @@ from search.objectives.objective import (
     Part,
     certified,
     short,
+    without_fused,
 )
 from search.objectives.program import Program, cost_terms, extremes, least
 from search.pairwise import PairwiseModel, pairwise_model
@@ -55,7 +56,8 @@ class Quadratic:
         return "quadratic" if self.weight == 1 else f"quadratic: {short(self.weight)}"
 
     def constrained(self, compiled: Compiled) -> Compiled:
-        """The problem as it is."""
+        """The problem as it is. Raises ObjectiveError for fused candidates."""
+        without_fused("quadratic", compiled)
         return compiled
 
     def solve(self, compiled: Compiled, how: How) -> Optimum:
@@ -82,8 +84,8 @@ class Quadratic:
     def _model(self, compiled: Compiled) -> PairwiseModel:
         if not compiled.table.interactions:
             raise ObjectiveError(
-                "The objective quadratic must have interactions in the table. Got none. A search measures"
-                " them (gram_output) unless it declines; a re-solve has none: submit a search for it."
+                "The objective quadratic must have interactions in the table. Got none. Add them; a search"
+                " measures them (gram_output) unless it declines."
             )
         try:
             return pairwise_model(compiled, next(iter(compiled.table.interactions.values())), self.weight)

@@ -26,6 +26,7 @@ from search.objectives.objective import (
     certified,
     costs_of,
     total_of,
+    without_fused,
 )
 from search.objectives.program import Program, cost_terms, extremes, least
 from search.problem import Problem, Row, Solution, Status
@@ -53,7 +54,10 @@ class RankOrder:
         return () if self.ordering is None else (self.ordering,)
 
     def constrained(self, compiled: Compiled) -> Compiled:
-        """The problem with a limit for each pair of neighbors in the order, unless it has them."""
+        """The problem with a limit for each pair of neighbors in the order, unless it has them. Raises
+        ObjectiveError for fused candidates.
+        """
+        without_fused("rank_order", compiled)
         if any(row.resource == ROW for row in compiled.problem.rows):
             return compiled
         bits = _bits(compiled)

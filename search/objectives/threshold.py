@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.compile import Compiled
-from search.objectives.objective import LOOSE, Entry, Floats, How, Optimum, Part, certified, without_arguments
+from search.objectives.objective import (
+    LOOSE,
+    Entry,
+    Floats,
+    How,
+    Optimum,
+    Part,
+    certified,
+    without_arguments,
+    without_fused,
+)
 from search.problem import Choice, Problem, Solution, Status
 
 REASON = "no threshold gives a plan within every limit: take another objective"
@@ -23,7 +33,8 @@ class Threshold:
     metrics: tuple[str, ...] = ()
 
     def constrained(self, compiled: Compiled) -> Compiled:
-        """The problem as it is."""
+        """The problem as it is. Raises ObjectiveError for fused candidates."""
+        without_fused(self.text, compiled)
         return compiled
 
     def solve(self, compiled: Compiled, how: How) -> Optimum:

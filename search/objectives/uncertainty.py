@@ -18,8 +18,7 @@ from search.objectives.objective import (
     ObjectiveError,
     Optimum,
     costs_of,
-    grouped,
-    metric_of,
+    errors_of,
     short,
 )
 from search.objectives.weighted import totals
@@ -43,9 +42,8 @@ class Uncertainty:
 
     def solve(self, compiled: Compiled, how: How) -> Optimum:
         """One additive program over the raised costs. Raises ObjectiveError without standard errors."""
-        stderr = metric_of(compiled, compiled.metric).stderr
-        known = np.zeros(0) if stderr is None else grouped(compiled, stderr)
-        if not np.isfinite(known[compiled.problem.offered] if stderr is not None else np.nan).all():
+        known = errors_of(compiled, compiled.metric)
+        if not np.isfinite(known[compiled.problem.offered]).all():
             raise ObjectiveError(
                 f"The objective uncertainty must have a standard error for every score of {compiled.metric}."
                 " Got some without. Take a metric that has them, or the objective sum."

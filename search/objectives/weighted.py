@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from search.compile import Compiled
+from search.covers import Quantity
 from search.objectives.objective import (
     Entry,
     Floats,
@@ -63,7 +64,7 @@ class Weighted:
         """What a metric is multiplied by."""
         sign = 1.0 if metric_of(compiled, name).direction == "min" else -1.0
         weight = sign * dict(self.weights)[name]
-        return weight / (_range(costs) or 1.0) if self.normalized else weight
+        return weight / (_range(compiled, name, costs) or 1.0) if self.normalized else weight
 
 
 def totals(costs: dict[str, Floats], solution: Solution) -> tuple[Part, ...]:
@@ -76,9 +77,15 @@ def totals(costs: dict[str, Floats], solution: Solution) -> tuple[Part, ...]:
     )
 
 
-def _range(costs: Floats) -> float:
-    filled = costs[~np.isnan(costs).all(axis=1)]
-    return float((np.nanmax(filled, axis=1) - np.nanmin(filled, axis=1)).sum()) if len(filled) else 0.0
+def _range(compiled: Compiled, name: str, costs: Floats) -> float:
+    """From the smallest to the largest total; of covers those count too that the problem left out."""
+    combined = [one.ranges[Quantity("score", name)] for one in compiled.covers.values()]
+    spread = sum(float(ends[1] - ends[0]) for ends in combined if ends is not None)
+    alone = [group for group in range(len(costs)) if group not in compiled.covers]
+    filled = costs[alone][~np.isnan(costs[alone]).all(axis=1)]
+    return spread + float(
+        (np.nanmax(filled, axis=1) - np.nanmin(filled, axis=1)).sum() if len(filled) else 0.0
+    )
 
 
 def _read(name: str, arguments: str) -> Weighted:

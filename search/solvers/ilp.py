@@ -200,7 +200,7 @@ def run_cbc(program: Any, deadline: Deadline) -> Raw:
     with tempfile.TemporaryDirectory(prefix="bitplan-") as folder:
         log = Path(folder) / "cbc.log"
         backend = pulp.COIN_CMD(
-            path=_cbc_path(),
+            path=cbc_path(),
             msg=False,
             gapRel=0.0,
             gapAbs=1e-9,
@@ -231,7 +231,7 @@ def cbc_bound(text: str) -> float:
     return float(finished[1]) if finished else -math.inf
 
 
-def _cbc_path() -> str | None:
+def cbc_path() -> str | None:
     """The CBC that ships with PuLP 3, or None: PuLP 4 finds its own (`pulp[cbc]`)."""
     bundled = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
     path = bundled if bundled and os.path.exists(bundled) else None

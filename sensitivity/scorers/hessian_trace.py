@@ -242,12 +242,8 @@ def _bounds(unit: BlockUnit) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def final_trace(plan: BlockPlan, layer: str, done: Done) -> Estimate:
-    """The trace at the first look that meets the relative error, or at the budget."""
-    return trace_at(plan, layer, done, _last_look(plan, layer, done))
-
-
 def _last_look(plan: BlockPlan, layer: str, done: Done) -> int:
+    """The first look whose trace meets the relative error, or that at the budget."""
     for turns in looks(plan):
         last = turns
         if trace_at(plan, layer, done, turns).relative_error <= plan.settings.relative_error:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path, Response
 from sqlalchemy.orm import Session
 
 from service.api.context import After, Ctx, Limit
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.intake import check_uploaded_calibration, store_calibration
 from service.api.lookup import find_calibration
@@ -20,7 +21,7 @@ from service.records import CalibrationRecord
 from service.states import InputState
 from service.wire import CalibrationRequest
 
-router = APIRouter(prefix="/v1/calibrations", tags=["calibrations"])
+router = APIRouter(prefix="/v1/calibrations", tags=["calibrations"], route_class=Guarded)
 CalibrationId = Annotated[str, Path(max_length=100)]
 
 

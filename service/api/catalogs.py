@@ -18,10 +18,12 @@ from search.choosers import CHOOSERS
 from search.objectives.catalog import DEFAULT, OBJECTIVES
 from sensitivity.catalog import SCORERS, TASKS
 from service.api.context import LARGEST_PAGE, Ctx
+from service.api.guarded import Guarded
+from service.api.quotas import usage
 from service.fields import MOST_BUDGETS, MOST_FILES, MOST_SCHEMES
 from service.ingest.kinds import CALIBRATION_FILES, MODEL_FILES
 
-router = APIRouter(prefix="/v1", tags=["catalogs"])
+router = APIRouter(prefix="/v1", tags=["catalogs"], route_class=Guarded)
 
 
 @router.get("/formats")
@@ -125,7 +127,9 @@ def devices() -> dict[str, Any]:
 
 @router.get("/limits")
 def limits(context: Ctx) -> dict[str, Any]:
-    """How budgets are written, and the bounds of this server."""
+    """How budgets are written, the bounds of this server, and the quotas of your tenant."""
+    with context.database.read() as session:
+        quotas = usage(context, session)
     return {
         "budget_examples": [example.strip('"') for example in EXAMPLES.split(", ")],
         "byte_units": BYTE_UNITS,
@@ -135,6 +139,8 @@ def limits(context: Ctx) -> dict[str, Any]:
         "max_budgets": MOST_BUDGETS,
         "max_schemes": MOST_SCHEMES,
         "max_page": LARGEST_PAGE,
+        "quotas": quotas,
+        "requests_per_second": context.settings.rate_limit if quotas else None,
         "model_files": list(MODEL_FILES),
         "calibration_files": list(CALIBRATION_FILES),
     }

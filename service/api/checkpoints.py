@@ -17,11 +17,13 @@ from quant.plan import plan_from_json
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import Context, Ctx
 from service.api.exports import deployment_of
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_resources import Job
 from service.api.jobs import RETRY_SECONDS, accepted, queued_once
 from service.api.lookup import find_job, find_plan
 from service.api.plans import PlanId
+from service.api.resources import items_of
 from service.checkpoints import request_of, require_calibration, require_model
 from service.db.repositories import jobs
 from service.errors import Conflict, NotFound, Unprocessable
@@ -29,19 +31,14 @@ from service.records import JobRecord, PlanRecord
 from service.states import JobKind, JobState
 from service.wire import CheckpointRequest
 
-router = APIRouter(prefix="/v1", tags=["checkpoints"])
+router = APIRouter(prefix="/v1", tags=["checkpoints"], route_class=Guarded)
 Consumer = Annotated[str, Query(max_length=100, description=f"One of {', '.join(CHECKPOINTS)}.")]
 
 
 @router.get("/checkpoints")
 def list_checkpoint_consumers() -> dict[str, Any]:
     """The consumers that a plan's weights can be written for, and what they get: a folder or a file."""
-    return {
-        "items": [
-            {"name": entry.name, "writes": entry.writes, "summary": entry.summary, "source": entry.source}
-            for entry in CHECKPOINTS.values()
-        ]
-    }
+    return items_of(CHECKPOINTS, "name", "writes", "summary", "source")
 
 
 @router.post("/plans/{plan_id}/checkpoint", status_code=202, response_model=Job)
@@ -115,7 +112,13 @@ def _job(context: Context, session: Session, plan: PlanRecord, body: CheckpointR
     """The job that writes this checkpoint or has written it, or a new one."""
     request, digest = request_of(plan, body.consumer, force=body.force)
     return queued_once(
-        context, session, JobKind.WRITE_CHECKPOINT, request, digest, lambda job: _is_there(context, job)
+        context,
+        session,
+        JobKind.WRITE_CHECKPOINT,
+        request,
+        digest,
+        lambda job: _is_there(context, job),
+        size=int((plan.result.get("resources") or {}).get("bytes", 0)),
     )
 
 

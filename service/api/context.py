@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
+from service.access import Access
 from service.api.cursors import Cursors
 from service.api.kept_inputs import KeptInputs
+from service.api.slots import Slots
+from service.api.watcher import Watcher
 from service.db.engine import Database
 from service.settings import Settings
 from service.store.blobs import BlobStore
 
 LARGEST_PAGE = 200
+CONTEXT = "bitplan.context"
 
 
 @dataclass(frozen=True)
 class Context:
-    """One request's view of the service; `tenant` limits every statement it makes, `kept` are planning inputs
-    that requests share.
+    """One request's view of the service; `access` says whose it is, and its tenant limits every statement and
+    owns the blobs of `store`. Requests share `kept` planning inputs, the `watcher` of jobs and the `slots` of
+    streams.
     """
 
     settings: Settings
     database: Database
     store: BlobStore
     cursors: Cursors
-    tenant: str = "default"
+    watcher: Watcher
+    slots: Slots
+    access: Access = field(default_factory=Access)
     kept: KeptInputs = field(default_factory=KeptInputs)
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.access.tenant
+
+    def of(self, access: Access) -> Context:
+        """The same service as others see it."""
+        return replace(self, access=access, store=BlobStore(self.settings.data_dir, access.tenant))
 
 
 async def request_context(request: Request) -> Context:
-    """The context of a request. The tenant is always "default" until there are keys to tell tenants apart."""
-    context: Context = request.app.state.context
+    """The context that the gate gave to this request."""
+    context: Context = request.scope[CONTEXT]
     return context
 
 

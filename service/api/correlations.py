@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from quant.digest import digest
 from sensitivity.catalog import DECOUPLED
 from service.api.context import Ctx
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
 from service.api.job_inputs import search_job
@@ -27,7 +28,7 @@ from service.records import JobRecord
 from service.states import JobKind, JobState
 from service.wire import CorrelationJob, CorrelationRequest, LocalJobRequest
 
-router = APIRouter(prefix="/v1/jobs", tags=["scores"])
+router = APIRouter(prefix="/v1/jobs", tags=["scores"], route_class=Guarded)
 
 
 class Coefficient(Resource):

@@ -14,6 +14,7 @@ from search.explain import DRAWS, explain
 from search.solve import solve
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import Ctx
+from service.api.guarded import Guarded
 from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
 from service.api.lookup import find_job, find_plan
 from service.api.plans import PlanId
@@ -26,7 +27,7 @@ from service.planning.inputs import PlanningInputs
 from service.planning.question import question_of
 from service.records import PlanRecord
 
-router = APIRouter(prefix="/v1/plans", tags=["plans"])
+router = APIRouter(prefix="/v1/plans", tags=["plans"], route_class=Guarded)
 
 SECONDS = 10.0
 MOST_DRAWS = 1000
@@ -62,7 +63,9 @@ class Decision(Resource):
 
 
 class Relief(Resource):
-    """A pin, tie, protection or rule of a runtime, or all together, left out at the same limits."""
+    """A pin, tie, protection, forbidden choice or rule of a runtime, or all together, left out at the same
+    limits.
+    """
 
     kind: str
     name: str

@@ -22,13 +22,15 @@ from quant.layers import Inventory
 from quant.plan import plan_from_json
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import Context, Ctx
+from service.api.guarded import Guarded
 from service.api.lookup import find_job, find_model, find_plan, stored_inventory
 from service.api.plans import PlanId
+from service.api.resources import items_of
 from service.consumers import consumer_fault
 from service.errors import Conflict, NotFound, Unprocessable
 from service.records import ModelRecord
 
-router = APIRouter(prefix="/v1", tags=["exports"])
+router = APIRouter(prefix="/v1", tags=["exports"], route_class=Guarded)
 Consumer = Annotated[str, PathParameter(max_length=100)]
 OtherModelId = Annotated[
     str | None,
@@ -42,10 +44,7 @@ Forced = Annotated[bool, Query(description="Take weights that the plan was not m
 @router.get("/exports")
 def list_consumers() -> dict[str, Any]:
     """The consumers that a plan can be exported to."""
-    items = [
-        {"name": entry.name, "summary": entry.summary, "source": entry.source} for entry in EXPORTERS.values()
-    ]
-    return {"items": items}
+    return items_of(EXPORTERS, "name", "summary", "source")
 
 
 @router.get(

@@ -10,16 +10,17 @@ from search.budget import parse_limits
 from search.objectives.catalog import DEFAULT
 from sensitivity.contexts import in_context
 from service.api.context import Ctx
+from service.api.guarded import Guarded
 from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
 from service.api.job_resources import Frontier, FrontierPoint
 from service.api.jobs import JobId
 from service.api.lookup import find_job
+from service.deciding import deciding_metric
 from service.fields import Metric
-from service.picking import deciding
 from service.planning.answer import frontier_of
 from service.planning.ask import Ask, limited_metrics
 
-router = APIRouter(prefix="/v1/jobs", tags=["plans"])
+router = APIRouter(prefix="/v1/jobs", tags=["plans"], route_class=Guarded)
 
 ResourceName = Annotated[
     str, Query(max_length=100, description="bytes, bits_per_weight, bops, latency_ns ...")
@@ -61,7 +62,7 @@ def get_frontier(
     try:
         with context.database.read() as session:
             job = search_job(find_job(context, session, job_id))
-            name = metric or deciding(job.request)
+            name = metric or deciding_metric(job.request)
             name = in_context(name, of) if of else name
             limited = limited_metrics(parse_limits(job.request["limits"]))
             inputs = planning_inputs(context, session, job, list(dict.fromkeys((name, *limited))))

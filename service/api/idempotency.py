@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from quant.digest import digest
 from service.api.context import Context
-from service.db.repositories import idempotency
+from service.db.repositories import idempotency, retention
 from service.errors import Conflict, Unprocessable
 from service.failpoints import failpoint
 from service.records import IdempotencyRecord
@@ -55,12 +55,14 @@ def once(
     """
     if key is None:
         with context.database.write() as session:
+            retention.share(session)
             answer = action(session)
             failpoint("api.before_commit")
         failpoint("api.after_commit")
         return _response(answer)
     request_digest = digest([route, request])
     with _answering((context.database.url, context.tenant, key)), context.database.write() as session:
+        retention.share(session)
         known = idempotency.begin(session, key, request_digest, tenant=context.tenant)
         if known is not None:
             return _repeat(known, request_digest)

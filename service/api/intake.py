@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 from sqlalchemy.orm import Session
 
 from quant.digest import digest, manifest_digest
 from sensitivity.calibration_check import check_calibration
 from service.api.context import Context
 from service.api.lookup import find_upload
+from service.api.quotas import require_bytes, require_job
 from service.db.repositories import calibrations, jobs, models, uploads
 from service.errors import Conflict, Unprocessable
 from service.ingest.kinds import calibration_kind
@@ -23,6 +25,7 @@ from service.records import CalibrationRecord, ModelRecord, UploadRecord
 from service.states import InputState, JobKind
 from service.store.blobs import CHUNK_BYTES
 
+log = structlog.get_logger()
 Files = tuple[dict[str, Any], ...]
 
 
@@ -82,23 +85,27 @@ def check_folder_model(context: Context, folder: str) -> CheckedModel:
 def store_model(context: Context, session: Session, checked: CheckedModel) -> ModelRecord:
     """The model of these files: the one that is there, or a new one with a job that verifies it."""
     if checked.upload is not None:
+        _require_there(context, session, checked.upload)
         uploads.complete(session, checked.upload, context.tenant)
     for file in checked.files:
         uploads.record_blob(session, file["sha256"], file["size"], context.tenant)
     known = models.find_by_digest(session, checked.digest, context.tenant)
     if known is not None:
         return known
+    require_bytes(context, session, {file["sha256"]: file["size"] for file in checked.files})
+    require_job(context, session)
     model = models.create(
         session, source=checked.source, digest=checked.digest, summary=checked.summary, tenant=context.tenant
     )
     request = {"model": model.id}
-    jobs.create(
+    job = jobs.create(
         session,
         kind=JobKind.VERIFY_MODEL,
         request=request,
         request_digest=digest(request),
         tenant=context.tenant,
     )
+    log.info("job.accepted", job=job.id, kind=str(job.kind), state=str(job.state))
     return model
 
 
@@ -117,6 +124,7 @@ def check_uploaded_calibration(context: Context, upload_id: str) -> CheckedCalib
 
 def store_calibration(context: Context, session: Session, checked: CheckedCalibration) -> CalibrationRecord:
     """The calibration set of this file: the one that is there, or a new one, ready at once."""
+    _require_there(context, session, checked.upload)
     uploads.complete(session, checked.upload, context.tenant)
     known = calibrations.find_by_digest(session, checked.file["sha256"], context.tenant)
     if known is not None and known.kind == checked.kind:
@@ -135,7 +143,6 @@ def store_calibration(context: Context, session: Session, checked: CheckedCalibr
 def _arrived(context: Context, upload_id: str, purpose: str) -> UploadRecord:
     with context.database.read() as session:
         upload = find_upload(context, session, upload_id)
-        missing = missing_blobs(context, session, upload)
     if upload.purpose != purpose:
         raise Unprocessable(
             "wrong-purpose",
@@ -143,14 +150,23 @@ def _arrived(context: Context, upload_id: str, purpose: str) -> UploadRecord:
             "another.",
             pointer="/upload",
         )
+    with context.database.read() as session:
+        _require_there(context, session, upload.id)
+    return upload
+
+
+def _require_there(context: Context, session: Session, upload_id: str) -> None:
+    """Raise Conflict unless the store has every blob of the upload: checked again where a row is made that
+    refers to them, since what nothing referred to may have been collected in between.
+    """
+    missing = missing_blobs(context, session, find_upload(context, session, upload_id))
     if missing:
         raise Conflict(
             "upload-incomplete",
             f"Every blob of an upload must have arrived. Got {len(missing)} missing. Send them to "
-            f"/v1/uploads/{upload.id}/blobs/{{sha256}}.",
+            f"/v1/uploads/{upload_id}/blobs/{{sha256}}.",
             extra={"missing": missing},
         )
-    return upload
 
 
 def _copied(context: Context, path: Path) -> dict[str, Any]:

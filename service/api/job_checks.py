@@ -27,7 +27,7 @@ from service.planning.selection import expand_pins
 from service.records import CalibrationRecord, ModelRecord
 from service.wire import JobRequest
 
-KEYED = (("pins",), ("roles",), ("role_metrics",), ("role_limits",))
+KEYED = (("pins",), ("forbid",), ("roles",), ("role_metrics",), ("role_limits",))
 """Members whose keys are patterns."""
 
 
@@ -118,9 +118,11 @@ def _check_names(body: JobRequest, model: ModelRecord) -> None:
     _require(body.roles, everything, "roles")
     _require([key for key in body.role_metrics if key not in ROLES], everything, "role_metrics")
     _require([key for key in body.role_limits if key not in ROLES], everything, "role_limits")
-    for pattern, scheme in body.pins.items():
-        if not is_cache(scheme) or caches is not None:
-            _require([pattern], attention if is_cache(scheme) else everything, "pins")
+    forbidden = [(pattern, scheme) for pattern, names in body.forbid.items() for scheme in names]
+    for member, named in (("pins", body.pins.items()), ("forbid", forbidden)):
+        for pattern, scheme in named:
+            if not is_cache(scheme) or caches is not None:
+                _require([pattern], attention if is_cache(scheme) else everything, member)
     if caches is None and body.kv_cache:
         return
     for position, tie in enumerate(body.ties):

@@ -29,6 +29,7 @@ from service.costing import LatencyMissing, cost_request, costs_of, geometry_in,
 from service.db.repositories import calibrations, models, scores, units
 from service.deciding import EACH, Deciding, deciding_of, with_roles
 from service.errors import Conflict, ServiceError, Unprocessable
+from service.interactions import paired
 from service.picking import is_settled, settled
 from service.planning.inputs import PlanningInputs, ScoresMissing, planning_menu, score_table, table_schemes
 from service.records import JobRecord
@@ -129,6 +130,27 @@ def _inputs(
         caches=caches,
     )
     return inputs if refined is None or refined not in wanted else with_calibrated(inputs, cheap, refined)
+
+
+def with_interactions(context: Context, job: JobRecord, inputs: PlanningInputs) -> PlanningInputs:
+    """The inputs with the interactions that the search kept. Raises ObjectiveError for one that has none,
+    Conflict for one that has not ended.
+    """
+    told = (job.summary or {}).get("interactions")
+    if told is not None:
+        return paired(context.store, told, inputs)
+    if not job.finished:
+        raise Conflict(
+            "scores-missing",
+            f"A job must have ended before its interactions can be asked for. Got a {job.state} job. Ask"
+            " again when it has.",
+            headers={"Retry-After": "2"},
+        )
+    raise ObjectiveError(
+        f"The objective quadratic must be asked of a search that kept interactions. Got a {job.state} one"
+        " without: it declined them, or ended before they were kept. Submit a search for it; what is scored"
+        " already is not measured again."
+    )
 
 
 def _check_context(deciding: Deciding, metric: str) -> None:

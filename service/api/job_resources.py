@@ -7,7 +7,7 @@ from datetime import datetime
 from pydantic import ConfigDict, Field
 
 from service.api.resources import Json, Resource, as_json, links_of, without_inventory
-from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord
+from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord, StandingRecord
 from service.states import JobKind
 
 
@@ -74,6 +74,20 @@ class Job(Resource):
         )
 
 
+class Standing(Resource):
+    """Where a job stands: what a stream of events sends in between, as `progress`."""
+
+    state: str
+    stage: str | None
+    progress: Progress
+
+    @classmethod
+    def of(cls, record: StandingRecord) -> Standing:
+        """From the record."""
+        progress = Progress(done=record.done, total=record.total, eta_seconds=record.eta_seconds)
+        return cls(state=record.state, stage=record.stage, progress=progress)
+
+
 def _download(record: JobRecord) -> dict[str, str]:
     """Where the file of a job that writes a checkpoint is, once it is written."""
     if record.kind != JobKind.WRITE_CHECKPOINT:
@@ -127,6 +141,18 @@ class Score(Resource):
         )
 
 
+class ParetoPoint(Resource):
+    """A measured plan that no other one beats in every objective. Its layers as pins make it a plan."""
+
+    source: str = Field(description="Which candidate this is, or the chooser that found it.")
+    objectives: dict[str, float] = Field(
+        description="The measured loss, or the losses it is made of, and the total of each limited resource."
+    )
+    measured: Json = Field(description="The loss on the choosing part: mean, stderr.")
+    resources: Json = Field(description="Exact totals.")
+    layers: dict[str, str] = Field(description="Layer -> scheme.")
+
+
 class Plan(Resource):
     """The answer to one budget, with its certificate."""
 
@@ -151,6 +177,11 @@ class Plan(Resource):
     )
     source: str | None = Field(None, description="Which candidate this is.")
     candidates: list[Json] = Field([], description="What was measured on the choosing part.")
+    pareto: list[ParetoPoint] = Field(
+        [],
+        description="For a chooser of several objectives: the plans measured on the choosing part that no"
+        " other one beats in all objectives, the least loss first.",
+    )
     shadow_prices: Json = Field(
         {}, description="Per limit: how much less is lost per unit of the resource by which it is relaxed."
     )

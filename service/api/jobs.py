@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import anyio
+import structlog
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
@@ -14,44 +14,49 @@ from sqlalchemy.orm import Session
 from quant.digest import digest
 from service.api.conditional import IfNoneMatch, Prefer, matches, not_modified, wait_seconds
 from service.api.context import After, Context, Ctx, Limit
+from service.api.event_stream import STREAM_RESPONSES, Accept, LastEventId, open_stream, wants_stream
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
 from service.api.job_resources import Event, Job
 from service.api.lookup import find_job
 from service.api.pages import page_of, position
+from service.api.quotas import UNKNOWN, require_bytes, require_job
 from service.api.resources import Page
+from service.api.webhooks import attach, identity_of
 from service.db.repositories import events, jobs
 from service.errors import Conflict
 from service.records import JobRecord
 from service.states import PENDING, IllegalTransition, JobKind, JobState
-from service.wire import JobRequest, LocalJobRequest
+from service.wire import LocalJobRequest, ResumeRequest, SubmitRequest
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Guarded)
 RETRY_SECONDS = "1"
 ALIVE = PENDING | {JobState.SUCCEEDED}
-POLL_SECONDS = 0.1
 
+log = structlog.get_logger()
 JobId = Annotated[str, Path(max_length=100)]
 
 
 @router.post("", status_code=202, response_model=Job)
-def submit(body: JobRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
+def submit(body: SubmitRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
     """Queue a search."""
-    request = body.model_dump(mode="json")
+    request = body.model_dump(mode="json", exclude={"webhook"})
 
     def create(session: Session) -> Answer:
         check_job(context, session, body)
-        return accepted(
-            jobs.create(
-                session,
-                kind=JobKind.SEARCH,
-                request=request,
-                request_digest=digest(request),
-                tenant=context.tenant,
-            )
+        require_job(context, session)
+        job = jobs.create(
+            session,
+            kind=JobKind.SEARCH,
+            request=request,
+            request_digest=digest(request),
+            tenant=context.tenant,
         )
+        attach(context, session, job, body.webhook)
+        return accepted(job)
 
-    return once(context, key, "POST /v1/jobs", request, create)
+    return once(context, key, "POST /v1/jobs", {**request, **identity_of(body.webhook)}, create)
 
 
 @router.get("")
@@ -79,15 +84,13 @@ def list_jobs(
 async def get_job(
     job_id: JobId, context: Ctx, if_none_match: IfNoneMatch = None, prefer: Prefer = None
 ) -> Response:
-    """The job as it stands. With If-None-Match and `Prefer: wait=N` the answer comes when it changes."""
-    deadline = time.monotonic() + wait_seconds(prefer)
-    while True:
-        job = await run_in_threadpool(_read, context, job_id)
-        unchanged = matches(etag_of(job), if_none_match)
-        if not unchanged or job.finished or time.monotonic() >= deadline:
-            break
-        await anyio.sleep(POLL_SECONDS)
-    if unchanged:
+    """The job as it stands. With `Prefer: wait=N` the answer comes when it has ended, and with If-None-Match
+    too when it has changed.
+    """
+    job = await run_in_threadpool(_read, context, job_id)
+    if seconds := wait_seconds(prefer):
+        job = await _awaited(context, job, if_none_match, seconds)
+    if matches(etag_of(job), if_none_match):
         return not_modified(etag_of(job), _retry_headers(job))
     headers = {"ETag": etag_of(job), **_retry_headers(job)}
     return Response(Job.of(job).model_dump_json(), headers=headers, media_type="application/json")
@@ -111,8 +114,11 @@ def cancel(job_id: JobId, context: Ctx) -> Response:
 
 
 @router.post("/{job_id}/resume", status_code=202, response_model=Job)
-def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
+def resume(
+    job_id: JobId, context: Ctx, body: ResumeRequest | None = None, key: IdempotencyKey = None
+) -> Response:
     """Queue a new job with the same request, which finds the scores of this one stored."""
+    webhook = None if body is None else body.webhook
 
     def create(session: Session) -> Answer:
         job = find_job(context, session, job_id)
@@ -124,18 +130,19 @@ def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
             )
         if job.kind == JobKind.SEARCH:
             check_job(context, session, LocalJobRequest.model_validate(job.request))
-        return accepted(
-            jobs.create(
-                session,
-                kind=job.kind,
-                request=job.request,
-                request_digest=job.request_digest,
-                predecessor=job.id,
-                tenant=context.tenant,
-            )
+        require_job(context, session)
+        made = jobs.create(
+            session,
+            kind=job.kind,
+            request=job.request,
+            request_digest=job.request_digest,
+            predecessor=job.id,
+            tenant=context.tenant,
         )
+        attach(context, session, made, webhook)
+        return accepted(made)
 
-    return once(context, key, f"POST /v1/jobs/{job_id}/resume", None, create)
+    return once(context, key, f"POST /v1/jobs/{job_id}/resume", identity_of(webhook) or None, create)
 
 
 @router.delete("/{job_id}", status_code=204)
@@ -152,9 +159,18 @@ def delete(job_id: JobId, context: Ctx) -> None:
         context.store.remove(forgotten)
 
 
-@router.get("/{job_id}/events")
-def list_events(job_id: JobId, context: Ctx, limit: Limit = 200, cursor: After = None) -> Page[Event]:
-    """What happened to the job, in order."""
+@router.get("/{job_id}/events", response_model=Page[Event], responses=STREAM_RESPONSES)
+def list_events(
+    job_id: JobId,
+    context: Ctx,
+    limit: Limit = 200,
+    cursor: After = None,
+    accept: Accept = None,
+    last_event_id: LastEventId = None,
+) -> Page[Event] | Response:
+    """What happened to the job, in order; with `Accept: text/event-stream` also what is still to happen."""
+    if wants_stream(accept):
+        return open_stream(context, job_id, last_event_id)
     kind = f"events of {job_id}"
     with context.database.read() as session:
         find_job(context, session, job_id)
@@ -165,7 +181,8 @@ def list_events(job_id: JobId, context: Ctx, limit: Limit = 200, cursor: After =
 
 
 def accepted(job: JobRecord) -> Answer:
-    """202 with where to ask and when."""
+    """202 with where to ask and when; the log tells which request the job came from."""
+    log.info("job.accepted", job=job.id, kind=str(job.kind), state=str(job.state))
     headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **_retry_headers(job)}
     return Answer(202, Job.of(job), headers)
 
@@ -177,13 +194,17 @@ def queued_once(
     request: Mapping[str, Any],
     content: str,
     is_there: Callable[[JobRecord], bool] = lambda job: True,
+    *,
+    size: int = 0,
 ) -> JobRecord:
     """The job whose digest is `content` that waits, runs or succeeded, or else a new one; `is_there` says
-    whether what a finished one made is still to be had.
+    whether what a finished one made is still to be had, `size` how many bytes a new one makes at least.
     """
     known = jobs.find_by_request(session, content, ALIVE, context.tenant)
     if known is not None and (not known.finished or is_there(known)):
         return known
+    require_job(context, session)
+    require_bytes(context, session, {UNKNOWN: size})
     return jobs.create(session, kind=kind, request=request, request_digest=content, tenant=context.tenant)
 
 
@@ -203,6 +224,20 @@ def etag_of(job: JobRecord) -> str:
 
 def _retry_headers(job: JobRecord) -> dict[str, str]:
     return {} if job.finished else {"Retry-After": RETRY_SECONDS}
+
+
+async def _awaited(context: Context, job: JobRecord, if_none_match: str | None, seconds: float) -> JobRecord:
+    """The job once it has ended, has changed for a client that knows an ETag, or after the seconds."""
+    with anyio.move_on_after(seconds), context.watcher.topic(job.id) as topic:
+        while not (job.finished or context.watcher.closing):
+            if if_none_match is not None and not matches(etag_of(job), if_none_match):
+                break
+            signal, standing = topic.signal, topic.standing
+            if topic.gone or (standing is not None and standing.version > job.version):
+                job = await run_in_threadpool(_read, context, job.id)
+            else:
+                await signal.wait()
+    return job
 
 
 def _read(context: Context, job_id: str) -> JobRecord:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
 
+from service import metrics
 from service.planning.inputs import PlanningInputs
 
 MOST = 8
@@ -25,7 +26,9 @@ class KeptInputs:
             found = self._kept.get(key)
             if found is not None:
                 self._kept.move_to_end(key)
+                metrics.KEPT_INPUTS.labels("hit").inc()
                 return found
+        metrics.KEPT_INPUTS.labels("miss").inc()
         made = make()
         with self._lock:
             self._kept[key] = made

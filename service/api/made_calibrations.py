@@ -10,29 +10,26 @@ from sqlalchemy.orm import Session
 from quant.digest import digest
 from sensitivity.catalog import DATA_FREE
 from service.api.context import Context, Ctx
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_resources import Job
 from service.api.jobs import accepted, queued_once
 from service.api.lookup import find_model, usable
 from service.api.models import ModelId
+from service.api.resources import items_of
 from service.db.repositories import calibrations
-from service.made_calibration import require_size
+from service.made_calibration import least_size, require_size
 from service.records import JobRecord
 from service.states import InputState, JobKind
 from service.wire import MakeCalibrationRequest
 
-router = APIRouter(prefix="/v1", tags=["calibrations"])
+router = APIRouter(prefix="/v1", tags=["calibrations"], route_class=Guarded)
 
 
 @router.get("/calibration-methods")
 def list_methods() -> dict[str, Any]:
     """Ways to make calibration data from a model alone."""
-    return {
-        "items": [
-            {"name": entry.name, "makes": entry.makes, "summary": entry.summary, "source": entry.source}
-            for entry in DATA_FREE.values()
-        ]
-    }
+    return items_of(DATA_FREE, "name", "makes", "summary", "source")
 
 
 @router.post("/models/{model_id}/calibrations", status_code=202, response_model=Job)
@@ -56,6 +53,7 @@ def make_calibration(
             request,
             content,
             lambda job: _is_there(context, session, job),
+            size=least_size(body),
         )
         return accepted(job)
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Response
 from sqlalchemy.orm import Session
 
 from service.api.context import After, Context, Ctx, Limit
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.intake import check_folder_model, check_uploaded_model, store_model
 from service.api.lookup import find_model, stored_inventory
@@ -22,7 +23,7 @@ from service.records import ModelRecord
 from service.states import InputState
 from service.wire import ModelRequest
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(prefix="/v1/models", tags=["models"], route_class=Guarded)
 ModelId = Annotated[str, Path(max_length=100)]
 
 

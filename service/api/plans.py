@@ -8,12 +8,22 @@ from fastapi import APIRouter, Path, Response
 from sqlalchemy.orm import Session
 
 from quant.digest import canonical_json, digest
+from search.objectives.catalog import parse_objective
 from search.objectives.objective import ObjectiveError
+from search.objectives.quadratic import Quadratic
 from sensitivity.contexts import in_context
+from service import metrics
 from service.api.conditional import IfNoneMatch, matches, not_modified
 from service.api.context import After, Context, Ctx, Limit
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
-from service.api.job_inputs import PLANNING_ERRORS, planning_inputs, planning_problem, search_job
+from service.api.job_inputs import (
+    PLANNING_ERRORS,
+    planning_inputs,
+    planning_problem,
+    search_job,
+    with_interactions,
+)
 from service.api.job_resources import Job, Plan, Plans
 from service.api.jobs import JobId, accepted, queued_once
 from service.api.lookup import find_job, find_plan
@@ -21,17 +31,18 @@ from service.api.pages import page_of, position
 from service.api.resources import Page
 from service.costing import cost_request, without_costs
 from service.db.repositories import plans
+from service.deciding import deciding_metric
 from service.errors import Conflict, NotFound
 from service.fields import objective_fault
-from service.picking import deciding
 from service.planning.answer import Answer as Solved
 from service.planning.answer import solve_budget
 from service.planning.ask import Ask
+from service.planning.inputs import PlanningInputs
 from service.records import JobRecord, PlanRecord
 from service.states import JobKind
 from service.wire import PlansRequest
 
-router = APIRouter(prefix="/v1", tags=["plans"])
+router = APIRouter(prefix="/v1", tags=["plans"], route_class=Guarded)
 PlanId = Annotated[str, Path(max_length=100)]
 Question = tuple[Ask, str, Solved | None]
 
@@ -116,7 +127,7 @@ def _asks(body: PlansRequest, job: JobRecord) -> list[Ask]:
     own = {name: value for name, value in body.model_dump(mode="json").items() if value is not None}
     costs = cost_request(own, job.request).members
     request = {**without_costs(job.request), **without_costs(own), **costs}
-    metric = body.metric or deciding(job.request)
+    metric = body.metric or deciding_metric(job.request)
     name = in_context(metric, body.context) if body.context else metric
     return [Ask.of(request, budget, name) for budget in body.budgets]
 
@@ -136,14 +147,21 @@ def _solve(context: Context, job_id: str, body: PlansRequest) -> list[Question]:
                 dict.fromkeys((str(first.metric), *(n for ask in asks for n in ask.named_metrics)))
             )
             inputs = planning_inputs(context, session, job, metrics, first.pins, first.costs)
+            if isinstance(parse_objective(first.objective), Quadratic):
+                inputs = with_interactions(context, job, inputs)
             settings = digest(["solve", first.settings_digest(inputs.menu)])
             known = [plans.find(session, job_id, ask.budget, settings) for ask in asks]
         return [
-            (ask, settings, solve_budget(inputs, ask) if plan is None else None)
+            (ask, settings, _timed(inputs, ask) if plan is None else None)
             for ask, plan in zip(asks, known, strict=True)
         ]
     except PLANNING_ERRORS as error:
         raise planning_problem(error) from None
+
+
+def _timed(inputs: PlanningInputs, ask: Ask) -> Solved:
+    with metrics.timed(metrics.RESOLVE_SECONDS):
+        return solve_budget(inputs, ask)
 
 
 def _check_objective(body: PlansRequest, job: JobRecord) -> None:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
+from service.api.headers import HEADERS
+from service.api.requests import HEADER, SCOPE_KEY
 from service.errors import (
     MEDIA_TYPE,
     BadRequest,
@@ -105,9 +107,11 @@ async def _database_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected error", path=request.url.path, exc_info=error)
+    """Answered outside of `Requests`, whose id therefore comes with the request."""
+    ident = str(request.scope.get(SCOPE_KEY))
+    log.error("unexpected error", request_id=ident, path=request.url.path, exc_info=error)
     detail = "The request must not fail like this. Got an unexpected error, which is in the log. Report it."
-    return respond(request, _UnexpectedError("internal-error", detail))
+    return respond(request, _UnexpectedError("internal-error", detail, headers={**HEADERS, HEADER: ident}))
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ServiceError:

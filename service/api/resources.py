@@ -141,6 +141,11 @@ def without_inventory(value: Mapping[str, Any] | None) -> Json | None:
     return None if value is None else {name: item for name, item in value.items() if name != "inventory"}
 
 
+def items_of(catalog: Mapping[str, Any], *members: str) -> Json:
+    """The entries of a catalog as a list answers them, each with some of its members."""
+    return {"items": [{name: getattr(entry, name) for name in members} for entry in catalog.values()]}
+
+
 def links_of(path: str, *parts: str) -> dict[str, str]:
     """The paths of a resource and of what is below it."""
     return {"self": path} | {part: f"{path}/{part}" for part in parts}

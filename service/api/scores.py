@@ -15,6 +15,7 @@ from quant.kv_cache import FULL, cache_scheme, is_cache, scheme_name
 from quant.schemes import SchemeError
 from sensitivity.catalog import DECOUPLED
 from service.api.context import LARGEST_PAGE, After, Context, Ctx, Limit
+from service.api.guarded import Guarded
 from service.api.job_inputs import job_deciding, search_job
 from service.api.job_resources import Score
 from service.api.jobs import JobId
@@ -28,7 +29,7 @@ from service.errors import Unprocessable
 from service.planning.inputs import table_schemes
 from service.records import JobRecord, ScoreRecord
 
-router = APIRouter(prefix="/v1/jobs", tags=["scores"])
+router = APIRouter(prefix="/v1/jobs", tags=["scores"], route_class=Guarded)
 COLUMNS = ("layer", "scheme", "metric", "value", "stderr", "samples")
 PAIRED = ("difference", "difference_stderr")
 

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from service.api.blob_stream import receive
 from service.api.calibrations import calibration_answer
 from service.api.context import Context, Ctx
+from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.intake import (
     check_uploaded_calibration,
@@ -21,16 +22,18 @@ from service.api.intake import (
 )
 from service.api.lookup import find_upload
 from service.api.models import model_answer
+from service.api.quotas import require_bytes
 from service.api.resources import Blob, Calibration, Model, Upload
 from service.db.repositories import uploads
-from service.errors import NotFound, TooLarge, Unprocessable, json_pointer
+from service.errors import Conflict, NotFound, TooLarge, Unprocessable, json_pointer
 from service.failpoints import failpoint
 from service.ingest.kinds import calibration_kind, check_model_files
 from service.ingest.paths import check_paths
 from service.records import UploadRecord
+from service.states import UploadState
 from service.wire import UploadRequest
 
-router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=Guarded)
 
 UploadId = Annotated[str, Path(max_length=100)]
 Sha256 = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
@@ -55,9 +58,10 @@ def create_upload(body: UploadRequest, context: Ctx, key: IdempotencyKey = None)
     manifest = [file.model_dump() for file in body.files]
 
     def create(session: Session) -> Answer:
-        upload = uploads.find_open(session, body.purpose, manifest, context.tenant) or uploads.create(
-            session, purpose=body.purpose, manifest=manifest, tenant=context.tenant
-        )
+        upload = uploads.find_open(session, body.purpose, manifest, context.tenant)
+        if upload is None:
+            require_bytes(context, session, {file.sha256: file.size for file in body.files})
+            upload = uploads.create(session, purpose=body.purpose, manifest=manifest, tenant=context.tenant)
         return Answer(201, _present(context, session, upload), {"Location": f"/v1/uploads/{upload.id}"})
 
     return once(context, key, "POST /v1/uploads", body.model_dump(mode="json"), create)
@@ -68,6 +72,21 @@ def get_upload(upload_id: UploadId, context: Ctx) -> Upload:
     """The upload and what is still missing."""
     with context.database.read() as session:
         return _present(context, session, find_upload(context, session, upload_id))
+
+
+@router.delete("/{upload_id}", status_code=204)
+def abandon_upload(upload_id: UploadId, context: Ctx) -> None:
+    """Forget an open upload with the bytes that have arrived; blobs that are whole stay for others."""
+    with context.database.write() as session:
+        upload = find_upload(context, session, upload_id)
+        if upload.state == UploadState.COMPLETE:
+            raise Conflict(
+                "upload-complete",
+                f"An upload must be open to be abandoned. Got {upload_id}, which is complete. Delete "
+                "the model or calibration set that it became.",
+            )
+        uploads.delete(session, upload_id)
+    context.store.drop_partials(upload_id)
 
 
 @router.head("/{upload_id}/blobs/{sha256}", status_code=204)

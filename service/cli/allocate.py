@@ -9,19 +9,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from search.catalog import SOLVERS
 from search.compile import Compiled, exact_number
 from search.conflict import conflict_of
 from search.objectives.catalog import DEFAULT, OBJECTIVES, parse_objective, solve_objective
 from search.objectives.objective import Objective, Optimum
-from search.problem import DEFAULT_GAP, Solution, Status
+from search.problem import Solution, Status
 from search.question import Question
 from search.rate_distortion import rate_distortion
 from service.cli.exits import exits, leave_with, plan_exit
-from service.cli.options import Json, Pins, Ties
+from service.cli.options import Json
 from service.cli.output import console, print_json, show_conflict, show_reference
-from service.cli.table_question import Forbidden, TableFile, TableLimits, TableMetric, table_question
-from service.explaining import conflict_json, reference_json
+from service.cli.spread import spread
+from service.cli.table_question import SolverOptions, TableFile
+from service.explaining import conflict_json, fused_json, reference_json
 
 ObjectiveText = Annotated[
     str,
@@ -30,35 +30,25 @@ ObjectiveText = Annotated[
         help="What to solve for: " + "; ".join(entry.examples[-1] for entry in OBJECTIVES.values()) + ".",
     ),
 ]
-SolverName = Annotated[str, typer.Option("--solver", help=f"auto, {', '.join(SOLVERS)}.")]
-Seconds = Annotated[
-    float, typer.Option("--time-limit", help="Seconds; then the best plan known, with its gap.")
-]
-TargetGap = Annotated[float, typer.Option("--gap", help="Proven relative gap to stop at.")]
-DEFAULT_SECONDS = 60.0
 Verbose = Annotated[bool, typer.Option("--verbose", help="Tell on standard error what the solver did.")]
 
 
+@spread
 def allocate(
     table: TableFile,
-    limit: TableLimits = None,
-    tie: Ties = None,
-    pin: Pins = None,
-    forbid: Forbidden = None,
-    metric: TableMetric = None,
+    asked: SolverOptions,
     objective: ObjectiveText = DEFAULT,
-    solver: SolverName = "auto",
-    time_limit: Seconds = DEFAULT_SECONDS,
-    gap: TargetGap = DEFAULT_GAP,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Pick one scheme per layer of a score table under limits. Needs no model."""
     with exits(as_json=as_json, interrupted="nothing is kept: run it again from the beginning"):
         wanted = parse_objective(objective)
-        question = table_question(table, limit, tie, pin, metric, wanted, forbid)
+        question = asked.question(table, wanted)
         compiled = question.compiled()
-        found = solve_objective(compiled, wanted, solver=solver, gap=gap, time_limit=time_limit, prices=True)
+        found = solve_objective(
+            compiled, wanted, solver=asked.solver, gap=asked.gap, time_limit=asked.time_limit, prices=True
+        )
         solution = found.solution
         answer = allocation_json(question, wanted, found)
     if verbose:
@@ -76,6 +66,7 @@ def allocation_json(question: Question, wanted: Objective, found: Optimum) -> di
     infeasible = solution.status is Status.INFEASIBLE
     conflict = conflict_of(question, solution.least_budget) if infeasible else None
     assignment = None if solution.choice is None else compiled.assignment(solution.choice)
+    fused = () if solution.choice is None else compiled.fused(solution.choice)
     return {
         "status": solution.status.value,
         "solved_for": wanted.text,
@@ -84,9 +75,9 @@ def allocation_json(question: Question, wanted: Objective, found: Optimum) -> di
         "gap": solution.gap,
         "parts": [part.as_json() for part in found.parts],
         "choice": assignment,
-        "fused": [],
-        "resources": {} if assignment is None else _numbers(compiled.resources(assignment)),
-        "reference": _reference(compiled, assignment),
+        "fused": fused_json(compiled, fused),
+        "resources": {} if assignment is None else _numbers(compiled.resources(assignment, fused)),
+        "reference": None if fused else _reference(compiled, assignment),
         "shadow_prices": dict(solution.prices),
         "least_budget": _numbers(solution.least_budget),
         "conflict": conflict_json(conflict),
@@ -99,7 +90,7 @@ def allocation_json(question: Question, wanted: Objective, found: Optimum) -> di
 def _value(compiled: Compiled, wanted: Objective, solution: Solution) -> float | None:
     if solution.choice is None or wanted.text != DEFAULT:
         return solution.objective
-    return compiled.objective(compiled.assignment(solution.choice))
+    return compiled.objective(compiled.assignment(solution.choice), compiled.fused(solution.choice))
 
 
 def _reference(compiled: Compiled, assignment: Mapping[str, str] | None) -> dict[str, Any] | None:
@@ -132,6 +123,8 @@ def _show(compiled: Compiled, wanted: Objective, solution: Solution, answer: Map
     for layer, scheme in answer["choice"].items():
         shown.add_row(layer, scheme)
     console().print(shown)
+    for one in answer["fused"]:
+        console().print(f"fused: {' + '.join(one['layers'])} at {one['scheme']}", markup=False)
     totals = ", ".join(f"{name} {value}" for name, value in answer["resources"].items())
     proof = "" if solution.bound is None else f"bound {solution.bound:.9g}, gap {solution.gap:.2g}"
     console().print(f"{totals}\n{proof}", markup=False)

@@ -75,6 +75,7 @@ def checkpoint(
         bool, typer.Option("--dry-run", help="Only say which files there would be, and their exact sizes.")
     ] = False,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Write the quantized weights as a runtime loads them, or say which layer breaks which of its rules."""
@@ -85,7 +86,7 @@ def checkpoint(
         if output is None and not dry_run:
             raise ValueError("--output must name the checkpoint. Got none. Pass -o OUT, or --dry-run.")
         if plan is None:
-            _remote(model, to, output, server, force=force, as_json=as_json)
+            _remote(model, to, output, server, key_file, force=force, as_json=as_json)
         elif output is None or dry_run:
             source, deployment = _deployment(Path(model), read_plan(plan))
             _show(layout(to, source, deployment, force=force), as_json=as_json)
@@ -122,7 +123,9 @@ def _written(
     return write(to, source, deployment, output, force=force, **found)
 
 
-def _remote(plan: str, to: str, output: Path | None, server: str, *, force: bool, as_json: bool) -> None:
+def _remote(
+    plan: str, to: str, output: Path | None, server: str, key_file: Path | None, *, force: bool, as_json: bool
+) -> None:
     """Have a server write the checkpoint of one of its plans, and fetch it."""
     from service.cli.remote import client_of, follow, plan_named
 
@@ -133,7 +136,7 @@ def _remote(plan: str, to: str, output: Path | None, server: str, *, force: bool
         )
     if output is None:
         raise ValueError("--dry-run must have the model here. Got a server's plan. Pass MODEL_DIR PLAN.json.")
-    with client_of(server, patient=True) as client:
+    with client_of(server, key_file, patient=True) as client:
         handle = plan_named(client, plan)
         job = handle.write_checkpoint(to, force=force)
         follow(job, as_json=as_json)

@@ -20,7 +20,7 @@ from service.cli.spread import spread
 SHOWN = ("random", "near")
 """Kinds of plans that have columns of their own; --json has all."""
 
-OF_A_JOB = frozenset({"model", "budgets", "metrics", "plans", "server", "as_json"})
+OF_A_JOB = frozenset({"model", "budgets", "metrics", "plans", "server", "key_file", "as_json"})
 """Parameters that go with the id of a job."""
 
 Target = Annotated[
@@ -53,6 +53,7 @@ def correlate(
     plans: Plans = 60,
     data_dir: options.DataDir = None,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure sampled plans at every budget, and show how well each metric ranks them.
@@ -62,7 +63,7 @@ def correlate(
     with exits(as_json=as_json, interrupted=AGAIN):
         if model is not None and str(model).startswith("job_") and not model.exists():
             _refuse_others(context)
-            found = _remote(str(model), search, plans, server, as_json=as_json)
+            found = _remote(str(model), search, plans, server, key_file, as_json=as_json)
         else:
             found = _local(model, calibration, factory, user_metric, search, plans, data_dir, as_json=as_json)
         if as_json:
@@ -122,10 +123,12 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _remote(job_id: str, search: SearchOptions, plans: int, server: str, *, as_json: bool) -> dict[str, Any]:
+def _remote(
+    job_id: str, search: SearchOptions, plans: int, server: str, key_file: Path | None, *, as_json: bool
+) -> dict[str, Any]:
     from service.cli.remote import client_of, follow
 
-    with client_of(server, patient=True) as client:
+    with client_of(server, key_file, patient=True) as client:
         handle = client.job(job_id)
         asked = handle.correlate(plans, budgets=search.budgets, metrics=search.metrics)
         follow(asked, as_json=as_json)

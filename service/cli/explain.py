@@ -14,14 +14,14 @@ from search.explain import DRAWS
 from search.explain import explain as explanation_of
 from search.objectives.additive import Sum
 from search.objectives.objective import Optimum
-from search.problem import DEFAULT_GAP
 from search.solve import solve
-from service.cli.allocate import DEFAULT_SECONDS, Seconds, SolverName, TargetGap, allocation_json
+from service.cli.allocate import allocation_json
 from service.cli.exits import exits, leave_with, plan_exit
-from service.cli.options import DEFAULT_SERVER, Json, Pins, Server, Ties
+from service.cli.options import DEFAULT_SERVER, Json, KeyFile, Server
 from service.cli.output import console, print_json, show_conflict, show_reference
 from service.cli.remote import client_of, is_remote, plan_named
-from service.cli.table_question import Forbidden, TableLimits, TableMetric, own_question, table_question
+from service.cli.spread import spread
+from service.cli.table_question import SolverOptions
 from service.explaining import explanation_json
 
 Target = Annotated[
@@ -38,36 +38,35 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the draws.")]
 COLUMNS = ("layers", "scheme", "stable", "margin", "next best", "a step up", "a step down")
 
 
+@spread
 def explain(
     target: Target,
-    limit: TableLimits = None,
-    tie: Ties = None,
-    pin: Pins = None,
-    forbid: Forbidden = None,
-    metric: TableMetric = None,
-    solver: SolverName = "auto",
-    time_limit: Seconds = DEFAULT_SECONDS,
-    gap: TargetGap = DEFAULT_GAP,
+    asked: SolverOptions,
     draws: Draws = DRAWS,
     seed: Seed = 0,
     server: Server = DEFAULT_SERVER,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Say why each layer got its scheme and what limits, pins, ties and rules cost; or why nothing fits."""
     with exits(as_json=as_json):
         if is_remote(target):
-            own_question(limit, tie, pin, forbid, metric)
-            with client_of(server) as client:
+            asked.require_none(asked.metric)
+            with client_of(server, key_file) as client:
                 found = plan_named(client, target).explanation(draws, seed)
         else:
-            question = table_question(Path(target), limit, tie, pin, metric, forbidden=forbid)
+            question = asked.question(Path(target))
             solution = solve(
-                question.compiled().problem, solver=solver, gap=gap, time_limit=time_limit, prices=True
+                question.compiled().problem,
+                solver=asked.solver,
+                gap=asked.gap,
+                time_limit=asked.time_limit,
+                prices=True,
             )
             found = allocation_json(question, Sum(), Optimum(solution))
             if solution.choice is not None:
-                shown = explanation_of(question, solution, draws=draws, seed=seed, seconds=time_limit)
-                found = {"status": solution.status.value, **explanation_json(shown)}
+                shown = explanation_of(question, solution, draws=draws, seed=seed, seconds=asked.time_limit)
+                found = {"status": solution.status.value, "fused": found["fused"], **explanation_json(shown)}
         if as_json:
             print_json(found)
         else:
@@ -81,6 +80,8 @@ def _show(found: Mapping[str, Any]) -> None:
         show_conflict(found["conflict"])
         return
     console().print(_decisions(found))
+    for one in found.get("fused", ()):
+        console().print(f"fused: {' + '.join(one['layers'])} at {one['scheme']}", markup=False)
     for name, price in found["shadow_prices"].items():
         console().print(f"price of {name}: {price:.4g} per unit", markup=False)
     for one in found["restrictions"]:

@@ -12,11 +12,12 @@ from rich.table import Table
 from search.frontier import between as plans_between
 from search.frontier import frontier as supported
 from service.cli.exits import exits
-from service.cli.options import DEFAULT_SERVER, Json, Pins, Server, Ties
+from service.cli.options import DEFAULT_SERVER, Json, KeyFile, Server
 from service.cli.output import console, print_json
 from service.cli.plot import plot
 from service.cli.remote import client_of, is_remote
-from service.cli.table_question import TableLimits, TableMetric, own_question, table_question
+from service.cli.spread import spread
+from service.cli.table_question import TableOptions
 from service.explaining import frontier_json, stretch_json, totals_between
 
 Target = Annotated[
@@ -32,26 +33,27 @@ Between = Annotated[
 Points = Annotated[int, typer.Option("--points", min=2, max=200, help="At most this many plans.")]
 
 
+@spread
 def frontier(
     target: Target,
+    asked: TableOptions,
     resource: Resource = "bytes",
     between: Between = None,
     points: Points = 100,
-    limit: TableLimits = None,
-    tie: Ties = None,
-    pin: Pins = None,
-    metric: TableMetric = None,
     server: Server = DEFAULT_SERVER,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Show the plans that nothing beats in both the metric and a resource, each with its proof."""
     with exits(as_json=as_json):
         if is_remote(target):
-            own_question(limit, tie, pin)
-            with client_of(server) as client:
-                found = client.job(target).trade_off(resource, metric=metric, between=between, points=points)
+            asked.require_none()
+            with client_of(server, key_file) as client:
+                found = client.job(target).trade_off(
+                    resource, metric=asked.metric, between=between, points=points
+                )
         else:
-            compiled = table_question(Path(target), limit, tie, pin, metric).compiled()
+            compiled = asked.question(Path(target)).compiled()
             if between is None:
                 answer = frontier_json(compiled, supported(compiled, resource, most=points))
             else:

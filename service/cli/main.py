@@ -17,7 +17,9 @@ from service.cli.exits import Exit, refuse
 from service.cli.explain import explain
 from service.cli.export import export
 from service.cli.frontier import frontier
+from service.cli.keys import audit, keys, quotas
 from service.cli.lint import lint
+from service.cli.operate import backup, doctor, gc, restore
 from service.cli.remote import cancel, jobs, models, plan, resume, scores, status, submit, watch
 from service.cli.run import run
 from service.cli.serve import migrate, runner, serve
@@ -39,12 +41,13 @@ PANELS = {
         frontier,
         lint,
     ),
-    "The service": (serve, runner, migrate),
+    "The service": (serve, runner, migrate, quotas, audit, doctor, gc, backup, restore),
     "A server's jobs": (submit, watch, status, jobs, models, scores, plan, cancel, resume),
 }
 for _panel, _commands in PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
+app.add_typer(keys, name="keys", rich_help_panel="The service")
 
 
 def _show_version(asked: bool) -> None:

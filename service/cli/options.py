@@ -10,6 +10,7 @@ import typer
 
 from quant.geometry import CACHE_BITS
 from quant.runtimes import RUNTIMES
+from search.choosers import CHOOSERS
 from sensitivity.scorers.metric_decoupled import ROLES
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
@@ -122,6 +123,10 @@ Protect = Annotated[
     list[str] | None,
     typer.Option("--protect", help="Matching layers get the largest scheme of the menu (glob)."),
 ]
+Forbid = Annotated[
+    list[str] | None,
+    typer.Option("--forbid", help="LAYER=SCHEME[,SCHEME] that a layer, or those of a pattern, must not get."),
+]
 Task = Annotated[
     str,
     typer.Option(
@@ -205,7 +210,9 @@ Evaluations = Annotated[
 ChooserName = Annotated[
     str,
     typer.Option(
-        "--chooser", help="How plans are tried beyond the candidates: local_search, black_box or nsga2."
+        "--chooser",
+        help=f"How plans are tried beyond the candidates: {', '.join(CHOOSERS)}; nsga2 and motpe show the"
+        " Pareto set of what they measured.",
     ),
 ]
 RelativeError = Annotated[
@@ -239,6 +246,10 @@ DryRun = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines on standard output.")]
 Server = Annotated[str, typer.Option("--server", envvar="BITPLAN_SERVER", help="Address of the service.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--key-file", help="File with the key for the service (or BITPLAN_KEY, BITPLAN_KEY_FILE)."),
+]
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Where scores and files are kept (BITPLAN_DATA_DIR).")
 ]
@@ -285,6 +296,20 @@ def names(groups: list[str] | None) -> list[list[str]]:
     [['a', 'b']]
     """
     return [[name.strip() for name in group.split(",") if name.strip()] for group in groups or ()]
+
+
+def forbidden(texts: list[str] | None) -> dict[str, list[str]]:
+    """Schemes by the layer or pattern that must not get them.
+
+    >>> forbidden(["*.up=w2, w3", "head=w2", "head=w3"])
+    {'*.up': ['w2', 'w3'], 'head': ['w2', 'w3']}
+    """
+    found: dict[str, list[str]] = {}
+    for text in texts or ():
+        given = assignments([text], "What is forbidden", "LAYER=SCHEME[,SCHEME]", "lm_head=w2,w3")
+        for name, schemes in given.items():
+            found.setdefault(name, []).extend(names([schemes])[0])
+    return found
 
 
 def role_limits(texts: list[str] | None) -> dict[str, str] | None:

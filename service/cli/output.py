@@ -223,6 +223,8 @@ def show_plans(plans: Sequence[Json], *, as_json: bool) -> None:
         console().print(plans_table("Measured on the reporting part", plans))
     console().print(certificates_table(plans))
     for plan in plans:
+        if plan.get("pareto"):
+            console().print(pareto_table(f"Pareto set at {title_of(plan)}", plan["pareto"]))
         show_conflict(plan.get("conflict"), f" at {title_of(plan)}")
         if plan.get("target"):
             console().print(target_line(plan["target"]), markup=False, soft_wrap=True)
@@ -287,6 +289,32 @@ def certificates_table(plans: Sequence[Json]) -> Table:
             _schemes(plan.get("document")) or (f"least budget: {needs}" if needs else ""),
         )
     return table
+
+
+def pareto_table(title: str, points: Sequence[Json]) -> Table:
+    """What a search over several objectives ended with: their values, and how each plan was found."""
+    names = [*points[0]["objectives"]]
+    table = Table(title=escape(f"{title}, measured on the choosing part"), title_justify="left")
+    for name in (*names, "stderr of the loss"):
+        table.add_column(escape(name), justify="right")
+    table.add_column("plan found by")
+    table.add_column("layers at each scheme")
+    for point in points:
+        values = (_amount_of(point["objectives"][name]) for name in names)
+        counts = ", ".join(
+            f"{name} x {count}" for name, count in sorted(Counter(point["layers"].values()).items())
+        )
+        table.add_row(*values, _number(point["measured"]["stderr"]), escape(point["source"]), counts)
+    return table
+
+
+def _amount_of(value: float) -> str:
+    """A loss in a few digits, a total of bytes in all of its own.
+
+    >>> _amount_of(0.0123456), _amount_of(123456.0)
+    ('0.01235', '123,456')
+    """
+    return f"{value:,.0f}" if value.is_integer() else _number(value)
 
 
 def _schemes(document: Json | None) -> str:

@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `bitplan jobs` lists it.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay, show progress, and print the plans at the end.")]
+WebhookUrl = Annotated[
+    str | None,
+    typer.Option("--webhook", metavar="URL", help="Told of the job's end by a signed POST; needs a secret."),
+]
+WebhookSecret = Annotated[
+    str | None,
+    typer.Option(
+        "--webhook-secret",
+        envvar="BITPLAN_WEBHOOK_SECRET",
+        show_envvar=True,
+        help="Signs the message: whsec_ and 24 to 64 random bytes in base64. Better in the variable.",
+    ),
+]
 SHORT_TRIES = 2
 """Repeated requests of a command that answers at once: a server that is away is told within a second."""
 GOES_ON = (
@@ -46,19 +59,23 @@ def submit(
     search: SearchOptions,
     output: options.Output = None,
     watch: Watch = False,
+    webhook: WebhookUrl = None,
+    webhook_secret: WebhookSecret = None,
     dry_run: options.DryRun = False,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Send a model and calibration data to a server and start a search there; -o waits for its plans."""
     with exits(as_json=as_json, interrupted=GOES_ON):
         parameters = search.parameters()
+        told = _receiver(webhook, webhook_secret)
         check_output(output, several=several_plans(parameters))
         if dry_run:
             _preview(Path(model), Path(calibration), parameters, as_json=as_json)
             return
-        with client_of(server, patient=True) as client:
-            job = client.submit(model=model, calibration=calibration, **parameters)
+        with client_of(server, key_file, patient=True) as client:
+            job = client.submit(model=model, calibration=calibration, webhook=told, **parameters)
             if not (watch or output):
                 _print_job(job, as_json=as_json)
                 return
@@ -67,49 +84,71 @@ def submit(
             _finish(job.plans(), output, job, several=several_plans(parameters), as_json=as_json)
 
 
-def models(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
+def models(
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
     """List the models that the server has."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         rows = [model if as_json else {**(model["summary"] or {}), **model} for model in client.models()]
         _show_rows(("id", "state", "model_type", "parameters", "created_at"), rows, as_json=as_json)
 
 
-def jobs(server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
+def jobs(
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
     """List the jobs of the server, the newest first."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         rows = [{**job.resource, **({} if as_json else _asked(job.resource))} for job in client.jobs()]
         _show_rows(("id", "state", "stage", "model", "budgets", "name", "created_at"), rows, as_json=as_json)
 
 
 def status(
-    job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Show where one job stands, and why it failed if it did."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         _print_job(client.job(job), as_json=as_json)
 
 
-def watch(job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False) -> None:
+def watch(
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
+) -> None:
     """Follow a job to its end and show its plans. Ctrl-C leaves the job running."""
-    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=True) as client:
+    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, key_file, patient=True) as client:
         handle = client.job(job)
         follow(handle, as_json=as_json)
         _finish(handle.plans(), None, handle, as_json=as_json)
 
 
 def cancel(
-    job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Stop a job; its scores are kept."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         _print_job(client.job(job).cancel(), as_json=as_json)
 
 
 def resume(
-    job: JobId, server: options.Server = options.DEFAULT_SERVER, as_json: options.Json = False
+    job: JobId,
+    server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
+    as_json: options.Json = False,
 ) -> None:
     """Go on from the scores of a job that failed or was cancelled, as a new job."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         _print_job(client.job(job).resume(), as_json=as_json)
 
 
@@ -121,10 +160,11 @@ def scores(
         typer.Option("--against", help="Also show each score's difference from that of this scheme, paired."),
     ] = None,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what each layer loses in each scheme, with standard errors."""
-    with exits(as_json=as_json), client_of(server) as client:
+    with exits(as_json=as_json), client_of(server, key_file) as client:
         rows = [vars(score) for score in client.job(job).scores(metric, against)]
         columns = ("layer", "scheme", "metric", "value", "stderr", "samples")
         paired = ("difference", "difference_stderr") if against else ()
@@ -140,6 +180,7 @@ def plan(
     pins: options.Pins = None,
     ties: options.Ties = None,
     protect: options.Protect = None,
+    forbid: options.Forbid = None,
     role_limits: options.RoleLimits = None,
     context: Annotated[
         str | None, typer.Option("--context", help="For a job with a plan per context: which one.")
@@ -153,10 +194,11 @@ def plan(
         bool, typer.Option("--measure", help="Measure evidence for the new plans too.")
     ] = False,
     server: options.Server = options.DEFAULT_SERVER,
+    key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Plan from stored scores, in milliseconds: other budgets, limits, pins, ties or protected layers."""
-    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, patient=measure) as client:
+    """Plan from stored scores, in milliseconds: other budgets, limits, pins, ties, forbidden choices ..."""
+    with exits(as_json=as_json, interrupted=GOES_ON), client_of(server, key_file, patient=measure) as client:
         wanted = required(budgets)
         check_output(output, several=len(wanted) > 1)
         solved = client.job(job).solve(
@@ -165,6 +207,7 @@ def plan(
             pins=options.assignments(pins) if pins is not None else None,
             ties=options.names(ties) if ties is not None else None,
             protect=protect,
+            forbid=None if forbid is None else options.forbidden(forbid),
             role_limits=options.role_limits(role_limits),
             metric=metric,
             context=context,
@@ -178,16 +221,18 @@ def plan(
         _finish(solved, output, several=len(wanted) > 1, as_json=as_json)
 
 
-def client_of(server: str, *, patient: bool = False) -> Client:
+def client_of(server: str, key_file: Path | None, *, patient: bool = False) -> Client:
     """A client that, unless it is patient, gives up on a server that is not there within a second."""
     from service.client import Client
+    from service.remote.key import find_key
 
     if not server.startswith(("http://", "https://")):
         raise ValueError(
             f"--server must be an address that begins with http:// or https://. Got {server!r}. "
             f"Use for example {options.DEFAULT_SERVER}."
         )
-    return Client(server) if patient else Client(server, retries=SHORT_TRIES)
+    key = find_key(file=key_file)
+    return Client(server, key=key) if patient else Client(server, key=key, retries=SHORT_TRIES)
 
 
 def is_remote(name: str) -> bool:
@@ -204,6 +249,18 @@ def plan_named(client: Client, name: str) -> PlanHandle:
         named = ", ".join(f"{plan.id} ({plan.resource['budget']})" for plan in found) or "none"
         raise ValueError(f"A job must have one plan to be named by it. Got {named}. Pass the id of a plan.")
     return found[0]
+
+
+def _receiver(url: str | None, secret: str | None) -> dict[str, str] | None:
+    """The webhook of a request. Raises ValueError for one without a secret."""
+    if url is None:
+        return None
+    if not secret:
+        raise ValueError(
+            "--webhook must come with a secret. Got none. Set BITPLAN_WEBHOOK_SECRET; make one with"
+            ' python -c "from service.webhooks.signing import new_secret; print(new_secret())".'
+        )
+    return {"url": url, "secret": secret}
 
 
 def _preview(model: Path, calibration: Path, parameters: Mapping[str, Any], *, as_json: bool) -> None:

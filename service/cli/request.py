@@ -85,6 +85,7 @@ class SearchOptions(CostOptions):
     role_limits: options.RoleLimits = None
     ratios: options.Ratios = None
     protect: options.Protect = None
+    forbid: options.Forbid = None
     contexts: options.ContextPlans = None
     timestep_edges: options.TimestepEdges = None
     context_weights: options.ContextWeights = None
@@ -131,6 +132,7 @@ class SearchOptions(CostOptions):
             "role_limits": options.role_limits(self.role_limits) or {},
             **({} if self.ratios is None else {"ratios": self.ratios}),
             "protect": self.protect or [],
+            "forbid": options.forbidden(self.forbid),
             "contexts": self._contexts(),
         }
 

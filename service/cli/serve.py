@@ -22,7 +22,7 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Worker pr
 
 def serve(
     host: Annotated[
-        str, typer.Option("--host", help="A loopback address: there is no access control yet.")
+        str, typer.Option("--host", help="A loopback address, or another once there are keys.")
     ] = "",
     port: Annotated[
         int | None, typer.Option("--port", min=0, max=65535, help="TCP port (default 8000).")
@@ -30,16 +30,24 @@ def serve(
     data_dir: options.DataDir = None,
     database_url: DatabaseUrl = None,
     workers: Workers = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Ask for no keys: whoever can connect may do everything.")
+    ] = False,
 ) -> None:
     """Start the API and a runner; Ctrl-C stops both."""
     with exits():
-        from service.serve import require_local
+        from service.serve import require_safe_bind
         from service.serve import serve as run
 
         settings = settings_of(
-            data_dir=data_dir, database_url=database_url, workers=workers, host=host or None, port=port
+            data_dir=data_dir,
+            database_url=database_url,
+            workers=workers,
+            host=host or None,
+            port=port,
+            access="open" if insecure else None,
         )
-        require_local(settings.host)
+        require_safe_bind(settings)
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         console().print(f"http://{shown}:{settings.port}  (docs at /docs)  data in {settings.data_dir}")
         code = run(settings)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: N818 - an error is named after what went wrong
 
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -53,8 +54,9 @@ def scripts() -> ScriptDirectory:
     return ScriptDirectory.from_config(_config())
 
 
+@cache
 def newest() -> str:
-    """The schema version of this code."""
+    """The schema version of this code; read once."""
     head = scripts().get_current_head()
     assert head is not None
     return head
@@ -123,8 +125,14 @@ def _version(connection: Connection) -> str | None:
 
 def _refuse_newer(connection: Connection) -> None:
     found = _version(connection)
-    if found is not None and found not in {script.revision for script in scripts().walk_revisions()}:
+    if found is not None and found not in known():
         raise DatabaseTooNew(found, newest())
+
+
+@cache
+def known() -> frozenset[str]:
+    """Every schema version that this code can read and bring to its own."""
+    return frozenset(script.revision for script in scripts().walk_revisions())
 
 
 def _wait_in_line(connection: Connection) -> None:

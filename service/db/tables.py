@@ -139,7 +139,11 @@ class JobRow(Base):
     """Jobs and who runs them; `lease_expires_at` is in seconds of the database's own clock."""
 
     __tablename__ = "jobs"
-    __table_args__ = (Index(None, "tenant", "created_at", "id"), Index(None, "state", "created_at", "id"))
+    __table_args__ = (
+        Index(None, "tenant", "created_at", "id"),
+        Index(None, "state", "created_at", "id"),
+        Index(None, "tenant", "state"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]
     kind: Mapped[str]
@@ -187,6 +191,24 @@ class EventRow(Base):
     at: Mapped[datetime] = mapped_column(default=now)
 
 
+class WebhookRow(Base):
+    """Who is told of a job's end: the outbox of deliveries. Times of attempts are of the database's clock."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index(None, "state", "next_attempt_at"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), unique=True)
+    url: Mapped[str]
+    secret: Mapped[str | None]
+    state: Mapped[str]
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_attempt_at: Mapped[float | None]
+    last_status: Mapped[int | None]
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    settled_at: Mapped[datetime | None]
+
+
 class UnitRow(Base):
     """Finished units of work."""
 
@@ -196,7 +218,7 @@ class UnitRow(Base):
     kind: Mapped[str]
     unit: Mapped[dict[str, Any]]
     facts: Mapped[dict[str, Any]]
-    artifact: Mapped[str | None]
+    artifact: Mapped[str | None] = mapped_column(index=True)
     job_id: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
 
@@ -255,6 +277,20 @@ class PlanRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class RunnerRow(Base):
+    """Runners that serve, or died without saying so; `seen_at` is in seconds of the database's own clock."""
+
+    __tablename__ = "runners"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    process: Mapped[str]
+    version: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(default=now)
+    seen_at: Mapped[float]
+    metrics: Mapped[str]
+
+
 class IdempotencyKeyRow(Base):
     """Requests that may be repeated."""
 
@@ -265,4 +301,47 @@ class IdempotencyKeyRow(Base):
     status: Mapped[int | None]
     body: Mapped[dict[str, Any] | None]
     headers: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class TenantRow(Base):
+    """Who shares the service, and quotas of their own where they have some (0: no limit)."""
+
+    __tablename__ = "tenants"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    quota_jobs: Mapped[int | None] = mapped_column(BigInteger)
+    quota_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    quota_running: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class KeyRow(Base):
+    """API keys: of the secret only its SHA-256 digest, and the part of it by which the row is found."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
+    name: Mapped[str]
+    scope: Mapped[str]
+    prefix: Mapped[str] = mapped_column(unique=True)
+    digest: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class AuditRow(Base):
+    """Who wrote what: a row before a write begins, its status when it was answered."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index(None, "tenant", "created_at", "id"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    key_id: Mapped[str | None]
+    peer: Mapped[str | None]
+    action: Mapped[str]
+    method: Mapped[str]
+    path: Mapped[str]
+    request_id: Mapped[str]
+    status: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(default=now)

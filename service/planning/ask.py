@@ -20,8 +20,9 @@ class Ask:
     """One budget ("" for none) and what holds with it. `pins` and `ties` may be patterns over layer names,
     `protect` those of layers that get the largest scheme they may have; `runtime` is a key of RUNTIMES whose
     rules hold too, `costs` the members of the request that say what latency, energy and memory are,
-    `contexts` the one that says what scores are split by, `role_limits` are those of a role's layers or of a
-    pattern's, `objective` is what is solved for, as written.
+    `contexts` the one that says what scores are split by, `forbid` are schemes that layers, or those of a
+    pattern, must not get, `role_limits` those of a role's layers or of a pattern's, `objective` is what is
+    solved for, as written.
     """
 
     budget: str
@@ -37,6 +38,7 @@ class Ask:
     contexts: Mapping[str, Any] | None = None
     role_limits: Mapping[str, str] = field(default_factory=dict)
     objective: str = DEFAULT
+    forbid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def named_metrics(self) -> tuple[str, ...]:
@@ -73,6 +75,7 @@ class Ask:
             costs=cost_request(request).members,
             protect=tuple(request.get("protect", ())),
             contexts=request.get("contexts"),
+            forbid={key: tuple(names) for key, names in request.get("forbid", {}).items()},
             role_limits=dict(request.get("role_limits", {})),
             objective=request.get("objective", DEFAULT),
         )
@@ -89,6 +92,7 @@ class Ask:
             "gap": self.gap,
             "runtime": self.runtime,
             "protect": list(self.protect),
+            "forbid": {key: list(names) for key, names in self.forbid.items()},
             "role_limits": dict(self.role_limits),
             "objective": self.objective,
             **self.costs,
@@ -110,6 +114,7 @@ class Ask:
             | ({"costs": dict(self.costs)} if self.costs else {})
             | ({"protect": list(self.protect)} if self.protect else {})
             | ({"contexts": dict(self.contexts)} if self.contexts else {})
+            | ({"forbid": {key: list(names) for key, names in self.forbid.items()}} if self.forbid else {})
             | ({"role_limits": dict(self.role_limits)} if self.role_limits else {})
             | ({} if self.objective == DEFAULT else {"objective": self.objective})
         )

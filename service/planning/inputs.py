@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quant.costs import Latency, resources
 from quant.kv_cache import Caches, extended, weight_schemes
@@ -34,7 +35,8 @@ class PlanningInputs:
     `sources` says where latency and energy came from, `calibration` how the data were read,
     `corrections` what plans change beside weights, `deciding` what the scores are, `caches` the attention
     layers that are decided too; their schemes are in `menu` after those of weights; `calibrated` a metric
-    that was measured only near decisions -> the one that stands for it elsewhere.
+    that was measured only near decisions -> the one that stands for it elsewhere; `unpaired` (layers,
+    schemes) what has no interactions though the table has some, None where that is nothing.
     """
 
     inventory: Inventory
@@ -47,6 +49,7 @@ class PlanningInputs:
     deciding: Deciding | None = None
     caches: Caches | None = None
     calibrated: Mapping[str, str] = field(default_factory=dict)
+    unpaired: NDArray[np.bool_] | None = None
 
     @property
     def cache_layers(self) -> tuple[str, ...]:

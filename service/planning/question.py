@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quant.kv_cache import weight_schemes
 from quant.lint import (
@@ -14,12 +15,14 @@ from quant.lint import (
 )
 from quant.runtimes import RUNTIMES
 from search.budget import Limit
-from search.compile import Compiled
+from search.compile import Compiled, CompileError
 from search.objectives.catalog import parse_objective
+from search.objectives.quadratic import Quadratic
 from search.question import Question, Restriction
 from service.planning.ask import Ask, limited_metrics
 from service.planning.inputs import PlanningInputs, ScoresMissing
 from service.planning.selection import (
+    expand_forbidden,
     expand_pins,
     expand_ties,
     missing_scores,
@@ -45,16 +48,19 @@ def compile_limits(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) ->
 
 
 def question_of(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) -> Question:
-    """The same in parts that can be left out: `limits`, and each protection, pin, tie and rule by itself.
+    """The same in parts that can be left out: `limits`, and each protection, pin, tie, forbidden choice and
+    rule by itself.
 
     Raises what `compile_limits` raises, but for limits on what the table lacks.
     """
     if ask.runtime is not None:
         require_runtime(inputs, pins_of(inputs, ask), RUNTIMES[ask.runtime])
     metric = ask.metric or next(iter(inputs.table.metrics))
-    named = (*parse_objective(ask.objective).metrics, *limited_metrics(limits))
-    for name in dict.fromkeys((metric, *named)):
+    objective = parse_objective(ask.objective)
+    for name in dict.fromkeys((metric, *objective.metrics, *limited_metrics(limits))):
         _require_scores(inputs, ask, name)
+    if isinstance(objective, Quadratic) and inputs.unpaired is not None:
+        _require(inputs, ask, "interactions", inputs.unpaired)
     return Question(
         inputs.table,
         metric,
@@ -63,6 +69,7 @@ def question_of(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) -> Qu
             *_protections(inputs, ask),
             *_pins(inputs, ask, metric),
             *_ties(inputs, ask),
+            *_forbidden(inputs, ask, metric),
             *_rules(inputs, ask, metric),
         ),
         inputs.menu,
@@ -70,13 +77,17 @@ def question_of(inputs: PlanningInputs, ask: Ask, limits: Sequence[Limit]) -> Qu
 
 
 def _require_scores(inputs: PlanningInputs, ask: Ask, metric: str) -> None:
-    known = metric in inputs.table.metrics
-    gaps = missing_scores(inputs, metric, ask.pins, ask.runtime) if known else []
+    if metric in inputs.table.metrics:
+        _require(inputs, ask, f"a score in {metric}", np.isnan(inputs.table.metrics[metric].values))
+
+
+def _require(inputs: PlanningInputs, ask: Ask, what: str, unknown: NDArray[np.bool_]) -> None:
+    gaps = missing_scores(inputs, ask, unknown)
     if gaps:
         shown = ", ".join(f"{layer} x {scheme}" for layer, scheme in gaps[:3])
         raise ScoresMissing(
-            f"Every layer and scheme of the menu must have a score in {metric}. Got none for {shown} "
-            f"({len(gaps)} in all). Wait for the job to end; a scheme off its menu needs a new job."
+            f"Every layer and scheme of the menu must have {what}. Got none for {shown} ({len(gaps)} in all)."
+            " Wait for the job to end; a scheme off its menu, or one that it forbids, needs a new job."
         )
 
 
@@ -100,6 +111,20 @@ def _ties(inputs: PlanningInputs, ask: Ask) -> Iterator[Restriction]:
         sets = expand_ties(inputs.inventory, [tie], inputs.cache_layers)
         if ties := tuple(members for members in sets if len(members) > 1):
             yield Restriction("tie", "+".join(tie), ties=ties)
+
+
+def _forbidden(inputs: PlanningInputs, ask: Ask, metric: str) -> Iterator[Restriction]:
+    """Raises CompileError for a scheme that no layer could get anyhow."""
+    for pattern, schemes in ask.forbid.items():
+        own = expand_forbidden(inputs.inventory, {pattern: schemes}, inputs.cache_layers)
+        unknown = [name for names in own.values() for name in names if name not in inputs.table.schemes]
+        if unknown:
+            raise CompileError(
+                f"A forbidden scheme must be one of the menu: {', '.join(inputs.table.schemes)}."
+                f" Got {unknown[0]!r} for {pattern!r:.80}. Leave it out."
+            )
+        name, unscored = f"{pattern}={','.join(schemes)}", _unscored(inputs, metric, own)
+        yield Restriction("forbid", name, forbidden=own, unscored=unscored)
 
 
 def _rules(inputs: PlanningInputs, ask: Ask, metric: str) -> Iterator[Restriction]:

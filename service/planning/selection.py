@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quant.kv_cache import Caches, is_cache, scheme_name, weight_schemes
 from quant.layers import Inventory
@@ -25,19 +26,15 @@ from service.planning.ask import Ask
 from service.planning.inputs import PlanningInputs
 
 
-def missing_scores(
-    inputs: PlanningInputs, metric: str, pins: Mapping[str, str] | None = None, runtime: str | None = None
-) -> list[tuple[str, str]]:
-    """The (layer, scheme) that a plan may choose and that have no score in `metric`; pinned layers need only
-    theirs, and what the runtime forbids needs none.
+def missing_scores(inputs: PlanningInputs, ask: Ask, unknown: NDArray[np.bool_]) -> list[tuple[str, str]]:
+    """The (layer, scheme) that a plan may choose of what is `unknown` (layers, schemes); pinned layers need
+    only theirs, and what is forbidden, by the question or by its runtime, needs none.
     """
-    table, forbidden = (
-        inputs.table,
-        forbidden_in(inputs.inventory, inputs.table.schemes, runtime, inputs.caches),
-    )
-    pinned = expand_pins(inputs.inventory, pins or {}, inputs.cache_layers)
-    unscored = table.resources_offered() & np.isnan(table.metrics[metric].values)
-    gaps = [(table.layers[i].name, table.schemes[j]) for i, j in np.argwhere(unscored)]
+    table, forbidden = inputs.table, forbidden_of(inputs, ask)
+    pinned = expand_pins(inputs.inventory, ask.pins, inputs.cache_layers)
+    gaps = [
+        (table.layers[i].name, table.schemes[j]) for i, j in np.argwhere(table.resources_offered() & unknown)
+    ]
     return [
         (layer, scheme)
         for layer, scheme in gaps
@@ -46,15 +43,46 @@ def missing_scores(
     ]
 
 
+def forbidden_of(inputs: PlanningInputs, ask: Ask) -> dict[str, tuple[str, ...]]:
+    """Layer -> the schemes that the question or its runtime forbids there."""
+    return forbidden_in(inputs.inventory, inputs.table.schemes, ask.runtime, inputs.caches, ask.forbid)
+
+
 def forbidden_in(
-    inventory: Inventory, schemes: Sequence[str], runtime: str | None, caches: Caches | None = None
+    inventory: Inventory,
+    schemes: Sequence[str],
+    runtime: str | None,
+    caches: Caches | None = None,
+    forbid: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Layer -> the schemes that the runtime does not run there; empty without a runtime."""
+    """Layer -> the schemes that the runtime does not run there, where there is one, and those of `forbid`.
+
+    Raises what `expand_forbidden` raises.
+    """
+    found = expand_forbidden(inventory, forbid or {}, () if caches is None else caches.layers)
     if runtime is None:
-        return {}
+        return found
     rules = RUNTIMES[runtime]
     refused = {} if caches is None else forbidden_caches(caches, rules)
-    return forbidden_schemes(inventory.layers, weight_schemes(schemes), rules) | refused
+    refused |= forbidden_schemes(inventory.layers, weight_schemes(schemes), rules)
+    both = {name: (*refused.get(name, ()), *found.get(name, ())) for name in {**refused, **found}}
+    return {name: tuple(dict.fromkeys(names)) for name, names in both.items()}
+
+
+def expand_forbidden(
+    inventory: Inventory, forbid: Mapping[str, Sequence[str]], caches: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Layer -> the canonical schemes that it must not get. Names of shared tensors count for the layer that
+    holds them; `caches` are attention layers, which patterns of cache schemes are about.
+
+    Raises PatternError for a pattern that matches nothing, SchemeError for a scheme that cannot be read.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for pattern, schemes in forbid.items():
+        for scheme in schemes:
+            for name in _meant(inventory, pattern, scheme, caches):
+                found.setdefault(name, {})[scheme_name(scheme)] = None
+    return {name: tuple(names) for name, names in found.items()}
 
 
 def expand_pins(inventory: Inventory, pins: Mapping[str, str], caches: Sequence[str] = ()) -> dict[str, str]:
@@ -64,17 +92,25 @@ def expand_pins(inventory: Inventory, pins: Mapping[str, str], caches: Sequence[
     patterns of cache schemes are about. Raises PatternError for a pattern that matches nothing, SchemeError
     for a scheme that cannot be read.
     """
-    owners = {name: layer.name for name, layer in inventory.by_name.items()}
     found: dict[str, str] = {}
-    for pattern, scheme in sorted(pins.items(), key=lambda pin: pin[0] in owners or pin[0] in caches):
-        if is_cache(scheme) and not caches:
-            raise PatternError(
-                f"A pin of a cache must be for a search that decides caches. Got {pattern!r}: {scheme!r}."
-                " Submit one with kv_cache, or drop the pin."
-            )
-        for name in select([pattern], caches if is_cache(scheme) else list(owners)):
-            found[owners.get(name, name)] = scheme_name(scheme)
+    exact = {*inventory.by_name, *caches}
+    for pattern, scheme in sorted(pins.items(), key=lambda pin: pin[0] in exact):
+        for name in _meant(inventory, pattern, scheme, caches):
+            found[name] = scheme_name(scheme)
     return found
+
+
+def _meant(inventory: Inventory, pattern: str, scheme: str, caches: Sequence[str]) -> list[str]:
+    """The layers that a pattern means for a scheme of weights, the attention layers for one of caches."""
+    if not is_cache(scheme):
+        owners = {name: layer.name for name, layer in inventory.by_name.items()}
+        return list(dict.fromkeys(owners[name] for name in select([pattern], list(owners))))
+    if not caches:
+        raise PatternError(
+            "The scheme of a cache must be for a search that decides caches. Got"
+            f" {pattern!r}: {scheme!r}. Submit one with kv_cache, or drop it."
+        )
+    return list(select([pattern], caches))
 
 
 def pins_of(inputs: PlanningInputs, ask: Ask) -> dict[str, str]:
@@ -111,7 +147,7 @@ def protected(inputs: PlanningInputs, ask: Ask) -> dict[str, str]:
         return {}
     inventory, table = inputs.inventory, inputs.table
     names = {inventory.by_name[name].name for name in select(ask.protect, list(inventory.by_name))}
-    forbidden = forbidden_in(inventory, table.schemes, ask.runtime)
+    forbidden = forbidden_of(inputs, ask)
     offered, sizes = table.resources_offered(), table.resources["bytes"]
     found = {}
     for row, layer in enumerate(table.layer_names):

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 from quant.catalog import CHECKPOINTS
 from search.budget import BudgetError, parse_budget
 from service.remote.download import download, unpack
+from service.remote.stream import NoStream, messages
 from service.remote.transport import ClientError, JobFailed, Transport
 from service.states import TERMINAL
 
 WAIT_SECONDS = 20
+OnJob = Callable[[Mapping[str, Any]], None]
 
 
 class PlanNotFound(ClientError):
@@ -62,6 +65,13 @@ class PlanHandle:
     def evidence(self) -> dict[str, Any] | None:
         """The measured quality of the plan and its rivals; None until it was measured."""
         return self.resource["evidence"]  # type: ignore[no-any-return]
+
+    @property
+    def pareto(self) -> list[dict[str, Any]]:
+        """The measured plans that none beats in every objective, for a chooser of several; the `layers` of
+        one, as pins of `JobHandle.solve`, make it a plan.
+        """
+        return list(self.resource["pareto"])
 
     def save(self, path: str | Path) -> Path:
         """Write the plan file, byte for byte as the service made it; raises ClientError when there is
@@ -151,31 +161,70 @@ class JobHandle:
 
     def wait(
         self,
-        on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+        on_progress: OnJob | None = None,
         *,
         timeout: float | None = None,
     ) -> JobHandle:
         """Wait for the end; raises JobFailed unless it succeeded, TimeoutError after `timeout` seconds.
 
-        `on_progress` gets the job's JSON after each change.
+        `on_progress` gets the job's JSON after each change. The job's stream of events tells of changes;
+        where the server has none to give, and with a `timeout`, the job is asked for again and again.
         """
-        started = time.monotonic()
-        while True:
-            before = self._etag
-            self.refresh(wait_seconds=WAIT_SECONDS if before else 0)
-            if on_progress and self._etag != before:
-                on_progress(self.resource)
-            if self.finished:
-                break
+        told = on_progress or _ignore
+        started, before = time.monotonic(), self._etag
+        self.refresh()
+        if self._etag != before:
+            told(self.resource)
+        streams = timeout is None
+        while not self.finished:
             if timeout is not None and time.monotonic() - started > timeout:
                 raise TimeoutError(
                     f"Job {self.id} must end within {timeout:g} s. Got {self.state}. Wait longer."
                 )
-            if before and self._etag == before:
-                self._transport.pause(0.2)
+            if streams:
+                streams = self._follow(told)
+            else:
+                self._poll(told)
         if self.state != "succeeded":
             raise JobFailed(self.resource)
         return self
+
+    def follow(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """Each event as it comes, from behind number `after` to the last one, over connections that break.
+
+        Raises `NoStream` when the server has no stream to give.
+        """
+        for message in messages(self._transport, f"{self._path()}/events", after):
+            if message.seq is not None:
+                yield message.data
+
+    def _follow(self, told: OnJob) -> bool:
+        """Tell of every change to the end; False when the server has no stream to give."""
+        try:
+            with closing(messages(self._transport, f"{self._path()}/events")) as stream:
+                for message in stream:
+                    before = self._etag
+                    if message.seq is None:
+                        self.resource = {**self.resource, **message.data}
+                    else:
+                        self.refresh()
+                    if message.seq is None or self._etag != before:
+                        told(self.resource)
+                    if self.finished:
+                        return True
+        except NoStream:
+            return False
+        self.refresh()
+        return True
+
+    def _poll(self, told: OnJob) -> None:
+        """Ask once, and tell of a change."""
+        before = self._etag
+        self.refresh(wait_seconds=WAIT_SECONDS)
+        if self._etag != before:
+            told(self.resource)
+        else:
+            self._transport.pause(0.2)
 
     def plan(self, budget: str) -> PlanHandle:
         """The plan of one of the job's budgets, in any spelling; raises PlanNotFound with those there are."""
@@ -202,6 +251,7 @@ class JobHandle:
         pins: Mapping[str, str] | None = None,
         ties: Sequence[Sequence[str]] | None = None,
         protect: Sequence[str] | None = None,
+        forbid: Mapping[str, Sequence[str]] | None = None,
         role_limits: Mapping[str, str] | None = None,
         metric: str | None = None,
         context: str | None = None,
@@ -221,6 +271,7 @@ class JobHandle:
             "pins": None if pins is None else dict(pins),
             "ties": None if ties is None else [list(tie) for tie in ties],
             "protect": None if protect is None else list(protect),
+            "forbid": None if forbid is None else {name: list(schemes) for name, schemes in forbid.items()},
             "role_limits": None if role_limits is None else dict(role_limits),
             "metric": metric,
             "context": context,
@@ -293,9 +344,14 @@ class JobHandle:
         self._etag = None
         return self
 
-    def resume(self) -> JobHandle:
-        """A new job that goes on from the stored scores of this one."""
-        return JobHandle(self._transport, self._transport.post(f"{self._path()}/resume"))
+    def resume(self, webhook: Mapping[str, str] | None = None) -> JobHandle:
+        """A new job that goes on from the stored scores of this one; a webhook is its own (url, secret)."""
+        body = None if webhook is None else {"webhook": dict(webhook)}
+        return JobHandle(self._transport, self._transport.post(f"{self._path()}/resume", body))
+
+    def webhook(self) -> dict[str, Any]:
+        """How far the delivery of the job's webhook has come. Raises ProblemError for a job without one."""
+        return dict(self._transport.get(f"{self._path()}/webhook"))
 
     def delete(self) -> None:
         """Remove a finished job and its plans; scores stay for other jobs."""
@@ -303,6 +359,10 @@ class JobHandle:
 
     def _path(self) -> str:
         return f"/v1/jobs/{self.id}"
+
+
+def _ignore(_: Mapping[str, Any]) -> None:
+    """What is told to nobody."""
 
 
 def _same_budget(one: str, other: str) -> bool:

@@ -14,19 +14,18 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from quant.digest import canonical_json
-from quant.plan import Plan, plan_from_json
+from quant.plan import Plan
 from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import WriteUnit
 from service.checkpoints import PLAN, RESULT, file_name, read_progress, require_calibration, require_model
-from service.db.repositories import jobs, plans
 from service.errors import InsufficientStorage
 from service.executors.protocol import Outcome
 from service.failpoints import failpoint
 from service.records import CalibrationRecord, ModelRecord
-from service.runner.context import JobContext, JobFailed
+from service.runner.context import JobContext
 from service.runner.dispatch import run_alone
 from service.runner.folders import own_folder
-from service.runner.inputs import data_source, model_source
+from service.runner.inputs import data_source, model_source, planned
 from service.runner.problems import problem_of_failure
 from service.states import Stage
 
@@ -61,16 +60,9 @@ def run_checkpoint(context: JobContext) -> Mapping[str, Any]:
 
 
 def _inputs(context: JobContext, session: Session) -> tuple[Plan, ModelRecord, CalibrationRecord | None]:
-    request, tenant = context.job.request, context.job.tenant
-    record = plans.get(session, str(request["plan"]), tenant)
-    search = None if record is None else jobs.get(session, record.job_id, tenant)
-    if record is None or search is None or record.document is None:
-        raise JobFailed(
-            "plan-not-usable", f"The plan must exist and fit its budget. Got {request['plan']}. Solve again."
-        )
-    plan = plan_from_json(record.document)
-    model = require_model(session, search, tenant)
-    return plan, model, require_calibration(session, plan, tenant)
+    _, plan, search = planned(context, session)
+    model = require_model(session, search, context.job.tenant)
+    return plan, model, require_calibration(session, plan, context.job.tenant)
 
 
 def _spec(

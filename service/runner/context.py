@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from sensitivity.spec import SessionSpec
 from service.db.engine import Database
-from service.db.repositories import events, jobs, leases, score_sets
+from service.db.repositories import events, jobs, leases, retention, score_sets
 from service.db.repositories.leases import LeaseLost
 from service.executors.protocol import Executor, ExecutorSettings
 from service.records import JobRecord
@@ -155,6 +155,7 @@ class JobContext:
         """Make sure that the score set exists, and say that this job fills it."""
 
         def change(session: Session) -> None:
+            retention.share(session)
             score_sets.ensure(session, digest, score_settings, tenant=self.job.tenant)
             leases.set_score_set(session, self.job.id, self.epoch, digest)
 

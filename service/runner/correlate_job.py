@@ -107,16 +107,14 @@ def _with_stored(context: JobContext, lab: Lab, request: JobRequest) -> JobReque
 
 def _factors(lab: Lab, search: Search) -> dict[str, Factor]:
     """The interactions of every metric that has some."""
-    choices = offered_choices(search.inputs.inventory, search.request, search.inputs.caches)
     samples = int(search.inspection["samples"]["scoring"])
     named = [name for name in INTERACTIONS if name in search.inputs.table.metrics]
-    return {name: factor_of_metric(lab, search.inputs, choices, samples, name) for name in named}
+    return {name: factor_of_metric(lab, search.inputs, search.choices, samples, name) for name in named}
 
 
 def _scores(lab: Lab, search: Search, judged: Sequence[Predictor]) -> list[dict[str, Any]]:
     """What each score model is made of and cost; a metric's own soundness."""
-    choices = offered_choices(search.inputs.inventory, search.request, search.inputs.caches)
-    found = soundness(lab, choices, list(search.inputs.table.metrics), search.request.seed)
+    found = soundness(lab, search.choices, list(search.inputs.table.metrics), search.request.seed)
     rows = []
     for one in judged:
         own = found[one.name] if one.name in found else Soundness(together(found, one.metrics), None, None)

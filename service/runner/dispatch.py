@@ -1,6 +1,7 @@
 """Measure what is missing: units go to an executor, each result is stored in its own fenced transaction."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from sensitivity.spec import SessionSpec
 from sensitivity.units import MeasureUnit, ScoreUnit, Unit, UnitResult
+from service import metrics
 from service.db.repositories import attempts, events, scores, units
 from service.executors.protocol import Executor, Failure, Outcome
 from service.failpoints import failpoint
@@ -65,6 +67,7 @@ def run_units(
     Raises `ServiceError` for failures, and what `context.check` raises.
     """
     missing = missing_units(context, score_set, wanted)
+    metrics.UNITS.labels("reused").inc(missing.reused)
     dispatch = _Dispatch(context, executor, score_set, missing, stage, span=span)
     dispatch.run()
     return Dispatched(dispatch.measured, dispatch.reused)
@@ -99,18 +102,27 @@ def run_alone(
 def _one_outcome(
     context: JobContext, executor: Executor, unit: Unit, meanwhile: Callable[[], None]
 ) -> Outcome:
+    began = time.perf_counter()
     executor.submit(unit.key, unit)
     while True:
         context.check()
         meanwhile()
         for outcome in executor.wait(WAIT_SECONDS):
+            _count_outcome(outcome, unit, began)
             return outcome
 
 
 def count_death(context: JobContext, unit: Unit, failure: Failure) -> int:
     """Count one more worker that died of this unit in this job; how many there were."""
     record = context.write(lambda session: attempts.add(session, context.job.id, unit.key, failure.as_json()))
-    log.warning("dispatch.worker_crash", job=context.job.id, key=unit.key, attempts=record.attempts)
+    metrics.WORKER_DEATHS.inc()
+    log.warning(
+        "dispatch.worker_crash",
+        key=unit.key,
+        attempts=record.attempts,
+        how=failure.message,
+        log=failure.detail.get("log"),
+    )
     return record.attempts
 
 
@@ -178,6 +190,7 @@ class _Dispatch:
         self._stage, self._before = stage, span.before
         self._total = max(span.total, span.before + len(missing.units) + missing.reused)
         self._flying: dict[str, Unit] = {}
+        self._submitted: dict[str, float] = {}
         self._finished: dict[str, Unit] = {}
         self.measured, self.reused = 0, missing.reused
 
@@ -202,9 +215,11 @@ class _Dispatch:
             unit = self._waiting.popleft()
             if self._stored_meanwhile(unit):
                 self.reused += 1
+                metrics.UNITS.labels("reused").inc()
                 continue
             self._flying[unit.key] = unit
-            log.debug("dispatch.unit", job=self._context.job.id, key=unit.key)
+            self._submitted[unit.key] = time.perf_counter()
+            log.debug("dispatch.unit", key=unit.key)
             self._executor.submit(unit.key, unit)
 
     def _stored_meanwhile(self, unit: Unit) -> bool:
@@ -215,6 +230,8 @@ class _Dispatch:
     def _take(self, outcome: Outcome) -> None:
         """Store a result; an outcome that comes twice is compared with what was stored."""
         first = outcome.key in self._flying
+        if first:
+            _count_outcome(outcome, self._flying[outcome.key], self._submitted.pop(outcome.key))
         unit = self._flying.pop(outcome.key, None) or self._finished.get(outcome.key)
         if unit is None:
             log.warning("dispatch.unknown_outcome", key=outcome.key)
@@ -252,6 +269,12 @@ class _Dispatch:
         for outcome in self._executor.wait(0):
             if outcome.result is not None:
                 self._take(outcome)
+
+
+def _count_outcome(outcome: Outcome, unit: Unit, submitted: float) -> None:
+    kind = str(unit.as_json()["unit"])
+    metrics.UNIT_SECONDS.labels(kind).observe(time.perf_counter() - submitted)
+    metrics.UNITS.labels("measured" if outcome.failure is None else "failed").inc()
 
 
 class _UnitFailed(Exception):  # noqa: N818 - carries the problem to the end of the dispatch

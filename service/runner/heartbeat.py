@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 
 import structlog
 
@@ -16,8 +17,10 @@ def beating(beat: Callable[[], None], seconds: float) -> Iterator[None]:
     """Call `beat` every `seconds` in a thread until the block ends or the lease is lost; other errors are
     tried again.
     """
-    done = threading.Event()
-    thread = threading.Thread(target=_beat, args=(beat, seconds, done), name="heartbeat", daemon=True)
+    done, here = threading.Event(), copy_context()
+    thread = threading.Thread(
+        target=here.run, args=(_beat, beat, seconds, done), name="heartbeat", daemon=True
+    )
     thread.start()
     try:
         yield

@@ -47,7 +47,7 @@ def start_of(pid: int) -> str | None:
 
 def _start_by_ps(pid: int) -> str | None:
     try:
-        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, check=False)  # noqa: S603, S607
+        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, check=False)  # noqa: S603, S607 - a fixed command of the system
     except OSError:
         return ""
     return found.stdout.decode(errors="replace").strip() or None

@@ -1,4 +1,4 @@
-"""From the rows of a job's model and calibration set to the spec of the sessions that measure it."""
+"""The rows that a job is about, and from those of model and calibration set the spec of its sessions."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.orm import Session
+
+from quant.plan import Plan, plan_from_json
 from search.budget import parse_bytes
 from sensitivity.spec import DataSource, ModelSource, SessionSpec, UserMetric
 from sensitivity.user_code import user_metric
+from service.db.repositories import jobs, plans
 from service.errors import Conflict, Unprocessable
-from service.records import CalibrationRecord, ModelRecord
+from service.records import CalibrationRecord, JobRecord, ModelRecord, PlanRecord
+from service.runner.context import JobContext, JobFailed
 from service.states import InputState
 from service.store.blobs import BlobStore
 from service.wire import JobRequest, LocalJobRequest
@@ -38,6 +43,20 @@ def require_usable(model: ModelRecord | None, ident: str) -> ModelRecord:
             extra={"cause": cause} if cause else {},
         )
     return model
+
+
+def planned(context: JobContext, session: Session) -> tuple[PlanRecord, Plan, JobRecord]:
+    """The plan that the job's request names, its document, and the search that it came from. Raises JobFailed
+    where it is gone.
+    """
+    ident, tenant = str(context.job.request["plan"]), context.job.tenant
+    record = plans.get(session, ident, tenant)
+    search = None if record is None else jobs.get(session, record.job_id, tenant)
+    if record is None or search is None or record.document is None:
+        raise JobFailed(
+            "plan-not-usable", f"The plan must exist and fit its budget. Got {ident}. Solve again."
+        )
+    return record, plan_from_json(record.document), search
 
 
 def data_source(calibration: CalibrationRecord, store: BlobStore) -> DataSource:

@@ -1,16 +1,19 @@
 """The runner: claims jobs one after the other, runs their handlers, ends them."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
 from sqlalchemy.exc import DBAPIError
+from structlog.contextvars import bound_contextvars
 
+from service import metrics
 from service.db.engine import Database
 from service.db.repositories import jobs, leases
 from service.db.repositories.leases import LeaseLost
-from service.errors import NotFound
+from service.errors import NotFound, slug_of
 from service.executors.catalog import make_executor
 from service.executors.protocol import Executor, ExecutorSettings
 from service.failpoints import failpoint
@@ -85,7 +88,13 @@ class Runner:
     def run_one(self, on_progress: OnProgress | None = None) -> JobRecord | None:
         """Claim the oldest free job and run it; None when there is none."""
         with self.database.write() as session:
-            job = leases.claim(session, self.owner, self.settings.lease_seconds, self._handlers.keys())
+            job = leases.claim(
+                session,
+                self.owner,
+                self.settings.lease_seconds,
+                self._handlers.keys(),
+                self.settings.quota_running,
+            )
         return None if job is None else self._run_claimed(job, on_progress)
 
     def run_job(self, job_id: str, on_progress: OnProgress | None = None) -> JobRecord:
@@ -115,7 +124,16 @@ class Runner:
         return freed
 
     def _run_claimed(self, job: JobRecord, on_progress: OnProgress | None) -> JobRecord:
-        log.info("job.claimed", job=job.id, kind=job.kind, epoch=job.epoch)
+        """Run it to its end; every line that is logged meanwhile names the job and its epoch."""
+        with bound_contextvars(job=job.id, kind=str(job.kind), epoch=job.epoch):
+            began = time.perf_counter()
+            ended = self._attempt(job, on_progress)
+            state = str(ended.state) if ended.finished else "released"
+            metrics.JOB_SECONDS.labels(str(job.kind), state).observe(time.perf_counter() - began)
+            return ended
+
+    def _attempt(self, job: JobRecord, on_progress: OnProgress | None) -> JobRecord:
+        log.info("job.claimed")
         failpoint("runner.after_claim")
         context = JobContext(
             job,
@@ -129,7 +147,8 @@ class Runner:
             with beating(context.heartbeat, self.settings.heartbeat_seconds):
                 self._handle(context)
         except LeaseLost as lost:
-            log.warning("job.lease_lost", job=job.id, found=str(lost))
+            metrics.LEASES_LOST.inc()
+            log.warning("job.lease_lost", found=str(lost))
         return self._current(job.id)
 
     def _handle(self, context: JobContext) -> None:
@@ -179,13 +198,14 @@ class Runner:
                 session, context.job.id, context.epoch, state, summary=summary, problem=problem
             )
         )
-        log.info("job.finished", job=job.id, state=job.state)
+        slug = None if job.problem is None else slug_of(job.problem)
+        log.info("job.finished", state=job.state, problem=slug)
 
     def _release(self, context: JobContext) -> None:
         context.write(
             lambda session: leases.release(session, context.job.id, context.epoch, "the runner stops")
         )
-        log.info("job.released", job=context.job.id)
+        log.info("job.released")
 
     def _current(self, job_id: str) -> JobRecord:
         with self.database.read() as session:

@@ -64,14 +64,17 @@ def every_other(chosen: NDArray[np.bool_], first: int) -> NDArray[np.bool_]:
 
 
 def over_contexts(losses: Mapping[str, Measured], deciding: Deciding) -> Measured:
-    """The weighted mean of the losses in each context, or the worst of them."""
+    """The weighted mean of the losses in each context, or the worst of them; its parts are all that count."""
+    counted = {name: measured for name, measured in losses.items() if deciding.weight(name)}
+    means = {name: measured.mean for name, measured in counted.items()}
     if deciding.plans == MAXIMUM:
-        return max(losses.values(), key=lambda measured: measured.mean)
-    parts = [(deciding.weight(name), measured) for name, measured in losses.items()]
+        return replace(max(losses.values(), key=lambda measured: measured.mean), parts=means)
+    weighted = [(deciding.weight(name), measured) for name, measured in losses.items()]
     return Measured(
-        float(sum(weight * measured.mean for weight, measured in parts)),
-        float(np.hypot.reduce([weight * measured.stderr for weight, measured in parts])),
-        np.concatenate([measured.per_sample for _, measured in parts]),
+        float(sum(weight * measured.mean for weight, measured in weighted)),
+        float(np.hypot.reduce([weight * measured.stderr for weight, measured in weighted])),
+        np.concatenate([measured.per_sample for _, measured in weighted]),
+        parts=means,
     )
 
 
@@ -82,13 +85,13 @@ def divergence_loss(measured: Measured, _: Mapping[str, NDArray[np.float64]]) ->
 
 def decoupled_loss(measured: Measured, quality: Mapping[str, NDArray[np.float64]]) -> Measured:
     """The geometric mean of the divergence and of what images lose in structural similarity, where there are
-    images: the mean whose order of plans does not depend on units.
+    images: the mean whose order of plans does not depend on units. Those two are its parts.
     """
-    losses = [measured.per_sample]
+    losses = {"divergence": measured.per_sample}
     if "ssim" in quality:
-        losses.append(1 - quality["ssim"])
-    means = [max(float(loss.mean()), np.finfo(np.float64).tiny) for loss in losses]
-    center = float(np.exp(np.mean(np.log(means))))
-    relative = np.mean([loss / mean - 1 for loss, mean in zip(losses, means, strict=True)], axis=0)
+        losses["1 - ssim"] = 1 - quality["ssim"]
+    means = {name: max(float(loss.mean()), np.finfo(np.float64).tiny) for name, loss in losses.items()}
+    center = float(np.exp(np.mean(np.log([*means.values()]))))
+    relative = np.mean([loss / means[name] - 1 for name, loss in losses.items()], axis=0)
     stderr = center * float(relative.std(ddof=1)) / len(relative) ** 0.5
-    return Measured(center, stderr, center * (1 + relative))
+    return Measured(center, stderr, center * (1 + relative), parts=means if len(means) > 1 else {})

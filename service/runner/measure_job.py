@@ -8,15 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quant.plan import plan_from_json
 from search.objectives.catalog import DEFAULT
 from sensitivity.contexts import without_context
 from service.costing import without_costs
-from service.db.repositories import jobs, plans
+from service.db.repositories import plans
 from service.picking import settled
 from service.planning.ask import Ask
 from service.runner.context import JobContext, JobFailed
 from service.runner.evidence import measured_evidence
+from service.runner.inputs import planned
 from service.runner.search_job import asks_of, open_lab, scored
 from service.runner.solving import losses_of
 from service.wire import JobRequest, LocalJobRequest
@@ -24,23 +24,15 @@ from service.wire import JobRequest, LocalJobRequest
 
 def run_measurement(context: JobContext) -> Mapping[str, Any]:
     """Measure the plan that the job names, beside its rivals, and attach the evidence."""
-    plan_id = str(context.job.request["plan"])
-    with context.database.read() as session:
-        plan = plans.get(session, plan_id, context.job.tenant)
-        search = None if plan is None else jobs.get(session, plan.job_id, context.job.tenant)
-    if plan is None or search is None or plan.document is None:
-        raise JobFailed(
-            "plan-not-usable", f"The plan must exist and fit its budget. Got {plan_id}. Solve again."
-        )
-    request = measured_request(settled(search.request, search.summary), plan.result["ask"])
+    record, plan, search = context.read(lambda session: planned(context, session))
+    request = measured_request(settled(search.request, search.summary), record.result["ask"])
     with open_lab(context, request) as lab:
         found = scored(context, lab, request)
-        ask = replace(asks_of(request)[0], metric=str(plan.result["metric"]))
-        assignment = plan_from_json(plan.document).assignment
+        ask = replace(asks_of(request)[0], metric=str(record.result["metric"]))
         losses = losses_of(lab, found, str(ask.metric))
-        evidence = measured_evidence(lab, found.inputs, ask, assignment, found.inspection, losses)
-    context.write(lambda session: plans.set_evidence(session, plan_id, evidence))
-    return {"plan": plan_id, "verdict": evidence["verdict"]}
+        evidence = measured_evidence(lab, found.inputs, ask, plan.assignment, found.inspection, losses)
+    context.write(lambda session: plans.set_evidence(session, record.id, evidence))
+    return {"plan": record.id, "verdict": evidence["verdict"]}
 
 
 def measured_request(search: Mapping[str, Any], ask: Mapping[str, Any]) -> JobRequest:

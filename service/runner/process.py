@@ -9,25 +9,34 @@ from service import logs
 from service.db import migrate
 from service.db.engine import Database
 from service.runner.catalog import load_handlers
+from service.runner.deliveries import deliveries_of, delivering
 from service.runner.loop import Runner
+from service.runner.presence import collecting, present
 from service.settings import Settings
 
 log = structlog.get_logger()
 
 
 def run(settings: Settings) -> None:
-    """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue.
+    """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue. Meanwhile be
+    known as a runner, deliver webhooks, and collect garbage.
 
     The database is migrated first. Raises `DatabaseTooNew`.
     """
     migrate.upgrade(settings.database_url)
     logs.configure(settings.log_level)
+    logs.adopt_libraries(settings.log_level)
     database = Database(settings.database_url)
     try:
         runner = Runner(settings, database, load_handlers())
         _stop_on_signals(runner)
-        log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)
-        runner.run()
+        with (
+            present(settings, database, runner.owner),
+            collecting(settings, database),
+            delivering(deliveries_of(settings, database), settings.poll_seconds),
+        ):
+            log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)
+            runner.run()
         log.info("runner.stopped")
     finally:
         database.close()

@@ -26,7 +26,7 @@ from service.planning.ask import Ask
 from service.planning.inputs import PlanningInputs
 from service.planning.question import compile_ask
 from service.planning.result import additive, is_decoupled, solved_for
-from service.planning.selection import forbidden_in, pins_of
+from service.planning.selection import forbidden_of, pins_of
 
 MIXTURES = (0.25, 0.5, 1.0)
 SCREEN = 0.5
@@ -41,7 +41,7 @@ Factor = NDArray[np.float64]
 
 def uniform_assignments(inputs: PlanningInputs, ask: Ask) -> dict[str, Assignment]:
     """ "uniform SCHEME" -> every layer at that scheme, pinned and protected layers at theirs; only what all
-    other layers offer and the runtime runs there.
+    other layers offer and neither question nor runtime forbids there.
 
     Where caches are decided, they are full, or all of one type: "uniform w4 kv-int8"; each plan once.
     """
@@ -50,7 +50,7 @@ def uniform_assignments(inputs: PlanningInputs, ask: Ask) -> dict[str, Assignmen
     free = [row for row, name in enumerate(weights) if name not in pinned]
     offered = table.resources_offered()[free]
     columns = [(column, name) for column, name in enumerate(table.schemes) if not is_cache(name)]
-    forbidden = forbidden_in(inputs.inventory, table.schemes, ask.runtime, inputs.caches)
+    forbidden = forbidden_of(inputs, ask)
     refused = {name for layer, names in forbidden.items() if layer not in pinned for name in names}
     schemes = [name for column, name in columns if name in inputs.menu and offered[:, column].all()]
     schemes = [name for name in schemes if name not in refused]

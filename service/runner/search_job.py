@@ -38,8 +38,17 @@ from sensitivity.units import ScoreRow
 from service.cascade import ROUNDS, undecided, with_calibrated
 from service.costing import Costs, Timings, cost_request, costs_of, geometry_in, unmeasured
 from service.db.repositories import calibrations, models
-from service.deciding import EACH, Deciding, context_names, deciding_of, scored_metrics, with_roles
+from service.deciding import (
+    EACH,
+    Deciding,
+    context_names,
+    deciding_metric,
+    deciding_of,
+    scored_metrics,
+    with_roles,
+)
 from service.errors import Conflict, Unprocessable
+from service.interactions import keep
 from service.planning.ask import Ask
 from service.planning.inputs import PlanningInputs, ScoresMissing, planning_menu, score_table, table_schemes
 from service.planning.question import compile_ask, compile_limits
@@ -62,7 +71,7 @@ STEPS = 3
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A search after scoring: what each budget is planned from."""
+    """A search after scoring: what each budget is planned from. `choices` are what was scored."""
 
     request: JobRequest
     inputs: PlanningInputs
@@ -70,6 +79,7 @@ class Search:
     inspection: Mapping[str, Any]
     timings: Timings | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
+    choices: Choices = field(default_factory=dict)
 
     @property
     def deciding(self) -> Deciding:
@@ -90,7 +100,8 @@ def run_search(context: JobContext) -> Mapping[str, Any]:
         for target in targets:
             statuses.append(plan_target(context, lab, search, ask_of(search.request, ""), target))
         spent = lab.work()
-    return {**_summary(search, lab, asks, statuses), **search.said, "forwards": spent}
+    kept = keep(context.store, search.inputs.table, search.choices)
+    return {**_summary(search, lab, asks, statuses), **search.said, "forwards": spent, "interactions": kept}
 
 
 def open_lab(context: JobContext, request: JobRequest) -> Lab:
@@ -132,7 +143,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
 
     def gathered() -> PlanningInputs:
         schemes, named = table_schemes(request.schemes, request.pins), deciding.table_metrics
-        named += deciding.compared(request.deciding_metric)
+        named += deciding.compared(deciding_metric(request.model_dump(mode="json")))
         found = lab.scores(deciding.all_measured)
         return PlanningInputs(
             inventory=inventory,
@@ -153,7 +164,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     if factor is not None:
         paired = {name: factor for name in INTERACTIONS if name in inputs.table.metrics}
         inputs = replace(inputs, table=replace(inputs.table, interactions=dict([*paired.items()][:1])))
-    return Search(request, inputs, factor, inspection, timings, said)
+    return Search(request, inputs, factor, inspection, timings, said, choices)
 
 
 def _refined(
@@ -210,7 +221,8 @@ def check_asks(
     """
     if AUTO in request.metrics:
         request = request.model_copy(update={"metrics": ["output_kl"]})
-    metric = request.deciding_metric
+    members = request.model_dump(mode="json")
+    metric = deciding_metric(members)
     named = tuple(dict.fromkeys((metric, *request.metrics)))
     schemes = table_schemes(request.schemes, request.pins)
     try:
@@ -221,7 +233,7 @@ def check_asks(
             cells += product(caches.layers, caches.schemes)
         blank = [ScoreRow(*cell, name, 0.0, None, 0) for cell in cells for name in named]
         table = score_table(inventory, schemes, blank, named, costs=costs, caches=caches)
-        deciding = deciding_of(request.model_dump(mode="json"), [metric], inventory, inspection)
+        deciding = deciding_of(members, [metric], inventory, inspection)
         inputs = PlanningInputs(
             inventory, table, planning_menu(request.schemes, caches), deciding=deciding, caches=caches
         )
@@ -260,13 +272,13 @@ def wanted_metrics(request: JobRequest, inspection: Mapping[str, Any]) -> list[s
 
 
 def offered_choices(inventory: Inventory, request: JobRequest, caches: Caches | None) -> Choices:
-    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those that its format or the
-    runtime refuses.
+    """Layer -> its schemes: the menu, a pinned layer's own scheme too, without those that are forbidden or
+    that its format or the runtime refuses.
     """
     attention, kinds = ((), ()) if caches is None else (caches.layers, caches.menu)
     pinned = expand_pins(inventory, request.pins, attention)
     schemes = table_schemes(request.schemes, request.pins)
-    forbidden = forbidden_in(inventory, schemes, request.runtime, caches)
+    forbidden = forbidden_in(inventory, schemes, request.runtime, caches, request.forbid)
     weights = [layer.name for layer in inventory.layers]
     menus = dict.fromkeys(weights, table_schemes(request.schemes, {})) | dict.fromkeys(attention, kinds)
     found = {}
@@ -313,7 +325,8 @@ def asks_of(request: JobRequest) -> list[Ask]:
 
 def ask_of(request: JobRequest, budget: str) -> Ask:
     """The question of one budget, "" where a target stands for it."""
-    return Ask.of(request.model_dump(mode="json"), budget, request.deciding_metric)
+    members = request.model_dump(mode="json")
+    return Ask.of(members, budget, deciding_metric(members))
 
 
 def targets_of(request: JobRequest) -> list[Target]:

@@ -14,13 +14,14 @@ from search.objectives.catalog import parse_objective, solve_objective
 from search.objectives.objective import Objective, ObjectiveError, Optimum, Part
 from search.problem import Solution
 from search.refine import CORRECTED, LOCAL, Refined
+from service import metrics
 from service.db.repositories import plans
 from service.errors import Unprocessable
 from service.failpoints import failpoint
 from service.planning.answer import settled_ask
 from service.planning.ask import Ask
 from service.planning.question import compile_ask
-from service.planning.result import plan_of, plan_result
+from service.planning.result import numbers, plan_of, plan_result
 from service.runner.context import JobContext
 from service.runner.evidence import measured_evidence
 from service.runner.lab import Lab
@@ -69,6 +70,7 @@ def solved(context: JobContext, lab: Lab, search: Search, ask: Ask) -> Solved:
         losses_of(lab, search, compiled.metric),
         predicted=screen(search.inputs, ask, compiled, search.factor),
         evaluations=search.request.evaluations,
+        seed=search.request.seed,
     )
     return Solved(ask, compiled, solution, refined, found.parts)
 
@@ -76,9 +78,10 @@ def solved(context: JobContext, lab: Lab, search: Search, ask: Ask) -> Solved:
 def _optimum(compiled: Compiled, objective: Objective, ask: Ask) -> Optimum:
     """The objective's own plan. Raises Unprocessable where its metrics do not have what it needs."""
     try:
-        return solve_objective(
-            compiled, objective, gap=ask.gap, time_limit=ask.time_limit_seconds, prices=True
-        )
+        with metrics.timed(metrics.SOLVE_SECONDS):
+            return solve_objective(
+                compiled, objective, gap=ask.gap, time_limit=ask.time_limit_seconds, prices=True
+            )
     except ObjectiveError as error:
         raise Unprocessable("invalid-objective", str(error), pointer="/objective") from error
 
@@ -142,12 +145,30 @@ def store(
             status=said,
             digest=None if plan is None else plan.digest,
             document=None if plan is None else plan.as_json(),
-            result=result | dict(more or {}),
+            result=result | _pareto(found) | dict(more or {}),
             evidence=evidence,
             tenant=context.job.tenant,
         )
     )
     return said
+
+
+def _pareto(found: Solved) -> dict[str, Any]:
+    """The Pareto set of a search over several objectives, as a member of the plan resource."""
+    if found.refined is None or not found.refined.pareto:
+        return {}
+    return {
+        "pareto": [
+            {
+                "source": one.source,
+                "objectives": dict(one.objectives),
+                "measured": {"mean": one.measured.mean, "stderr": one.measured.stderr},
+                "resources": numbers(found.compiled.resources(one.assignment)),
+                "layers": dict(one.assignment),
+            }
+            for one in found.refined.pareto
+        ]
+    }
 
 
 def candidates_json(refined: Refined) -> tuple[dict[str, Any], ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,13 +11,15 @@ from numpy.typing import NDArray
 
 from service.store import views
 from service.store.arrays import read_array, read_arrays, write_arrays
-from service.store.durable import publish, sync_file, temporary_file
+from service.store.durable import publish, sync_file, temporary_file, touch
 from service.store.errors import BlobMissing, BlobTooLarge, DigestMismatch, StoreError
+from service.store.lock import alone, shared
 from service.store.partials import PartialUpload
 
 CHUNK_BYTES = 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+REMOVAL_PATIENCE_SECONDS = 0.5
 
 
 class BlobStore:
@@ -37,10 +40,11 @@ class BlobStore:
             raise StoreError(f"A tenant must be lowercase letters, digits, - and _. Got {tenant!r}.")
         self.data_dir, self.tenant = Path(data_dir), tenant
         self._temporary = self.data_dir / "tmp"
+        self.lock = lock_of(self.data_dir)
 
     def path(self, digest: str) -> Path:
         """Where the blob is, or would be. Raises StoreError for what is no digest."""
-        if not _DIGEST.fullmatch(digest):
+        if not is_digest(digest):
             raise StoreError(f"A digest must be 64 lowercase hexadecimal digits. Got {digest!r}.")
         return self.data_dir / "blobs" / self.tenant / digest[:2] / digest
 
@@ -73,7 +77,7 @@ class BlobStore:
             digest = hasher.hexdigest()
             if expected not in (None, digest):
                 raise DigestMismatch(str(expected), digest)
-            publish(path, self.path(digest))
+            self._publish(path, digest)
         return digest
 
     def put_bytes(self, content: bytes) -> str:
@@ -99,12 +103,14 @@ class BlobStore:
                 pause()
             sync_file(file)
         digest = hasher.hexdigest()
-        publish(path, self.path(digest))
+        self._publish(path, digest)
         return digest
 
     def remove(self, digest: str) -> None:
-        """Forget a blob, if it is there."""
-        self.path(digest).unlink(missing_ok=True)
+        """Forget a blob, if it is there; while a backup copies the store, the collection does so later."""
+        with alone(self.lock, REMOVAL_PATIENCE_SECONDS) as mine:
+            if mine:
+                self.path(digest).unlink(missing_ok=True)
 
     def put_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> str:
         """Store named arrays; equal arrays give the same digest."""
@@ -112,7 +118,7 @@ class BlobStore:
             write_arrays(file, arrays)
             sync_file(file)
             digest = digest_of(path)
-            publish(path, self.path(digest))
+            self._publish(path, digest)
         return digest
 
     def get_arrays(self, digest: str) -> dict[str, NDArray[Any]]:
@@ -127,11 +133,11 @@ class BlobStore:
 
     def partial(self, upload_id: str, digest: str) -> PartialUpload:
         """The upload in progress of one blob; `commit` it to make the blob visible."""
-        final = self.path(digest)
-        if not re.fullmatch(r"[A-Za-z0-9_]{1,100}", upload_id):
-            raise StoreError(f"An upload id must be letters, digits and _. Got {upload_id!r}.")
-        folder = self.data_dir / "partials" / self.tenant / upload_id
-        return PartialUpload(folder / digest, final, digest)
+        return PartialUpload(self._partials(upload_id) / digest, self.path(digest), digest, self.lock)
+
+    def drop_partials(self, upload_id: str) -> None:
+        """Forget what has arrived of an upload's blobs that are not whole."""
+        shutil.rmtree(self._partials(upload_id), ignore_errors=True)
 
     def materialize(self, manifest: Iterable[tuple[str, str]], digest: str) -> Path:
         """A read-only folder of the (path, blob digest) pairs, kept under `digest`, which names this content.
@@ -140,6 +146,10 @@ class BlobStore:
         Raises `BlobMissing` and `UnsafePath`.
         """
         folder = self.data_dir / "views" / self.tenant / self.path(digest).name
+        with shared(self.lock):
+            if folder.is_dir():
+                touch(folder)
+                return folder
         entries = [(name, self._existing(blob)) for name, blob in manifest]
         return views.materialize(entries, folder)
 
@@ -147,11 +157,30 @@ class BlobStore:
         """Remove a materialized folder; the blobs stay."""
         views.remove(self.data_dir / "views" / self.tenant / self.path(digest).name)
 
+    def _partials(self, upload_id: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_]{1,100}", upload_id):
+            raise StoreError(f"An upload id must be letters, digits and _. Got {upload_id!r}.")
+        return self.data_dir / "partials" / self.tenant / upload_id
+
+    def _publish(self, path: Path, digest: str) -> None:
+        with shared(self.lock):
+            publish(path, self.path(digest))
+
     def _existing(self, digest: str) -> Path:
         path = self.path(digest)
         if not path.is_file():
             raise BlobMissing(f"The blob must be in the store. Got {digest}, which is not. Upload it.")
         return path
+
+
+def is_digest(text: str) -> bool:
+    """Whether this can be the name of a blob."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def lock_of(data_dir: Path) -> Path:
+    """The lock of a store: shared by whoever adds or copies blobs, held alone by whoever removes some."""
+    return data_dir / "blobs" / ".lock"
 
 
 def digest_of(path: Path) -> str:

@@ -34,15 +34,22 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def touch(path: Path) -> None:
+    """Make a file or folder of ours, read-only or not, as young as can be."""
+    os.utime(path)
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Give a synced temporary file its final name; a file that is already there has the same content and
-    stays.
+    stays. Either way it is young now, which `service.retention` goes by.
     """
     make_folder(final.parent)
     temporary.chmod(READ_ONLY)
     if final.exists():
+        touch(final)
         temporary.unlink()
         return
+    touch(temporary)
     temporary.replace(final)
     sync_folder(final.parent)
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from service.store.durable import make_folder, publish, sync_file
 from service.store.errors import BlobTooLarge, DigestMismatch, PartialBusy, WrongOffset
+from service.store.lock import shared
 
 
 class PartialWriter:
@@ -33,8 +34,8 @@ class PartialWriter:
 class PartialUpload:
     """The bytes of one blob that have arrived so far; made by `BlobStore.partial`."""
 
-    def __init__(self, path: Path, final: Path, digest: str):
-        self._path, self._final, self._digest = path, final, digest
+    def __init__(self, path: Path, final: Path, digest: str, lock: Path):
+        self._path, self._final, self._digest, self._lock = path, final, digest, lock
 
     @property
     def offset(self) -> int:
@@ -78,7 +79,8 @@ class PartialUpload:
             if found != self._digest:
                 self._path.unlink()
                 raise DigestMismatch(self._digest, found)
-            publish(self._path, self._final)
+            with shared(self._lock):
+                publish(self._path, self._final)
         return self._final
 
     def discard(self) -> None:

@@ -59,17 +59,17 @@ class Ended:
     rows: frozenset[tuple[Any, ...]]
 
 
-def send_and_wait(service, given) -> Any:
+def send_and_wait(service, given, budgets=BUDGETS, **search: Any) -> Any:
     client = service.client()
     job = client.submit(
         given.folder,
         given.calibration,
-        BUDGETS,
+        budgets,
         schemes=SCHEMES,
         metrics=METRICS,
         samples=8,
         batch_size=4,
-        evaluations=3,
+        **{"evaluations": 3, **search},
     )
     return job.wait(timeout=JOB_SECONDS)
 
@@ -166,6 +166,22 @@ def test_a_process_killed_at(name, start, undisturbed, resnet, tmp_path):
 @pytest.mark.parametrize("name", ["worker.after_unit", "runner.artifact_written", "api.before_commit"])
 def test_a_process_killed_on_postgresql_at(name, start, undisturbed, resnet, tmp_path, postgres_url):
     check_kills_at(name, start, undisturbed, resnet, tmp_path, postgres_url)
+
+
+@pytest.mark.slow
+def test_a_search_killed_among_its_trials_measures_none_twice(start, resnet, tmp_path):
+    """Once among the candidates, once among the plans that Optuna suggests."""
+    once = tmp_path / "once"
+    once.mkdir()
+    entries = "runner.choosing:3=kill,runner.choosing:14=kill"
+    service = start({"BITPLAN_FAILPOINTS": entries, "BITPLAN_FAILPOINTS_ONCE": str(once)}, "").supervise()
+    job = send_and_wait(service, resnet, ["3 bpw"], chooser="nsga2", evaluations=12)
+    assert service.deaths == {"runner": 2}
+    check_stories(service)
+    check_nothing_is_measured_again(service, job.resource["score_set"])
+    [plan] = job.plans()
+    assert sum(tried["source"] == "nsga2" for tried in plan.resource["candidates"]) == 12
+    assert plan.resource["pareto"]
 
 
 class Killer(threading.Thread):

@@ -1,12 +1,14 @@
-"""Random tables with ties, pins, forbidden schemes, nulls, bands, maxima and limits, against every assignment of
-their layers."""
+"""Random tables with ties, pins, forbidden schemes, nulls, fused candidates, bands, maxima and limits, against
+every plan there is."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,13 @@ import pytest
 
 from search.budget import Limit
 from search.compile import compile_problem
+from search.frontier import between, frontier
 from search.problem import Status
 from search.solve import solve
-from sensitivity.table import ScoreTable
+from sensitivity.table import Fused, ScoreTable
 from sensitivity.table_reader import parse_table
 
-CASES = 300
+CASES = 250
 MANY = 5000
 
 
@@ -49,6 +52,8 @@ def _case(seed: int) -> Case:
         for scheme in range(1, schemes):
             if rng.random() < 0.1:
                 row[scheme] = None
+    if layers > 1 and rng.random() < 0.5:
+        document["fused"] = [_fused(rng, document, names) for _ in range(rng.randint(1, 4))]
     document["maxima"] = _maxima(rng, names) if rng.random() < 0.3 else {}
     ties = tuple(tuple(rng.sample(names, 2)) for _ in range(rng.choice([0, 0, 1, 2])) if layers > 1)
     pins = {name: "s0" for name in names if rng.random() < 0.08}
@@ -64,6 +69,22 @@ def _maxima(rng: random.Random, names: list[str]) -> dict[str, Any]:
 
 def _peaks(rng: random.Random, table: ScoreTable) -> tuple[Limit, ...]:
     return tuple(Limit(name, "<=", Fraction(rng.randint(1, 50 * len(table.layers)))) for name in table.maxima)
+
+
+def _fused(rng: random.Random, document: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """A candidate that states each number or not; always a score where a cell has none."""
+    layers = rng.sample(names[:5], rng.randint(2, min(3, len(names))))
+    scheme = rng.randrange(len(document["schemes"]))
+    cells = [document["metrics"]["m"]["values"][names.index(name)][scheme] for name in layers]
+    own = None in cells or rng.random() < 0.6
+    score = _value(rng) if None in cells or rng.random() < 0.5 else sum(cells) - abs(_value(rng)) / 8
+    used = {name: _usage(rng) * 2 for name in document["resources"] if rng.random() < 0.5}
+    return {
+        "layers": layers,
+        "scheme": f"s{scheme}",
+        "metrics": {"m": score} if own else {},
+        "resources": used,
+    }
 
 
 def _layer(rng: random.Random, name: str) -> dict[str, Any]:
@@ -98,9 +119,18 @@ def _limits(rng: random.Random, resources: dict[str, list[list[float]]]) -> tupl
     return tuple(limits)
 
 
-def _everything(case: Case) -> np.ndarray:
-    """Every assignment of schemes to layers that ties, groups, pins and nulls allow: (assignments,
-    layers)."""
+@dataclass(frozen=True)
+class Plans:
+    """Plans that have the same fused candidates: schemes of every layer, shape (plans, layers)."""
+
+    fused: tuple[Fused, ...]
+    schemes: np.ndarray
+
+
+def _everything(case: Case) -> list[Plans]:
+    """Every plan that ties, groups, pins, forbidden schemes and nulls allow: layers have one scheme each, and
+    no two candidates a layer in common.
+    """
     table = case.table
     shape = (len(table.schemes),) * len(table.layers)
     choices = np.indices(shape).reshape(len(table.layers), -1).T
@@ -116,34 +146,63 @@ def _everything(case: Case) -> np.ndarray:
     for name, schemes in case.forbidden.items():
         for scheme in schemes:
             allowed &= choices[:, index[name]] != table.schemes.index(scheme)
-    offered = table.offered("m")[np.arange(len(table.layers)), choices].all(axis=1)
-    return choices[allowed & offered]
+    choices = choices[allowed]
+    offered = table.offered("m")[np.arange(len(table.layers)), choices]
+    found = []
+    for size in range(len(table.fused) + 1):
+        for fused in combinations(table.fused, size):
+            covered = [index[name] for one in fused for name in one.layers]
+            if len(set(covered)) < len(covered):
+                continue
+            fits = np.delete(offered, covered, axis=1).all(axis=1)
+            for one in fused:
+                column = table.schemes.index(one.scheme)
+                fits &= (choices[:, [index[name] for name in one.layers]] == column).all(axis=1)
+            found.append(Plans(fused, choices[fits]))
+    return found
 
 
 def _quarters(case: Case, name: str) -> np.ndarray:
     return np.array([[int(4 * Fraction(value or 0)) for value in row] for row in case.table.resources[name]])
 
 
-def _feasible(case: Case, choices: np.ndarray) -> np.ndarray:
-    layers = np.arange(choices.shape[1])
-    keeps = np.ones(len(choices), dtype=bool)
-    index = {layer.name: i for i, layer in enumerate(case.table.layers)}
+def _used(case: Case, plans: Plans, name: str, layers: Sequence[str] | None = None) -> np.ndarray:
+    """Four times the usage of a resource by some layers; what is said of a candidate as a whole counts whole."""
+    names, cells = case.table.layer_names, _quarters(case, name)
+    wanted = set(names if layers is None else layers)
+    stated = [one for one in plans.fused if name in one.resources]
+    apart = wanted - {layer for one in stated for layer in one.layers}
+    columns = [i for i, layer in enumerate(names) if layer in apart]
+    total = cells[columns, plans.schemes[:, columns]].sum(axis=1)
+    return total + sum(int(4 * one.resources[name]) for one in stated if wanted & set(one.layers))
+
+
+def _scores(case: Case, plans: Plans) -> np.ndarray:
+    stated = [one for one in plans.fused if "m" in one.metrics]
+    apart = set(case.table.layer_names) - {layer for one in stated for layer in one.layers}
+    columns = [i for i, layer in enumerate(case.table.layer_names) if layer in apart]
+    total = case.table.metrics["m"].values[columns, plans.schemes[:, columns]].sum(axis=1)
+    return total + sum(one.metrics["m"] for one in stated)
+
+
+def _feasible(case: Case, everything: list[Plans]) -> list[Plans]:
+    keeps = [np.ones(len(plans.schemes), dtype=bool) for plans in everything]
     for limit in case.limits:
-        if limit.resource in case.table.maxima:
-            cells = _quarters(case, "r0")[layers, choices]
-            cuts = [[index[name] for name in cut] for cut in case.table.maxima[limit.resource].cuts]
-            keeps &= np.max([cells[:, cut].sum(axis=1) for cut in cuts], axis=0) <= int(4 * limit.value // 1)
-            continue
-        totals = _quarters(case, limit.resource)[layers, choices].sum(axis=1)
         value = 4 * limit.value
-        if limit.of_range:
-            value = (
-                int(totals.min()) + limit.value * int(totals.max() - totals.min())
-                if len(totals)
-                else Fraction(0)
-            )
-        keeps &= totals <= int(value // 1) if limit.relation == "<=" else totals >= -int(-value // 1)
-    return choices[keeps]
+        if limit.resource in case.table.maxima:
+            cuts = case.table.maxima[limit.resource].cuts
+            totals = [np.max([_used(case, plans, "r0", cut) for cut in cuts], axis=0) for plans in everything]
+        else:
+            totals = [_used(case, plans, limit.resource) for plans in everything]
+        together = np.concatenate(totals)
+        if limit.of_range and len(together):
+            value = int(together.min()) + limit.value * int(together.max() - together.min())
+        if limit.relation == "<=":
+            keeps = [keep & (total <= int(value // 1)) for keep, total in zip(keeps, totals, strict=True)]
+        else:
+            keeps = [keep & (total >= -int(-value // 1)) for keep, total in zip(keeps, totals, strict=True)]
+    pairs = zip(everything, keeps, strict=True)
+    return [Plans(plans.fused, plans.schemes[keep]) for plans, keep in pairs if keep.any()]
 
 
 def test_random_tables_equal_every_assignment_tried() -> None:
@@ -157,25 +216,55 @@ def test_thousands_of_random_tables_equal_every_assignment_tried() -> None:
 
 def _agree(seeds: range) -> None:
     seen: dict[Status, int] = {}
+    fused = 0
     for seed in seeds:
         case = _case(seed)
         compiled = compile_problem(
             case.table, limits=case.limits, ties=case.ties, pins=case.pins, forbidden=case.forbidden
         )
         solution = solve(compiled.problem)
-        choices = _feasible(case, _everything(case))
+        feasible = _feasible(case, _everything(case))
         seen[solution.status] = seen.get(solution.status, 0) + 1
-        if not len(choices):
+        if not feasible:
             assert solution.status is Status.INFEASIBLE, seed
             continue
-        metric = case.table.metrics["m"]
-        totals = metric.values[np.arange(choices.shape[1]), choices].sum(axis=1)
-        best = totals.min() if metric.direction == "min" else totals.max()
+        totals = np.concatenate([_scores(case, plans) for plans in feasible])
+        best = totals.min() if case.table.metrics["m"].direction == "min" else totals.max()
         assert solution.status is Status.OPTIMAL, seed
         assert solution.choice is not None
-        assignment = compiled.assignment(solution.choice)
-        assert compiled.objective(assignment) == pytest.approx(best, rel=1e-9, abs=1e-12), seed
+        assignment, used = compiled.assignment(solution.choice), compiled.fused(solution.choice)
+        assert compiled.objective(assignment, used) == pytest.approx(best, rel=1e-9, abs=1e-12), seed
         row = [case.table.schemes.index(scheme) for scheme in assignment.values()]
-        assert (choices == row).all(axis=1).any(), seed
-    assert min(seen.values()) > 60
+        (same,) = [plans for plans in feasible if set(plans.fused) == set(used)]
+        (place,) = np.flatnonzero((same.schemes == row).all(axis=1))
+        resources = compiled.resources(assignment, used)
+        for name in case.table.resources:
+            assert 4 * resources[name] == _used(case, same, name)[place], seed
+        fused += bool(used)
+    assert min(seen.values()) > 50
     assert len(seen) == 2
+    assert fused > 25
+
+
+def test_random_frontiers_with_candidates_equal_every_plan_tried() -> None:
+    tried = 0
+    for seed in range(MANY, MANY + 60):
+        case = _case(seed)
+        everything = [plans for plans in _everything(case) if len(plans.schemes)]
+        if not case.table.fused or not everything:
+            continue
+        sign = 1 if case.table.metrics["m"].direction == "min" else -1
+        used = np.concatenate([_used(case, plans, "r0") for plans in everything])
+        scores = sign * np.concatenate([_scores(case, plans) for plans in everything])
+        curve: dict[Fraction, float] = {}
+        for total in np.unique(used):
+            best = scores[used == total].min()
+            if best < min(curve.values(), default=np.inf) - 1e-12:
+                curve[Fraction(int(total), 4)] = best
+        compiled = compile_problem(case.table, ties=case.ties, pins=case.pins, forbidden=case.forbidden)
+        found = between(compiled, "r0", Fraction(0), Fraction(10**6), most=1000)
+        assert [point.used for point in found.points] == list(curve), seed
+        assert [sign * point.objective for point in found.points] == pytest.approx(list(curve.values()))
+        assert {point.used for point in frontier(compiled, "r0")} <= set(curve), seed
+        tried += 1
+    assert tried > 15

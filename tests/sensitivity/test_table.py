@@ -36,6 +36,16 @@ DOCUMENT: dict[str, Any] = {
 Change = Callable[[dict[str, Any]], object]
 
 
+def _fused(**changes: Any) -> Change:
+    """Sets one candidate."""
+    candidate = {"layers": ["q", "k"], "scheme": "w4", **changes}
+    return lambda document: document.update(fused=[candidate])
+
+
+def _both(first: Change, second: Change) -> Change:
+    return lambda document: (first(document), second(document))
+
+
 def _parse(document: object) -> Any:
     return parse_table(json.dumps(document))
 
@@ -87,6 +97,37 @@ def test_writing_and_reading_are_inverse() -> None:
     assert table_json(parse_table(text.encode())) == text
     assert '"latency_ns":[[10,12.1,20]' in text
     assert json.loads(text)["metrics"]["loss"]["values"] == DOCUMENT["metrics"]["loss"]["values"]
+
+
+def test_fused_candidates_have_their_own_numbers_or_the_sum_of_cells() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["fused"] = [
+        {"layers": ["q", "k"], "scheme": "w2", "resources": {"latency_ns": 12.1}},
+        {"layers": ["k", "up/proj"], "scheme": "w4", "metrics": {"loss": 0.3}, "stderr": {"loss": 0.02}},
+    ]
+    table = _parse(document)
+    first, second = table.fused
+    assert table.fused_usage(first, "latency_ns") == Fraction(121, 10)
+    assert (table.fused_usage(first, "bytes"), table.fused_usage(first, "bytes", ["k"])) == (32, 16)
+    assert table.fused_usage(first, "latency_ns", ["k"]) == Fraction(121, 10)
+    assert table.fused_usage(first, "latency_ns", ["up/proj"]) == 0
+    assert table.fused_score(first, "loss") == Fraction(0.9) + Fraction(0.8)
+    assert table.fused_error(first, "loss") == Fraction(0.05) + Fraction(0.1)
+    assert (table.fused_score(second, "loss"), table.fused_error(second, "loss")) == (0.3, 0.02)
+    assert (table.fused_score(second, "accuracy"), table.fused_error(second, "accuracy")) == (4, None)
+    assert [table.fused_offered(one, "accuracy") for one in table.fused] == [True, True]
+    assert table_json(parse_table(table_json(table))) == table_json(table)
+    with pytest.raises(TypeError):
+        first.resources["bytes"] = 1
+
+
+def test_a_layer_may_be_offered_schemes_by_candidates_alone() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["metrics"]["loss"] = {"direction": "min", "values": [[None] * 3, [0.8, None, 0], [3, 0.5, 0.2]]}
+    with pytest.raises(TableError, match="/metrics/loss/values/0 must offer at least one scheme"):
+        _parse(document)
+    document["fused"] = [{"layers": ["q", "k"], "scheme": "w4", "metrics": {"loss": 0.3}}]
+    assert _parse(document).fused_offered(_parse(document).fused[0], "loss")
 
 
 def test_arrays_are_read_only() -> None:
@@ -181,7 +222,27 @@ def _set(*path: Any) -> Change:
             _set("maxima", {"p": {"resource": "bytes", "cuts": [["q", "q"]]}}),
             "/maxima/p/cuts/0/1 must be unique",
         ),
-        (_set("fused", [{"name": "qkv"}]), "/fused must be empty: .*not supported by this version"),
+        (_fused(name="qkv"), "/fused/0/name must be one of layers, scheme, metrics, stderr, resources"),
+        (_set("fused", {"layers": []}), "/fused must be a list"),
+        (_set("fused", [{"layers": ["q", "k"]}]), "/fused/0/scheme must be present"),
+        (_fused(layers=["q"]), "/fused/0/layers must name at least two layers. Got 'q' alone"),
+        (_fused(layers=["q", "q"]), "/fused/0/layers/1 must be unique"),
+        (_fused(layers=["q", "w"]), "/fused/0/layers/1 must be the name of a layer. Got 'w'"),
+        (_fused(scheme="w3"), "/fused/0/scheme must be a scheme of the table: w2, w4, w8. Got 'w3'"),
+        (_fused(metrics={"lost": 1}), "/fused/0/metrics/lost must be one of loss, accuracy"),
+        (_fused(metrics={"loss": None}), "/fused/0/metrics/loss must be a number. Got null. Leave it out"),
+        (_fused(metrics={"loss": "x"}), "/fused/0/metrics/loss must be a number"),
+        (_fused(resources={"bytes": 1e31}), "/fused/0/resources/bytes must be at most 1e30"),
+        (_fused(resources={"energy": 1}), "/fused/0/resources/energy must be one of bytes, latency_ns"),
+        (_fused(stderr={"loss": 0.1}), "/fused/0/stderr/loss must be 0 or more and belong to a score"),
+        (
+            _fused(metrics={"loss": 1}, stderr={"loss": -0.1}),
+            "/fused/0/stderr/loss must be 0 or more",
+        ),
+        (
+            _both(_set("resources", "bytes", 0, [16, None, 64]), _fused()),
+            "/fused/0/resources/bytes must be given, since a layer .* at w4. Got none",
+        ),
     ],
 )
 def test_faults_are_named_by_their_pointer(change: Change, words: str) -> None:

@@ -1,9 +1,12 @@
-"""One database per test, on SQLite and, where BITPLAN_TEST_POSTGRES_URL names a server, on PostgreSQL."""
+"""One database per test, on SQLite and, where BITPLAN_TEST_POSTGRES_URL names a server, on PostgreSQL; and
+`bitplan run` of small models.
+"""
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -48,3 +51,22 @@ def database(database_url: str) -> Iterator[Database]:
     database = Database(database_url)
     yield database
     database.close()
+
+
+@pytest.fixture
+def run_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """run_factory(model, *options): `bitplan run` of a tiny factory model, quickly, in this process; every
+    call of a test on one data directory. A later option wins over an earlier one.
+    """
+    from typer.testing import CliRunner
+
+    from service.cli.main import app
+
+    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
+
+    def run(model: Any, *options: object) -> Any:
+        line = ["run", "--factory", model.location, "-c", model.data, "--data-dir", tmp_path / "data"]
+        few = ["--schemes", "w2,w4,w8", "--task", model.task, "--samples", "8", "--evaluations", "0"]
+        return CliRunner().invoke(app, [str(option) for option in (*line, *few, *options)])
+
+    return run

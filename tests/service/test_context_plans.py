@@ -12,13 +12,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from quant.plan import parse_plan
 from sensitivity.contexts import context_of, in_context, members
 from sensitivity.session import Session
 from sensitivity.units import InspectUnit, ScoreRow
-from service.cli.main import app
 from service.deciding import Deciding
 from service.local import Local
 from service.local_inputs import factory_source, file_data
@@ -101,6 +99,15 @@ def test_one_plan_over_contexts_is_the_best_by_their_mean_or_worst(
         assert [part["name"] for part in answer["parts"]] == ["output_kl@0", "output_kl@1"]
         assert max(part["value"] for part in answer["parts"]) == plan.certificate.objective
         assert answer["status"] == "optimal"
+
+
+def test_each_context_that_counts_is_an_objective(search: Any) -> None:
+    job, [answer], _ = search(contexts={"plans": "weighted", "weights": {"1": 3}}, chooser="nsga2")
+    assert job.state == "succeeded", job.problem
+    assert {tuple(point["objectives"]) for point in answer["pareto"]} == {("0", "1", "bits_per_weight")}
+    for point in answer["pareto"]:
+        mean = (point["objectives"]["0"] + 3 * point["objectives"]["1"]) / 4
+        assert point["measured"]["mean"] == pytest.approx(mean)
 
 
 def test_a_search_may_be_solved_for_its_interactions(search: Any) -> None:
@@ -209,52 +216,22 @@ def test_a_context_that_is_not_scored_yet_leaves_a_gap() -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_a_plan_for_each(
-    tiny: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, data: Path, tmp_path: Path, run_factory: Callable[..., Any]
 ) -> None:
-    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
-    line = [
-        "run",
-        "--factory",
-        tiny("denoiser").location,
-        "-c",
-        str(data),
-        "-b",
-        "5 bpw",
-        "--data-dir",
-        str(tmp_path / "d"),
-    ]
-    line += [
-        "--schemes",
-        "w2,w4,w8",
-        "--task",
-        "diffusion",
-        "--samples",
-        "8",
-        "--evaluations",
-        "0",
-        "--no-interactions",
-    ]
-    found = CliRunner().invoke(app, [*line, "--contexts", "each", "-o", str(tmp_path / "plans")])
+    def run(*options: object) -> Any:
+        return run_factory(tiny("denoiser"), "-c", data, "-b", "5 bpw", "--no-interactions", *options)
+
+    found = run("--contexts", "each", "-o", tmp_path / "plans")
     assert found.exit_code == 0, found.output
     assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == [
         "5-bpw-0.plan.json",
         "5-bpw-1.plan.json",
     ]
     assert "plan 5 bpw 1" in found.output
-    found = CliRunner().invoke(app, [*line, "--context-weight", "1=x"])
+    found = run("--context-weight", "1=x")
     assert found.exit_code == 2
     assert "A weight must be a number" in found.output
-    found = CliRunner().invoke(
-        app,
-        [
-            *line,
-            "--timestep-edge",
-            "500",
-            "--context-weight",
-            "timestep:500-=2",
-            "-o",
-            str(tmp_path / "one.json"),
-        ],
-    )
+    one = tmp_path / "one.json"
+    found = run("--timestep-edge", "500", "--context-weight", "timestep:500-=2", "-o", one)
     assert found.exit_code == 0, found.output
-    assert parse_plan((tmp_path / "one.json").read_bytes()).metric == "output_kl"
+    assert parse_plan(one.read_bytes()).metric == "output_kl"

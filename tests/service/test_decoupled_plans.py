@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from typer.testing import CliRunner
 
 from quant.plan import parse_plan, plan_schema
 from sensitivity.session import Session
-from service.cli.main import app
 from service.local import Local
 from service.local_inputs import factory_source, file_data
 from service.runner.inputs import spec_of
@@ -170,40 +168,16 @@ def test_bad_requests(changes: Any, words: str) -> None:
         JobRequest.model_validate({"model": "m", "calibration": "c"} | PARAMETERS | changes)
 
 
-def test_the_command_takes_the_same(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
+def test_the_command_takes_the_same(tiny: Tiny, tmp_path: Path, run_factory: Callable[..., Any]) -> None:
     model, out = tiny("denoiser"), tmp_path / "plan.json"
-    line = [
-        "run",
-        "--factory",
-        model.location,
-        "-c",
-        str(model.data),
-        "-b",
-        "5 bpw",
-        "--data-dir",
-        str(tmp_path / "d"),
-    ]
-    line += [
-        "--schemes",
-        "w2,w4,w8",
-        "--task",
-        "diffusion",
-        "--samples",
-        "8",
-        "--evaluations",
-        "0",
-        "-o",
-        str(out),
-    ]
-    line += ["--metric", "metric_decoupled", "--role-metric", "conv_in=ssim", "--ratio", "1", "--ratio", "2"]
-    found = CliRunner().invoke(
-        app, [*line, "--protect", "time_embedding", "--role", "conv_out=head", "--role-limit", "head=9 bpw"]
-    )
+    line = ["-b", "5 bpw", "-o", out, "--metric", "metric_decoupled", "--role-metric", "conv_in=ssim"]
+    line += ["--ratio", "1", "--ratio", "2"]
+    own = ["--protect", "time_embedding", "--role", "conv_out=head", "--role-limit", "head=9 bpw"]
+    found = run_factory(model, *line, *own)
     assert found.exit_code == 0, found.output
     plan = parse_plan(out.read_bytes())
     assert plan.decided_by == DECIDED
     assert plan.assignment["time_embedding"] == "w8"
-    refused = CliRunner().invoke(app, [*line, "--role-metric", "conv_out"])
+    refused = run_factory(model, *line, "--role-metric", "conv_out")
     assert refused.exit_code == 2
     assert "must be written ROLE=METRIC" in refused.output

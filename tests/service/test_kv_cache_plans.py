@@ -172,7 +172,7 @@ def test_a_model_without_a_cache_fails_at_once(tiny: Tiny, settings: Settings) -
         ({"kv_cache": ["fp8", "fp8_e4m3"]}, "Entries must be distinct"),
         ({"kv_cache": ["float16"]}, "Got 'float16'"),
         ({"kv_cache": ["int8"], "metrics": ["fisher"]}, "Got 'fisher', which looks at layers alone"),
-        ({"pins": {"*.self_attn": "kv-int8"}}, "pin of a cache must come with a menu"),
+        ({"pins": {"*.self_attn": "kv-int8"}}, "scheme of a cache must come with a menu"),
         ({"kv_cache": ["int8"], "deployment": {"kv_cache": "int4"}}, "menu leaves full must be one of"),
         ({"kv_cache": ["int8"], "budgets": ["kv_cache_bytes<=uniform kv-int4"]}, "uniform limit must name"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from quant.digest import file_digest
 from sensitivity.scorers import kronecker
 from sensitivity.spec import DataSource, ModelSource
-from service.db.repositories import events
+from service.db.repositories import events, scores
 from service.errors import ServiceError
 from service.estimate import preview, stored_scores
 from service.local import Local
@@ -170,6 +170,24 @@ def test_a_choice_without_inputs_is_told_in_the_summary(local: Local, tiny: Tiny
     ).summary
     [note] = (summary or {})["notes"]
     assert "word_embeddings' takes its inputs as equally likely" in note
+
+
+def test_what_is_forbidden_is_not_measured(local: Local, tiny: Tiny, settings: Settings) -> None:
+    model = local.model(factory_source(tiny("mlp").location, settings))
+    data = local.calibration(file_data(tiny("mlp").data))
+    forbid = {"0": ["w2", "w8"], "*": ["w2"]}
+    asked = {**PARAMETERS, "budgets": ["12 bpw"], "forbid": forbid, "chooser": "black_box"}
+    job = local.run(local.request(model, data, asked))
+    assert job.state == "succeeded", job.problem
+    with local.database.read() as session:
+        scored = {(row.layer, row.scheme) for row in scores.list_all(session, str(job.score_set))}
+    assert {scheme for layer, scheme in scored if layer == "0"} == {"w4"}
+    assert {scheme for _, scheme in scored} == {"w4", "w8"}
+    [plan] = local.plans(job.id)
+    assert plan["document"]["layers"]["0"]["scheme"] == "w4"
+    assert plan["ask"]["forbid"] == forbid
+    assert "uniform w4" in {one["source"] for one in plan["candidates"]}
+    assert not {"uniform w2", "uniform w8"} & {one["source"] for one in plan["candidates"]}
 
 
 def test_no_job_is_left_for_other_runners(local: Local, tiny: Tiny, settings: Settings) -> None:

@@ -47,6 +47,10 @@ def rows(inventory, schemes=MENU, metric="output_kl"):
     ]
 
 
+def gaps(inputs, ask):
+    return missing_scores(inputs, ask, np.isnan(inputs.table.metrics["output_kl"].values))
+
+
 @pytest.fixture
 def inputs(inventory):
     table = score_table(inventory, MENU, rows(inventory), ["output_kl"])
@@ -93,8 +97,8 @@ def test_a_pinned_layer_needs_only_its_own_score(inventory):
     found.append(ScoreRow("emb", "w6", "output_kl", 0.1, None, 8))
     table = score_table(inventory, (*MENU, "w6"), found, ["output_kl"])
     inputs = PlanningInputs(inventory, table, MENU)
-    assert missing_scores(inputs, "output_kl", {"emb": "w6"}) == []
-    assert missing_scores(inputs, "output_kl") == [("emb", name) for name in MENU]
+    assert gaps(inputs, Ask("", pins={"emb": "w6"})) == []
+    assert gaps(inputs, Ask("")) == [("emb", name) for name in MENU]
     assert solve_budget(inputs, Ask("4.5 bpw", pins={"emb": "w6"})).plan.assignment["emb"] == "w6"
     with pytest.raises(ScoresMissing, match=r"output_kl\. Got none for emb x w2, .*\(3 in all\)"):
         compile_ask(inputs, Ask("4 bpw"))
@@ -162,8 +166,64 @@ def test_what_a_runtime_forbids_needs_no_score(inventory):
     scored = [row for row in rows(inventory) if row.scheme != "w2"]
     table = score_table(inventory, MENU, scored, ["output_kl"])
     inputs = PlanningInputs(inventory, table, MENU)
-    assert len(missing_scores(inputs, "output_kl")) == 3
-    assert missing_scores(inputs, "output_kl", runtime="openvino") == []
+    assert len(gaps(inputs, Ask(""))) == 3
+    assert gaps(inputs, Ask("", runtime="openvino")) == []
+
+
+def test_forbidden_choices_are_neither_made_nor_asked_for(inventory, inputs):
+    ask = Ask("9 bpw", forbid={"a.*": ("w8", "w2"), "lm_head": ("w8-channel",)})
+    answer = solve_budget(inputs, ask)
+    assert answer.plan.assignment == {"a.q": "w4", "a.k": "w4", "emb": "w4"}
+    named = [(one.kind, one.name) for one in question_of(inputs, ask, ()).restrictions]
+    assert named == [("forbid", "a.*=w8,w2"), ("forbid", "lm_head=w8-channel")]
+    assert answer.result["ask"]["forbid"] == {"a.*": ["w8", "w2"], "lm_head": ["w8-channel"]}
+    assert Ask.of(answer.result["ask"], "9 bpw", "output_kl") == replace(ask, metric="output_kl")
+    assert ask.settings_digest(MENU) != Ask("9 bpw").settings_digest(MENU)
+    assert solve_budget(inputs, replace(ask, protect=("a.q",))).plan.assignment["a.q"] == "w4"
+    table = score_table(
+        inventory, MENU, [row for row in rows(inventory) if row.scheme == "w4"], ["output_kl"]
+    )
+    scored = PlanningInputs(inventory, table, MENU)
+    assert gaps(scored, replace(ask, forbid={"*": ("w2", "w8")})) == []
+    assert gaps(scored, ask) == [("emb", "w2")]
+
+
+def test_everything_forbidden_is_infeasible_and_says_so(inputs):
+    answer = solve_budget(inputs, Ask("9 bpw", forbid={"emb": MENU}))
+    assert answer.status == "infeasible"
+    assert [(one["kind"], one["name"]) for one in answer.result["conflict"]["members"]] == [
+        ("forbid", "emb=w2,w4,w8")
+    ]
+
+
+def test_forbids_are_rules_of_rivals_and_runtimes_too(inventory, inputs):
+    assert [*uniform_assignments(inputs, Ask("9 bpw", forbid={"a.q": ("w4",)}))] == [
+        "uniform w2",
+        "uniform w8",
+    ]
+    wide = wide_inputs(inventory)
+    alone = forbidden_in(wide.inventory, MENU, "vllm")
+    both = forbidden_in(wide.inventory, MENU, "vllm", forbid={"m.q_proj": ("w8",)})
+    assert both == {**alone, "m.q_proj": (*alone["m.q_proj"], "w8")}
+
+
+@pytest.mark.parametrize(
+    ("forbid", "kind", "words"),
+    [
+        ({"zzz": ("w2",)}, PatternError, "zzz"),
+        ({"a.q": ("w3",)}, CompileError, "must be one of the menu: w2, w4, w8. Got 'w3' for 'a.q'"),
+        ({"a.q": ("kv-int8",)}, PatternError, "for a search that decides caches"),
+        ({"a.q": ("many bits",)}, SchemeError, "many bits"),
+    ],
+)
+def test_what_cannot_be_forbidden(inputs, forbid, kind, words):
+    with pytest.raises(kind, match=words):
+        solve_budget(inputs, Ask("9 bpw", forbid=forbid))
+
+
+def test_a_pin_to_what_is_forbidden_is_refused(inputs):
+    with pytest.raises(CompileError, match="w8"):
+        solve_budget(inputs, Ask("9 bpw", pins={"a.q": "w8"}, forbid={"a.*": ("w8",)}))
 
 
 def test_a_runtime_that_leaves_nothing_is_refused(inputs):
@@ -367,6 +427,8 @@ def test_a_question_is_found_again_in_its_request() -> None:
         ("c",),
         {"plans": "weighted"},
         {"head": "5 bpw"},
+        "minimax",
+        {"b": ("w2", "w3")},
     )
     request = {**ask.as_request("sqnr"), "contexts": ask.contexts}
     assert Ask.of(request, ask.budget, "sqnr") == ask

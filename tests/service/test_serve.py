@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from service.serve import BindRefused, require_local
+from service.access import Scope, new_key
+from service.db.engine import Database
+from service.db.repositories import keys
+from service.serve import BindRefused, require_safe_bind
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +28,30 @@ PATIENCE_SECONDS = 60
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
-def test_this_machine_is_allowed(host: str) -> None:
-    require_local(host)
+def test_this_machine_needs_no_key(host: str, tmp_path: Path) -> None:
+    require_safe_bind(Settings(host=host, data_dir=tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.org", "", "*"])
-def test_everything_beyond_this_machine_is_refused(host: str) -> None:
-    with pytest.raises(BindRefused, match="Access control does not exist yet"):
-        require_local(host)
+def test_beyond_this_machine_there_must_be_a_key(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.1", "example.org", "", "*"):
+        with pytest.raises(
+            BindRefused, match="while there is no usable key.*bitplan keys create.*--insecure"
+        ):
+            require_safe_bind(Settings(host=host, data_dir=tmp_path))
+    settings = Settings(host="0.0.0.0", data_dir=tmp_path)
+    require_safe_bind(settings.model_copy(update={"access": "open"}))
+    database, made = Database(settings.database_url), new_key()
+    with database.write() as session:
+        key = keys.create(
+            session, tenant="a", name="", scope=Scope.READ, prefix=made.prefix, digest=made.digest
+        )
+    require_safe_bind(settings)
+    with database.write() as session:
+        keys.revoke(session, key.id)
+    database.close()
+    with pytest.raises(BindRefused):
+        require_safe_bind(settings)
 
 
 @pytest.fixture

@@ -2,20 +2,23 @@
 
 # ruff: noqa: N818 - an error is named after what went wrong
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import delete as delete_from
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.db.engine import database_clock
-from service.db.repositories import events
-from service.db.repositories.rows import page, record_of
-from service.db.tables import JobRow, now
+from service.db.repositories import events, webhooks
+from service.db.repositories.rows import chunks, page, record_of
+from service.db.tables import EventRow, JobRow, now
 from service.ids import new_id
-from service.records import Cursor, JobRecord
+from service.records import Cursor, JobRecord, StandingRecord
 from service.states import TERMINAL, JobKind, JobState, Stage, check_transition
+
+PER_QUERY = 500
+"""Jobs per statement of `standings`."""
 
 
 class JobNotFinished(ValueError):
@@ -113,6 +116,28 @@ def unfinished(session: Session, tenant: str = "default") -> tuple[JobRecord, ..
     return tuple(record_of_job(row) for row in session.scalars(query.order_by(JobRow.created_at, JobRow.id)))
 
 
+def standings(session: Session, job_ids: Collection[str]) -> dict[str, StandingRecord]:
+    """Where jobs stand, by id; without those that do not exist. One statement for hundreds of jobs."""
+    last = select(func.coalesce(func.max(EventRow.seq), 0)).where(EventRow.job_id == JobRow.id)
+    query = select(
+        JobRow.id,
+        JobRow.state,
+        JobRow.stage,
+        JobRow.done,
+        JobRow.total,
+        JobRow.eta_seconds,
+        JobRow.version,
+        last.correlate(JobRow).scalar_subquery(),
+    )
+    found = {}
+    for some in chunks(job_ids, PER_QUERY):
+        for row in session.execute(query.where(JobRow.id.in_(some))):
+            job_id, state, stage, *rest = row
+            named = None if stage is None else Stage(stage)
+            found[job_id] = StandingRecord(job_id, JobState(state), named, *rest)
+    return found
+
+
 def locked(session: Session, job_id: str) -> JobRow:
     """The row, locked until the transaction ends. Raises LookupError. For repositories only."""
     row = session.get(JobRow, job_id, with_for_update=True, populate_existing=True)
@@ -137,6 +162,8 @@ def transition(
         drop_lease(row)
     session.flush()
     events.append(session, row.id, state.value, data)
+    if state in TERMINAL:
+        webhooks.fall_due(session, row)
     return record_of_job(row)
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, Subquery, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from service.db.engine import database_clock
-from service.db.repositories import events
+from service.db.repositories import events, tenants
 from service.db.repositories.jobs import drop_lease, locked, record_of_job, transition
-from service.db.tables import EventRow, JobRow
+from service.db.tables import EventRow, JobRow, TenantRow
 from service.records import JobRecord
 from service.states import TERMINAL, JobKind, JobState, Stage
 
@@ -48,34 +48,50 @@ class Owner:
 
 
 def claim(
-    session: Session, owner: Owner, lease_seconds: float, kinds: Collection[JobKind] | None = None
+    session: Session,
+    owner: Owner,
+    lease_seconds: float,
+    kinds: Collection[JobKind] | None = None,
+    most_running: int = 0,
 ) -> JobRecord | None:
-    """Claim the oldest job that is queued or whose lease has expired, or None when there is none.
+    """Claim a job that is queued or whose lease has expired, or None when there is none: the oldest of the
+    tenant that has the fewest running. One that has as many as it may (its own quota, else `most_running`; 0
+    is no limit) waits.
 
     PostgreSQL skips jobs that another runner is claiming at this moment; SQLite claims one after the other.
     A job that is being cancelled comes back in state cancelling: all that is left to do is `finish`.
     """
-    expired = and_(JobRow.state.in_(HELD), JobRow.lease_expires_at <= database_clock())
-    free = or_(JobRow.state == JobState.QUEUED.value, expired)
+    free = _free_now()
     if kinds is not None:
         free = and_(free, JobRow.kind.in_([kind.value for kind in kinds]))
-    return _claim(session, free, owner, lease_seconds)
+    return _claim(session, free, owner, lease_seconds, most_running)
 
 
 def claim_job(session: Session, job_id: str, owner: Owner, lease_seconds: float) -> JobRecord | None:
     """Claim this one job if it is queued or its lease has expired, else None."""
+    return _claim(session, and_(_free_now(), JobRow.id == job_id), owner, lease_seconds)
+
+
+def _free_now() -> ColumnElement[bool]:
     expired = and_(JobRow.state.in_(HELD), JobRow.lease_expires_at <= database_clock())
-    free = or_(JobRow.state == JobState.QUEUED.value, expired)
-    return _claim(session, and_(free, JobRow.id == job_id), owner, lease_seconds)
+    return or_(JobRow.state == JobState.QUEUED.value, expired)
 
 
 def _claim(
-    session: Session, free: ColumnElement[bool], owner: Owner, lease_seconds: float
+    session: Session, free: ColumnElement[bool], owner: Owner, lease_seconds: float, most_running: int = 0
 ) -> JobRecord | None:
-    query = select(JobRow).where(free).order_by(JobRow.created_at, JobRow.id).limit(1)
-    row = session.scalars(query.with_for_update(skip_locked=True)).first()
-    if row is None:
+    running, most = _running(), func.coalesce(TenantRow.quota_running, most_running)
+    query = (
+        select(JobRow, most)
+        .outerjoin(running, running.c.tenant == JobRow.tenant)
+        .outerjoin(TenantRow, TenantRow.name == JobRow.tenant)
+        .where(free, or_(most == 0, func.coalesce(running.c.jobs, 0) < most))
+        .order_by(func.coalesce(running.c.jobs, 0), JobRow.created_at, JobRow.id)
+    )
+    found = session.execute(query.limit(1).with_for_update(of=JobRow, skip_locked=True)).first()
+    if found is None or (found[1] and not _may_run(session, found[0].tenant, found[1])):
         return None
+    row = found[0]
     row.epoch += 1
     row.version += 1
     row.lease_owner, row.lease_host = owner.name, owner.host
@@ -86,6 +102,21 @@ def _claim(
         return transition(session, row, JobState.RUNNING, facts)
     events.append(session, row.id, RECLAIMED, facts | _where(row))
     return record_of_job(row)
+
+
+def _running() -> Subquery:
+    """How many jobs of each tenant are held by a runner whose lease lasts."""
+    held = and_(JobRow.state.in_(HELD), JobRow.lease_expires_at > database_clock())
+    counted = select(JobRow.tenant, func.count().label("jobs")).where(held)
+    return counted.group_by(JobRow.tenant).subquery("running")
+
+
+def _may_run(session: Session, tenant: str, most: int) -> bool:
+    """Whether the tenant has fewer jobs running, now that no other runner can claim one of its jobs."""
+    tenants.ensure(session, tenant)
+    running = _running()
+    held = session.execute(select(running.c.jobs).where(running.c.tenant == tenant)).scalar() or 0
+    return bool(held < most)
 
 
 def _where(row: JobRow) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -12,11 +12,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
 
-from service.db.tables import Base, CalibrationRow, JobRow, ModelRow, PlanRow
+from service.db.tables import AuditRow, Base, CalibrationRow, JobRow, ModelRow, PlanRow
 from service.records import Cursor
 
 Record = TypeVar("Record")
-Pageable = TypeVar("Pageable", JobRow, ModelRow, CalibrationRow, PlanRow)
+Item = TypeVar("Item")
+Pageable = TypeVar("Pageable", JobRow, ModelRow, CalibrationRow, PlanRow, AuditRow)
 MAXIMUM_PAGE = 200
 
 
@@ -44,6 +45,16 @@ def page(
         older = table.created_at < after.created_at
         query = query.where(or_(older, and_(table.created_at == after.created_at, table.id < after.id)))
     return list(session.scalars(query.order_by(table.created_at.desc(), table.id.desc()).limit(limit)))
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of at most `size`, for statements with a parameter or more per item.
+
+    >>> list(chunks("abc", 2))
+    [['a', 'b'], ['c']]
+    """
+    every = list(items)
+    return (every[start : start + size] for start in range(0, len(every), size))
 
 
 def insert_or_keep(session: Session, table: type[Base], values: Mapping[str, Any]) -> bool:

@@ -23,11 +23,3 @@ def get(session: Session, digest: str, tenant: str | None = None) -> ScoreSetRec
     """The score set, or None; with `tenant`, only when it is that tenant's."""
     row = session.get(ScoreSetRow, digest)
     return record_of(ScoreSetRecord, row) if row is not None and tenant in (None, row.tenant) else None
-
-
-def set_inspection(session: Session, digest: str, inspection: Mapping[str, Any]) -> ScoreSetRecord:
-    """Keep what a worker saw in the model and the data; the first word stays."""
-    row = session.get_one(ScoreSetRow, digest, with_for_update=True)
-    row.inspection = row.inspection or dict(inspection)
-    session.flush()
-    return record_of(ScoreSetRecord, row)

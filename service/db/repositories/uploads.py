@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sqlalchemy import delete as delete_from
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -60,6 +61,11 @@ def complete(session: Session, upload_id: str, tenant: str = "default") -> Uploa
     row.state = UploadState.COMPLETE.value
     session.flush()
     return _record(row)
+
+
+def delete(session: Session, upload_id: str) -> None:
+    """Forget an upload; blobs that have arrived stay."""
+    session.execute(delete_from(UploadRow).where(UploadRow.id == upload_id))
 
 
 def record_blob(session: Session, sha256: str, size: int, tenant: str = "default") -> bool:

@@ -73,6 +73,9 @@ def test_what_is_left_out_has_documented_defaults(api):
         ({"objective": "worst: output_kl, sqnr"}, "invalid-objective", ""),
         ({"limits": ["sqnr>=3"]}, "invalid-budget", ""),
         ({"objective": "quadratic"}, "invalid-objective", ""),
+        ({"forbid": {"a.*": ["w3"]}}, "unknown-scheme", ""),
+        ({"forbid": {"a.*": ["kv-full"]}}, "missing-cache-types", ""),
+        ({"forbid": {"a.*": "w2"}}, "invalid-request", "/forbid/a.*"),
     ],
 )
 def test_a_bad_request_is_refused_with_the_place(api, members, slug, pointer):
@@ -98,6 +101,7 @@ def test_numbers_that_are_none_are_refused(api, text):
         ({"exclude": ["zzz*"]}, "/exclude/0"),
         ({"include": ["zzz*"]}, "/include/0"),
         ({"protect": ["a.*", "zzz*"]}, "/protect/1"),
+        ({"forbid": {"a.*": ["w2"], "zzz*": ["w4"]}}, "/forbid/zzz*"),
         ({"roles": {"zzz*": "head"}}, "/roles/zzz*"),
         (
             {"metrics": ["metric_decoupled"], "role_metrics": {"head": "sqnr", "zzz": "sqnr"}},

@@ -120,6 +120,52 @@ def test_plans_are_solved_for_other_objectives(api, runner):
     assert staged["parts"][0]["value"] <= summed["objective"]
 
 
+def test_choices_are_forbidden_in_a_resolve(api, plans_path, finished_job):
+    (free,) = solve(api, plans_path, budgets=["6 bpw"])
+    (plan,) = solve(api, plans_path, budgets=["6 bpw"], forbid={"b.*": ["w4", "w8"], "a.q": ["w2", "w4"]})
+    layers = {name: layer["scheme"] for name, layer in plan["document"]["layers"].items()}
+    assert layers["a.q"] == "w8"
+    assert layers["b.up"] == layers["b.down"] == "w2"
+    assert plan["objective"] > free["objective"]
+    assert plan["ask"]["forbid"] == {"b.*": ["w4", "w8"], "a.q": ["w2", "w4"]}
+    told = api.http.get(plan["links"]["explanation"], params={"draws": 0}).json()["restrictions"]
+    assert [(one["kind"], one["name"]) for one in told] == [
+        ("forbid", "b.*=w4,w8"),
+        ("forbid", "a.q=w2,w4"),
+        ("all", "all together"),
+    ]
+    assert told[-1]["objective_without"] == pytest.approx(free["objective"])
+
+
+@pytest.mark.parametrize(
+    ("forbid", "slug", "words"),
+    [
+        ({"zzz": ["w2"]}, "unknown-layer", "zzz"),
+        ({"a.q": ["w3"]}, "invalid-request", "must be one of the menu: w2, w4, w8. Got 'w3'"),
+        ({"a.q": ["kv-int8"]}, "unknown-layer", "that decides caches"),
+        ({"a.q": []}, "invalid-request", "at least 1 item"),
+        ({"a.q": ["w2", "w2"]}, "repeated-value", "Got 'w2' twice"),
+        ({"a.q": ["many"]}, "unknown-scheme", "many"),
+    ],
+)
+def test_what_cannot_be_forbidden_is_refused(api, plans_path, forbid, slug, words):
+    response = api.http.post(plans_path, json={"budgets": ["4 bpw"], "forbid": forbid})
+    problem = response.json()
+    assert (response.status_code, problem["type"]) == (422, f"urn:bitplan:problem:{slug}"), problem
+    assert words in problem["detail"]
+
+
+def test_a_jobs_own_forbids_hold_until_they_are_replaced(api, runner):
+    job = api.submit(forbid={"b.down": ["w8"]})
+    runner.run(job["id"])
+    path = f"/v1/jobs/{job['id']}/plans"
+    (own,), (other,) = solve(api, path, budgets=["8 bpw"]), solve(api, path, budgets=["8 bpw"], forbid={})
+    layers = [plan["document"]["layers"]["b.down"]["scheme"] for plan in (own, other)]
+    assert layers == ["w4", "w8"]
+    points = api.http.get(f"/v1/jobs/{job['id']}/frontier", params={"layers": True}).json()["items"]
+    assert "w8" not in {point["layers"]["b.down"] for point in points}
+
+
 def test_limits_may_be_on_stored_metrics(api, runner):
     job = api.submit(metrics=["output_kl", "sqnr"])
     runner.run(job["id"])

@@ -68,6 +68,40 @@ def test_json_has_exactly_the_published_fields(run: Run) -> None:
     assert answer["reference"]["bits_per_weight"] == pytest.approx(14 / 3)
 
 
+FUSED: dict[str, Any] = TABLE | {
+    "fused": [{"layers": ["blocks.0.q", "blocks.0.k"], "scheme": "w4", "resources": {"latency_ns": 15}}]
+}
+
+
+def test_fused_candidates_are_told_with_what_they_count(run: Run) -> None:
+    answer = json.loads(run("--limit", "latency<=0.035 us", "--json", table=FUSED).stdout)
+    assert answer["choice"] == {"blocks.0.q": "w4", "blocks.0.k": "w4", "blocks.0.up": "w8"}
+    assert answer["fused"] == [
+        {
+            "layers": ["blocks.0.q", "blocks.0.k"],
+            "scheme": "w4",
+            "metrics": {"loss": pytest.approx(0.3)},
+            "resources": {"bytes": 100, "latency_ns": 15},
+        }
+    ]
+    assert answer["resources"]["latency_ns"] == 35
+    assert answer["objective"] == pytest.approx(0.3)
+    assert answer["reference"] is None
+    shown = run("--limit", "latency<=0.035 us", table=FUSED).stdout
+    assert "fused: blocks.0.q + blocks.0.k at w4" in shown
+    none = json.loads(run("--forbid", "*.k=w4", "--json", table=FUSED).stdout)
+    assert none["fused"] == []
+
+
+def test_fused_candidates_are_refused_with_words_where_they_make_no_sense(run: Run) -> None:
+    refused = run("--objective", "minimax", table=FUSED)
+    assert refused.exit_code == 2
+    words = " ".join(refused.output.split())
+    assert "The objective minimax must have a table without fused candidates" in words
+    bad = TABLE | {"fused": [{"layers": ["blocks.0.q", "blocks.0.k"], "scheme": "w3"}]}
+    assert run(table=bad).exit_code == 2
+
+
 def test_limits_hold_together_and_are_compared_exactly(run: Run) -> None:
     at, below = (
         json.loads(run("--limit", f"bytes<=200,latency_ns<={x}", "--json").stdout) for x in (42.5, 42.4999)
@@ -142,7 +176,8 @@ def test_forbidden_schemes_are_not_chosen(run: Run) -> None:
     for bad in ("blocks.0.up", "blocks.0.up=w3", "=w2"):
         refused = run("--forbid", bad)
         assert refused.exit_code == 2
-        assert "--forbid must be LAYER=SCHEME" in refused.stderr
+        assert "must be" in refused.stderr
+        assert "LAYER=SCHEME" in refused.stderr
 
 
 def test_a_limit_on_a_maximum_holds_at_every_cut(run: Run) -> None:

@@ -55,6 +55,14 @@ def copy(tiny: Tiny, tmp_path: Path) -> Path:
     )
 
 
+def test_a_webhook_needs_a_secret(
+    refused: Refused, resnet: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BITPLAN_WEBHOOK_SECRET", raising=False)
+    message = refused("submit", *resnet()[1:], "--webhook", "https://hooks.example.com/")
+    assert message.startswith("--webhook must come with a secret. Got none. Set BITPLAN_WEBHOOK_SECRET")
+
+
 # -- the model ------------------------------------------------------------------------------------
 
 
@@ -183,7 +191,7 @@ def test_calibration_of_the_wrong_shape(
         (["--metric", "hessian_trace", "--task", "generic"], "hessian_trace"),
         (["--task", "knitting"], "A task must be one of"),
         (["--device", "tpu"], "--device: "),
-        (["--chooser", "dice"], "A chooser must be one of local_search, nsga2, black_box"),
+        (["--chooser", "dice"], "A chooser must be one of local_search, nsga2, motpe, black_box"),
         (["--gap", "2"], "--gap: "),
         (["--time-limit", "0"], "--time-limit: "),
         (["--relative-error", "0"], "--relative-error: "),

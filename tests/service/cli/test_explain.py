@@ -85,6 +85,8 @@ def test_frontier_shows_corners_and_what_lies_between_them(
     between = answer("frontier", table, "--between", "150", "0.3 kB")
     assert between["complete"] is True
     assert {one for one in used if one <= 300} <= {one["resources"]["bytes"] for one in between["items"]}
+    kept = answer("frontier", table, "--forbid", "down=w2,w8")["items"]
+    assert {one["layers"]["down"] for one in kept} == {"w4"}
     words = bitplan("frontier", table, "--between", "150", "600", "--points", "2")
     assert words.exit_code == 0
     assert "600 |" not in words.stdout
@@ -92,3 +94,21 @@ def test_frontier_shows_corners_and_what_lies_between_them(
     assert "some are left out: --between 150 " in words.stdout
     assert bitplan("frontier", table, "--resource", "joy").exit_code == 2
     assert bitplan("frontier", table, "--between", "9", "8").exit_code == 2
+
+
+def test_explain_and_frontier_tell_of_fused_candidates(
+    bitplan: Callable[..., Result], answer: Callable[..., Any], table: Path
+) -> None:
+    candidate = {"layers": ["up", "down"], "scheme": "w4", "resources": {"bytes": 150}}
+    table.write_text(json.dumps(TABLE | {"fused": [candidate]}))
+    asked = ("explain", table, "--limit", "bytes<=250")
+    found = answer(*asked, "--draws", "10")
+    assert [(one["layers"], one["scheme"]) for one in found["decisions"]] == [
+        (["q", "k"], "w4"),
+        (["up", "down"], "w4 fused"),
+    ]
+    assert [(one["layers"], one["scheme"]) for one in found["fused"]] == [(["up", "down"], "w4")]
+    assert "fused: up + down at w4" in bitplan(*asked).stdout
+    items = answer("frontier", table)["items"]
+    assert [bool(one["fused"]) for one in items] == [False, False, True, True, False]
+    assert all(one["resources"]["bytes"] >= 150 for one in items)

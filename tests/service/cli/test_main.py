@@ -27,6 +27,10 @@ def test_every_command_of_the_manual_exists(bitplan: Callable[..., Result]) -> N
     for name in COMMANDS:
         assert f"\n│ {name} " in shown
         assert f"`bitplan {name}" in page
+    assert "\n│ keys " in shown
+    for name in ("create", "list", "revoke"):
+        assert f"\n│ {name} " in bitplan("keys", "--help").stdout
+        assert f"`bitplan keys {name}" in page
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -38,7 +42,7 @@ def test_every_command_explains_itself(bitplan: Callable[..., Result], name: str
 
 def test_run_and_submit_share_the_options_of_a_search(bitplan: Callable[..., Result]) -> None:
     wanted = (
-        "--budget --schemes --limit --metric --task --samples --sequence-length --seed --device --pin --tie "
+        "--budget --schemes --limit --metric --task --samples --sequence-length --seed --device --pin --tie --forbid "
         "--exclude --include --latency-table --time-limit --gap --evaluations --chooser --objective --relative-error --max-probes "
         "--batch-size --no-interactions --output --json --dry-run"
     )

@@ -120,13 +120,14 @@ def test_plans_with_pins_ties_and_another_metric(answer: Answer, finished: str) 
     layers = {row["layer"] for row in answer("scores", finished)}
     first, second, third, *_ = sorted(layers)
     [plan] = answer(
-        "plan", finished, "-b", "6 bpw", "--pin", f"{first}=w2", "--tie", f"{second},{third}", "--metric",
+        "plan", finished, "-b", "6 bpw", "--forbid", f"{third}=w8", "--pin", f"{first}=w2", "--tie", f"{second},{third}", "--metric",
         "gram_output",
     )  # fmt: skip
     chosen = plan["document"]["layers"]
     assert plan["metric"] == "gram_output"
     assert chosen[first]["scheme"] == "w2"
-    assert chosen[second]["scheme"] == chosen[third]["scheme"]
+    assert chosen[second]["scheme"] == chosen[third]["scheme"] != "w8"
+    assert plan["ask"]["forbid"] == {third: ["w8"]}
 
 
 def test_cancel_and_resume(answer: Answer, bitplan: Bitplan, client: Client, tiny: Tiny, few: Few) -> None:

@@ -111,11 +111,15 @@ def test_a_pinned_head_takes_part_and_ties_hold(answer: Answer, tiny: Tiny, few:
     model = tiny("llama")
     tied = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
     ask = ("run", model.folder, "-c", model.data, "-b", "6 bpw", *few, "--sequence-length", "12")
-    [plan] = answer(*ask, "--pin", "lm_head=w6", "--tie", ",".join(tied), "--exclude", "*.1.mlp.*")
+    forbidden = ("--forbid", "*.0.mlp.*=w2,w8")
+    [plan] = answer(
+        *ask, "--pin", "lm_head=w6", "--tie", ",".join(tied), "--exclude", "*.1.mlp.*", *forbidden
+    )
     layers = plan["document"]["layers"]
     assert layers["lm_head"]["weight_bits"] == 6
     assert len({layers[name]["scheme"] for name in tied}) == 1
     assert not [name for name in layers if ".1.mlp." in name]
+    assert {layer["scheme"] for name, layer in layers.items() if ".0.mlp." in name} == {"w4"}
 
 
 def test_embeddings_can_be_included(answer: Answer, tiny: Tiny, few: Few) -> None:

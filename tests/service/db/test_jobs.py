@@ -129,6 +129,31 @@ def test_of_the_jobs_about_another_the_newest_that_succeeded_is_found(database: 
     assert found("a") == succeeded[1]
 
 
+def test_standings_and_new_events_of_many_jobs_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "PER_QUERY", 2)
+    monkeypatch.setattr(events, "PER_QUERY", 2)
+    made = [create(database) for _ in range(5)]
+    held = claim(database)
+    assert held is not None
+    with database.write() as session:
+        leases.progress(session, held.id, held.epoch, stage=Stage.SCORING, done=3, total=7)
+    ids = [job.id for job in made]
+    with database.read() as session:
+        found = jobs.standings(session, [*ids, "job_unknown"])
+        news = events.list_of(session, {ids[0]: 1, ids[1]: 0, ids[2]: 1, "job_unknown": 0})
+    assert sorted(found) == sorted(ids)
+    first, second = found[held.id], found[ids[1]]
+    assert (first.state, first.stage, first.done, first.total, first.seq) == ("running", "scoring", 3, 7, 3)
+    assert (second.state, second.stage, second.seq, second.finished) == ("queued", None, 1, False)
+    assert first.version > second.version
+    assert {job: [event.seq for event in listed] for job, listed in news.items()} == {
+        ids[0]: [2, 3],
+        ids[1]: [1],
+    }
+
+
 def test_the_oldest_is_claimed_first_and_once(database: Database) -> None:
     first, second = create(database), create(database)
     one, two = claim(database), claim(database, OTHER)

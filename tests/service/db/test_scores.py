@@ -34,12 +34,6 @@ def test_a_score_set_is_made_once(database: Database) -> None:
         assert score_sets.get(session, SET, tenant="other") is None
 
 
-def test_the_first_inspection_stays(database: Database) -> None:
-    with database.write() as session:
-        assert score_sets.set_inspection(session, SET, {"task": "a"}).inspection == {"task": "a"}
-        assert score_sets.set_inspection(session, SET, {"task": "b"}).inspection == {"task": "a"}
-
-
 def test_scores_come_back_exactly(database: Database) -> None:
     numbers = [0.1 + 0.2, 1e-300, -5e-324, 1.7976931348623157e308, 3.0]
     rows = [record(f"l{index}", value=number) for index, number in enumerate(numbers)]
