@@ -31,11 +31,18 @@ class Peer:
 
 MODELOPT = ("modelopt", ("nvidia-modelopt", "requests"), "modelopt_plans.py")
 AUTOROUND = ("autoround", ("auto-round", "requests"), "autoround_plans.py")
+MCT = ("mct", ("model-compression-toolkit", "torchvision"), "mct_plans.py")
+NNCF = ("nncf", ("nncf", "openvino"), "nncf_plans.py")
+AIMET = ("aimet", ("aimet-torch",), "aimet_plans.py")
 PEERS = (
     Peer("ModelOpt gradient", *MODELOPT, "gradient"),
     Peer("ModelOpt gradient, no ties", *MODELOPT, "gradient untied", ("lm",), "has no ties here"),
     Peer("ModelOpt kl_div", *MODELOPT, "kl_div"),
     Peer("AutoRound AutoScheme", *AUTOROUND, "", ("lm",), "takes language models alone"),
+    Peer("MCT", *MCT, "average"),
+    Peer("MCT Hessian", *MCT, "hessian", ("cnn",), "needs over 7 minutes of CPU for its Hessians here"),
+    Peer("NNCF", *NNCF),
+    Peer("AIMET AMP", *AIMET),
 )
 
 

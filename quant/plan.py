@@ -145,11 +145,8 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """The document as plain values."""
-        rest = asdict(replace(self, layers={}))
-        fields = _plain(rest | {"layers": {name: dict(vars(layer)) for name, layer in self.layers.items()}})
-        for layer in fields["layers"].values():
-            if layer["dtype"] is None:
-                del layer["dtype"]
+        layers = {name: _layer_json(layer) for name, layer in self.layers.items()}
+        fields = _plain(asdict(replace(self, layers={}))) | {"layers": layers}
         given = {name: value for name, value in fields.items() if name not in OPTIONAL or value is not None}
         return {"schema": SCHEMA, **given}
 
@@ -194,6 +191,15 @@ def plan_schema() -> dict[str, Any]:
     text = files("quant").joinpath("schemas", "plan.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
+
+
+def _layer_json(layer: PlanLayer) -> dict[str, Any]:
+    fields = dict(vars(layer))
+    for name in ("shape", "matrix", "aliases"):
+        fields[name] = list(fields[name])
+    if layer.dtype is None:
+        del fields["dtype"]
+    return fields
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from quant.plan import Calibration, Certificate, Digests, Plan, PlanError, PlanL
 from quant.runtime_rules import Runtime
 from quant.runtimes import RUNTIMES
 from quant.schemes import Scheme, parse_scheme
+from quant.storage import Matrix
 
 
 def build_plan(
@@ -41,7 +42,8 @@ def build_plan(
     `corrections` (keys of CORRECTIONS) needs it. `kv_cache` are types by attention layer.
     """
     schemes = _complete(inventory, assignment)
-    layers = {layer.name: _decide(layer, schemes[layer.name]) for layer in inventory.layers}
+    counted = _Counted()
+    layers = {layer.name: counted.decide(layer, schemes[layer.name]) for layer in inventory.layers}
     stored = sum(layer.bytes for layer in layers.values())
     plan = Plan(
         layers=layers,
@@ -92,12 +94,11 @@ def _require_runnable(plan: Plan, runtime: Runtime) -> None:
 
 def _complete(inventory: Inventory, assignment: Mapping[str, str | Scheme]) -> dict[str, Scheme]:
     names = [layer.name for layer in inventory.layers]
-    for name in assignment:
-        if name not in names:
-            close = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-            raise PlanError(
-                f"Plan must name layers of the inventory. Got {name!r}. Names are like {', '.join(close)}."
-            )
+    for name in sorted(assignment.keys() - set(names)):
+        close = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+        raise PlanError(
+            f"Plan must name layers of the inventory. Got {name!r}. Names are like {', '.join(close)}."
+        )
     missing = [name for name in names if name not in assignment]
     if missing:
         raise PlanError(
@@ -113,24 +114,38 @@ def scheme_of(value: str | Scheme) -> Scheme:
     return value if isinstance(value, Scheme) else parse_scheme(value)
 
 
-def _decide(layer: Layer, scheme: Scheme) -> PlanLayer:
-    refusal = scheme.refuses(layer)
-    if refusal:
-        raise PlanError(
-            f"Scheme must be offered for its layer. Got {scheme.name} for {layer.name}: {refusal}."
+class _Counted:
+    """Names of schemes and stored bytes, each found once: many layers share both scheme and shape."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, tuple[str, str, int]] = {}
+        self._bytes: dict[tuple[int, Matrix], int] = {}
+
+    def decide(self, layer: Layer, scheme: Scheme) -> PlanLayer:
+        """The decision for a layer. Raises PlanError where the scheme refuses it."""
+        refusal = scheme.refuses(layer)
+        if refusal:
+            raise PlanError(
+                f"Scheme must be offered for its layer. Got {scheme.name} for {layer.name}: {refusal}."
+            )
+        key = id(scheme)
+        if key not in self._names:
+            self._names[key] = scheme.name, scheme.spelled, scheme.weight_bits
+        if (key, layer.matrix) not in self._bytes:
+            self._bytes[key, layer.matrix] = scheme.storage(layer.matrix).bytes
+        name, spelled, bits = self._names[key]
+        return PlanLayer(
+            scheme=name,
+            spelled=spelled,
+            weight_bits=bits,
+            bytes=self._bytes[key, layer.matrix],
+            parameters=layer.parameters,
+            shape=layer.weight_shape,
+            matrix=layer.matrix,
+            op=layer.op,
+            aliases=layer.aliases,
+            dtype=layer.dtype,
         )
-    return PlanLayer(
-        scheme=scheme.name,
-        spelled=scheme.spelled,
-        weight_bits=scheme.weight_bits,
-        bytes=scheme.storage(layer.matrix).bytes,
-        parameters=layer.parameters,
-        shape=layer.weight_shape,
-        matrix=layer.matrix,
-        op=layer.op,
-        aliases=layer.aliases,
-        dtype=layer.dtype,
-    )
 
 
 def _total_bops(inventory: Inventory, schemes: Mapping[str, Scheme]) -> int | None:

@@ -164,10 +164,10 @@ class Compiled:
         fused: Collection[Fused],
         layers: Collection[str] = (),
     ) -> Fraction:
-        rows = self.table.resources[resource]
-        parts = [rows[row][column] for row, column in own]
-        parts += [self.table.fused_usage(one, resource, layers) for one in fused]
-        return sum((Fraction(part or 0) for part in parts), Fraction(0))
+        whole, unit = self.table.whole(resource)
+        rows, columns = np.array(list(own), dtype=np.int64).reshape(-1, 2).T
+        parts = [self.table.fused_usage(one, resource, layers) for one in fused]
+        return sum((Fraction(part or 0) for part in parts), int(whole[rows, columns].sum()) * unit)
 
 
 def compile_problem(

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.budget import Limit
-from search.catalog import AUTO, SOLVERS
 from search.compile import Compiled, resource_row
 from search.deadline import Deadline
+from search.prepared import Prepared
 from search.problem import DEFAULT_GAP, Choice, Problem, Row, Solution, Status, relative_gap
 from search.solve import solve
 
@@ -96,10 +96,11 @@ def between(
     problem, row = _freed(compiled, resource)
     deadline = Deadline.after(seconds)
     floor, ceiling = math.ceil(low / row.unit), math.floor(high / row.unit)
+    prepared = Prepared(problem.under((*problem.rows, replace(row, relation="<=", limit=ceiling))))
+    others = [other.limit for other in problem.rows]
     found: list[FrontierPoint] = []
     while ceiling >= floor:
-        limited = replace(problem, rows=(*problem.rows, replace(row, relation="<=", limit=ceiling)))
-        solution = SOLVERS[AUTO].solve(limited, 0.0, deadline)
+        solution = prepared.attempt([*others, ceiling], 0.0, deadline)
         if solution.status is Status.INFEASIBLE:
             break
         if solution.choice is None or not _proven(solution):

@@ -1,5 +1,11 @@
 """One table, many budgets: what depends on costs and usages is done once, what depends on limits per solve.
 
+Stretches of a frontier are solved this way (`search.frontier.between`), and it is the way for programs that
+embed the search and sweep budgets. A single re-solve of the service is not: evaluations of the dual that are
+kept from earlier budgets give the same objective, but where plans tie another one of them, and other last
+digits of its certificate, so a plan would depend on which budgets were asked for before it. What the service
+reuses of a job are its inputs, with the exact integers of the table (`ScoreTable.whole`).
+
 >>> import numpy as np
 >>> from search.problem import Problem, Row
 >>> row = Row("bytes", "<=", np.array([[1, 2], [1, 2]]), 3)
@@ -49,6 +55,10 @@ class Prepared:
         """
         problem = self.problem if limits is None else self._under(limits)
         return certified(problem, "lagrangian", self._search, gap, time_limit)
+
+    def attempt(self, limits: Sequence[int], gap: float, deadline: Deadline) -> Solution:
+        """The same without the explanation of "infeasible", for steps of a longer search."""
+        return self._search(self._under(limits), gap, deadline)
 
     def _under(self, limits: Sequence[int]) -> Problem:
         rows = self.problem.rows

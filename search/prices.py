@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
+from numpy.typing import NDArray
+
 from search.deadline import Deadline
 from search.dual import climb
 from search.problem import Problem, named_rows
@@ -27,6 +30,12 @@ def shadow_prices(problem: Problem) -> dict[str, float]:
     if screen.impossible:
         return {}
     best = max(climb(screen, Deadline.after(PRICE_SECONDS)), key=lambda visit: visit.value)
-    multipliers = screen.multipliers(best.point, Fraction(1))
+    return prices_at(problem, screen, best.point)
+
+
+def prices_at(problem: Problem, screen: Screen, point: NDArray[np.float64]) -> dict[str, float]:
+    """The same from a point where the dual of a problem's screen is largest."""
+    rows = named_rows(problem)
+    multipliers = screen.multipliers(point, Fraction(1))
     price = {id(row): value for row, value in zip(problem.rows, multipliers, strict=True)}
     return {name: float(price[id(row)] / row.unit) for name, row in rows.items()}

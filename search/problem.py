@@ -130,8 +130,9 @@ class Solution:
 
     `bound`: no choice is better than this. `gap`: see `relative_gap`. `least_budget` (infeasible only): per
     limited resource the value its limit would need, see `search.solve.least_budget`. `prices`: what each
-    limit costs, see `search.prices.shadow_prices`; empty unless asked for. `seconds` is the solve alone;
-    `method` names what decided, `why` says why that one did, `log` tells all that the solver did.
+    limit costs, see `search.prices.shadow_prices`; `search.solve.solve` gives them where asked for. `seconds`
+    is the solve alone; `method` names what decided, `why` says why that one did, `log` tells all that the
+    solver did.
     """
 
     status: Status

@@ -42,7 +42,8 @@ def rate_distortion(table: ScoreTable, metric: str, assignment: Mapping[str, str
     scores = table.metrics[metric]
     if scores.direction != "min" or "bytes" not in table.resources:
         return None
-    stored = np.array([[float(cell or 0) for cell in row] for row in table.resources["bytes"]])
+    whole, unit = table.whole("bytes")
+    stored = whole.astype(np.float64) * float(unit)
     parameters = np.array([layer.parameters for layer in table.layers], dtype=np.float64)
     known = table.offered(metric) & (np.nan_to_num(scores.values) > 0) & (parameters > 0)[:, None]
     rows = np.flatnonzero(known.any(axis=1))

@@ -128,6 +128,8 @@ def _usage(
     offered: NDArray[np.bool_],
 ) -> tuple[IntMatrix, int]:
     """Integers per (group, cell), 0 where nothing is offered, and how many of them make 1."""
+    if not covers and quantity.kind == "resource":
+        return _kept_usage(table, quantity, groups, offered)
     rows = [[value or 0 for value in row] for row in amounts_of(table, quantity)]
     combined = {group: [value or 0 for value in one.totals[quantity]] for group, one in covers.items()}
     scale = math.lcm(*(value.denominator for row in (*rows, *combined.values()) for value in row))
@@ -143,6 +145,21 @@ def _usage(
             cells = own[layers[0]] if len(layers) == 1 else _summed([own[i] for i in layers])
         summed.append(cells + [0] * (width - len(cells)) if len(cells) < width else cells)
     return np.where(offered, integer_matrix(summed), 0), scale
+
+
+def _kept_usage(
+    table: ScoreTable, quantity: Quantity, groups: tuple[tuple[int, ...], ...], offered: NDArray[np.bool_]
+) -> tuple[IntMatrix, int]:
+    """The same for cells of a resource, from the integers that the table keeps."""
+    whole, unit = table.whole(quantity.name)
+    if quantity.layers:
+        inside = [name in quantity.layers for name in table.layer_names]
+        whole = np.where(np.array(inside)[:, None], whole, 0)
+    if len(groups) == len(table.layers):
+        summed = whole[[layers[0] for layers in groups]]
+    else:
+        summed = np.array([whole[list(layers)].sum(axis=0) for layers in groups])
+    return np.where(offered, summed, 0), unit.denominator
 
 
 def _summed(rows: Sequence[Sequence[int]]) -> list[int]:

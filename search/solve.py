@@ -44,8 +44,8 @@ def solve(
     name = AUTO if solver == "auto" else solver
     solution = certified(problem, name, SOLVERS[name].solve, gap, time_limit)
     if prices and solution.choice is not None:
-        return replace(solution, prices=shadow_prices(problem))
-    return solution
+        return replace(solution, prices=solution.prices or shadow_prices(problem))
+    return solution if prices else replace(solution, prices={})
 
 
 def certified(problem: Problem, solver: str, run: Solve, gap: float, time_limit: float | None) -> Solution:

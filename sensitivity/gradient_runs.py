@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sensitivity.chain import Chain, NoChain, find_chain, graph_bytes
 from sensitivity.estimators import keyed_generator
-from sensitivity.memory import GradientUse, MemoryUse, Peak, anonymous_bytes
+from sensitivity.memory import GradientUse, MemoryUse, Peak, anonymous_bytes, trim
 from sensitivity.passes import GradientPass, run_whole
 from sensitivity.streaming import room_beside, run_streamed
 
@@ -128,4 +128,5 @@ class GradientRuns:
         """Drop what the session keeps; what it holds then."""
         self._session.forwards.forget()
         self._session.weights.bound(0)
+        trim()
         return max(anonymous_bytes(), memory.loaded)

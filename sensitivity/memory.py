@@ -64,6 +64,13 @@ def hand_back_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
+def trim() -> None:
+    """Give back freed blocks between used ones (glibc), so that only what is used is counted."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 class Peak:
     """The most anonymous memory while a block runs, looked at every few milliseconds and at its end."""
 

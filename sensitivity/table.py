@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 SCHEMA = "bitplan.table/1"
+SAFE_TOTAL = 2**61
 
 Direction = Literal["min", "max"]
 Exact = int | Fraction
@@ -124,11 +125,27 @@ class ScoreTable:
         """Parameters of all layers together."""
         return sum(layer.parameters for layer in self.layers)
 
+    def whole(self, resource: str) -> tuple[NDArray[Any], Fraction]:
+        """A resource by `whole_numbers`, shape (layers, schemes); kept for the next question."""
+        found = self._whole.get(resource)
+        if found is None:
+            found = self._whole.setdefault(resource, whole_numbers(self.resources[resource]))
+        return found
+
+    @cached_property
+    def _whole(self) -> dict[str, tuple[NDArray[Any], Fraction]]:
+        return {}
+
     def resources_offered(self) -> NDArray[np.bool_]:
-        """Shape (layers, schemes): true where no resource says `null`."""
+        """Shape (layers, schemes): true where no resource says `null`. Not to be written to."""
+        return self._resources_offered
+
+    @cached_property
+    def _resources_offered(self) -> NDArray[np.bool_]:
         offered = np.ones((len(self.layers), len(self.schemes)), dtype=bool)
         for rows in self.resources.values():
             offered &= np.array([[value is not None for value in row] for row in rows], dtype=bool)
+        offered.setflags(write=False)
         return offered
 
     def offered(self, metric: str) -> NDArray[np.bool_]:
@@ -182,6 +199,23 @@ class ScoreTable:
         """Whether a candidate has a number of `metric` and of every resource."""
         used = all(self.fused_usage(fused, name) is not None for name in self.resources)
         return used and self.fused_score(fused, metric) is not None
+
+
+def whole_numbers(rows: ExactMatrix) -> tuple[NDArray[Any], Fraction]:
+    """Exact numbers as integers of the same shape, 0 for None, and what one of them stands for.
+
+    Their dtype is int64 where the sum of every row's largest is below 2^61, else Python integers.
+
+    >>> whole_numbers(((1, None), (Fraction(1, 2), 3)))
+    (array([[2, 0],
+           [1, 6]]), Fraction(1, 2))
+    """
+    scale = math.lcm(*(cell.denominator for row in rows for cell in row if cell))
+    numbers = [[cell.numerator * (scale // cell.denominator) if cell else 0 for cell in row] for row in rows]
+    largest = sum(max((abs(number) for number in row), default=0) for row in numbers)
+    found = np.array(numbers, dtype=np.int64 if largest < SAFE_TOTAL else object)
+    found.setflags(write=False)
+    return found, Fraction(1, scale)
 
 
 def table_json(table: ScoreTable) -> str:

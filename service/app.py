@@ -31,6 +31,7 @@ from service.api import (
     problems,
     scores,
     uploads,
+    webhooks,
 )
 from service.api.context import Context
 from service.api.cursors import Cursors, load_secret
@@ -64,6 +65,7 @@ ROUTERS = (
     calibrations.router,
     made_calibrations.router,
     jobs.router,
+    webhooks.router,
     scores.router,
     frontier.router,
     correlations.router,

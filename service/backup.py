@@ -164,7 +164,7 @@ def restore(settings: Settings, folder: Path) -> Backup:
 def missing_blobs(settings: Settings, database: Database) -> list[retention.Blob]:
     """The blobs that rows name and the store does not have, as tenant and digest."""
     with database.read() as session:
-        named = set(retention.named_blobs(session))
+        named = set(retention.promised_blobs(session))
     return sorted(
         (tenant, digest) for tenant, digest in named if not BlobStore(settings.data_dir, tenant).has(digest)
     )

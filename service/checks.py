@@ -81,13 +81,11 @@ def _store(settings: Settings) -> Check:
         file.flush()
         os.fsync(file.fileno())
     free, least = free_bytes(settings), settings.least_free_bytes
+    said = f"{free / 2**30:.1f} GiB are free"
     if free < least:
-        return Check(
-            "store",
-            "failed",
-            f"{free} bytes are free, {least} must be (BITPLAN_LEAST_FREE_BYTES). Make room: `bitplan gc`.",
-        )
-    return Check("store", "ok", f"writable, {free} bytes are free")
+        must = f"{least / 2**30:.1f} GiB must be (BITPLAN_LEAST_FREE_BYTES)"
+        return Check("store", "failed", f"{said}, {must}. Make room: `bitplan gc`.")
+    return Check("store", "ok", f"writable, {said}")
 
 
 def free_bytes(settings: Settings) -> int:

@@ -36,6 +36,8 @@ FAILPOINTS: Mapping[str, str] = {
     "runner.writing_plan": "a plan is decided, its row is not committed",
     "runner.checkpoint_stored": "a checkpoint is in the store, its job does not say so yet",
     "runner.before_finish": "every result of a job is stored, its final state is not",
+    "webhook.before_send": "a delivery is claimed, nothing is sent",
+    "webhook.after_send": "a delivery was answered, its row does not say so yet",
     "worker.before_unit": "a worker has received a unit",
     "worker.after_unit": "a worker has a result that it has not sent",
 }

@@ -9,6 +9,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    SecretStr,
 )
 from pydantic_core import PydanticCustomError
 
@@ -26,6 +27,8 @@ from sensitivity.catalog import AUTO, SCORERS, TASKS
 from sensitivity.contexts import without_context
 from sensitivity.scorers.metric_decoupled import ROLES
 from service.consumers import consumer_fault
+from service.webhooks.guard import DestinationRefused, parse_destination
+from service.webhooks.signing import key_of
 
 LARGEST_SEED = 2**53 - 1
 MOST_BUDGETS, MOST_SCHEMES, MOST_PATTERNS, MOST_FILES = 64, 64, 1000, 10_000
@@ -47,6 +50,34 @@ def _scheme(text: str) -> str:
         return parse_scheme(text).name
     except ValueError as error:
         raise refusal("unknown-scheme", str(error)) from None
+
+
+def _webhook_url(text: str) -> str:
+    try:
+        parse_destination(text)
+    except DestinationRefused as error:
+        raise refusal("invalid-webhook", str(error)) from None
+    return text
+
+
+def _webhook_secret(secret: SecretStr) -> SecretStr:
+    try:
+        key_of(secret.get_secret_value())
+    except ValueError as error:
+        raise refusal("invalid-webhook", str(error)) from None
+    return secret
+
+
+WebhookUrl = Annotated[
+    str,
+    Field(description="Where to POST it: https, a public address.", examples=["https://example.com/hooks"]),
+    AfterValidator(_webhook_url),
+]
+WebhookSecret = Annotated[
+    SecretStr,
+    Field(description="whsec_ and 24 to 64 random bytes in base64; signs the messages, and is never shown."),
+    AfterValidator(_webhook_secret),
+]
 
 
 def any_scheme(text: str) -> str:

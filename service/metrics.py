@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -40,6 +40,14 @@ KEPT_INPUTS = Counter(
     registry=API,
 )
 
+STREAMS = Gauge("bitplan_event_streams", "Streams of events that are open.", registry=API)
+
+WEBHOOK_ATTEMPTS = Counter(
+    "bitplan_webhook_attempts",
+    "Attempts to deliver a webhook: delivered, failed (to be tried again), or given_up.",
+    ("outcome",),
+    registry=RUNNER,
+)
 UNIT_SECONDS = Histogram(
     "bitplan_unit_seconds",
     "From handing a unit to the executor to its outcome; at most one other unit per worker is before it.",

@@ -4,12 +4,12 @@ JSON columns are plain dicts and lists; treat them as read-only. Times are aware
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from service.access import Scope
-from service.states import TERMINAL, InputState, JobKind, JobState, Stage, UploadState
+from service.states import TERMINAL, InputState, JobKind, JobState, Stage, UploadState, WebhookState
 
 Json = Mapping[str, Any]
 
@@ -139,6 +139,26 @@ class StandingRecord:
     def finished(self) -> bool:
         """Whether the state is final."""
         return self.state in TERMINAL
+
+
+@dataclass(frozen=True)
+class WebhookRecord:
+    """Who is told of a job's end, and how far that has come; `secret` is None once it is not needed any more.
+
+    `next_attempt_at` is in seconds of the database's own clock.
+    """
+
+    id: str
+    job_id: str
+    url: str
+    secret: str | None = field(repr=False)
+    state: WebhookState
+    attempts: int
+    next_attempt_at: float | None
+    last_status: int | None
+    last_error: str | None
+    created_at: datetime
+    settled_at: datetime | None
 
 
 @dataclass(frozen=True)

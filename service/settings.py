@@ -1,5 +1,6 @@
 """Settings of every Bitplan process: defaults, then environment variables that start with BITPLAN_."""
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,8 +27,10 @@ class Settings(BaseSettings):
     """What an operator may choose.
 
     ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
-    `model_folders` is an allow-list, separated like PATH. `memory_limit` ("2 GiB") holds for each worker that
-    measures (searches, correlations, evidence, evaluation). The lease must outlive at least two heartbeats.
+    `model_folders` is an allow-list, separated like PATH. `webhook_networks` ("10.0.0.0/8,127.0.0.1/32") are
+    networks beside the public ones that webhooks may go to. `memory_limit` ("2 GiB") holds for each worker
+    that measures (searches, correlations, evidence, evaluation). The lease must outlive at least two
+    heartbeats.
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
@@ -57,6 +60,7 @@ class Settings(BaseSettings):
     max_streams_per_client: int = Field(default=200, ge=1)
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
+    webhook_networks: Annotated[tuple[str, ...], NoDecode] = ()
     memory_limit: str = ""
     access: Literal["auto", "keys", "open"] = "auto"
     rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
@@ -82,6 +86,22 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("webhook_networks", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            ipaddress.ip_network(network)
+        return value
 
     @field_validator("memory_limit", "quota_bytes")
     @classmethod
@@ -116,4 +136,5 @@ class Settings(BaseSettings):
         """The environment variables that give another process these same settings."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
         values["model_folders"] = os.pathsep.join(str(folder) for folder in self.model_folders)
+        values["webhook_networks"] = ",".join(self.webhook_networks)
         return {f"BITPLAN_{name.upper()}": str(value) for name, value in values.items()}

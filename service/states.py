@@ -56,6 +56,15 @@ class InputState(StrEnum):
     DELETED = "deleted"
 
 
+class WebhookState(StrEnum):
+    """The states of a webhook: it waits for the end of its job, then for its delivery."""
+
+    WAITING = "waiting"
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
 TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
 
 PENDING = frozenset({JobState.QUEUED, JobState.RUNNING})

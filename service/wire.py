@@ -69,6 +69,8 @@ from service.fields import (
     Text,
     Ties,
     TimeLimit,
+    WebhookSecret,
+    WebhookUrl,
     any_scheme,
     checkpoint_consumer,
     distinct,
@@ -496,6 +498,25 @@ class JobRequest(WireModel):
         pins = [name for name, scheme in self.pins.items() if not is_cache(scheme)]
         named = [pattern for pattern in pins if not WILDCARDS & set(pattern)]
         return tuple(dict.fromkeys((*self.include, *named)))
+
+
+class Webhook(WireModel):
+    """Who is told, by a signed POST, that a job has ended."""
+
+    url: WebhookUrl
+    secret: WebhookSecret
+
+
+class SubmitRequest(JobRequest):
+    """A search to be queued, and who is told of its end."""
+
+    webhook: Webhook | None = Field(default=None, description="Told of the job's end; see docs/events.md.")
+
+
+class ResumeRequest(WireModel):
+    """What a resumed job has of its own."""
+
+    webhook: Webhook | None = Field(default=None, description="Told of the new job's end.")
 
 
 class CheckpointRequest(WireModel):

@@ -77,7 +77,9 @@ class Asked:
     def model(self) -> nn.Module:
         """The trained model in evaluation mode, float32."""
         from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         kinds = {"lm": AutoModelForCausalLM, "cnn": AutoModelForImageClassification}
         return kinds[self.kind].from_pretrained(self.model_folder, dtype=torch.float32).eval()
 

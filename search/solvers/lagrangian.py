@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -23,9 +24,11 @@ from search.core import (
 )
 from search.deadline import Deadline
 from search.dual import Visit, climb, solve_dual
-from search.labels import Searched, search_labels
+from search.items import alike
+from search.labels import FEWER, MOST_LABELS, Searched, search_labels
 from search.outcome import Outcome, lower_bound, solution_of
 from search.polish import polish
+from search.prices import prices_at
 from search.problem import SMALLEST_OBJECTIVE, Choice, Problem, Solution, Status, answered
 from search.screen import BEYOND, Image, Indices, Priced, Screen
 from search.solvers.ilp import solve_ilp_highs
@@ -44,6 +47,9 @@ TOO_MANY = "too many choices stayed open to list them"
 NEAR_ENOUGH = "changes of some groups at a time came within the gap of the dual's bound"
 CORES = (45, 140, 400)
 """Undecided groups that are searched before an incumbent has narrowed them down."""
+REPEATED = 8
+"""Groups of a kind, on average, where groups of equal usage are listed together, however many are open."""
+MOST_TOGETHER = 2_000_000
 
 Finish = Callable[[Core, Lagrangian, Choice | None, Deadline], Outcome]
 
@@ -99,6 +105,7 @@ class Search:
         self._image, self._problem, self._gap, self._deadline = image, problem, gap, deadline
         self._screen = Screen(image, [row.upper()[1] for row in problem.rows])
         self._log: list[str] = []
+        self._lower: Fraction | None = None
         self.visits: list[Visit] = []
         self.binding = self._screen.binding
         if not self._screen.impossible:
@@ -110,6 +117,15 @@ class Search:
 
     def solution(self, finish: Finish) -> Solution:
         """The answer; `finish` exhausts what neither bound nor labels decide."""
+        found = self._decided(finish)
+        if not self._screen.impossible:
+            found = replace(found, prices=prices_at(self._problem, self._screen, self._best.point))
+        if found.choice is None or found.bound is None or found.status is Status.OPTIMAL:
+            return found
+        proven = answered(self._problem, found.choice, self._bounded(found.bound), self._gap)
+        return replace(found, status=proven.status, bound=proven.bound, gap=proven.gap)
+
+    def _decided(self, finish: Finish) -> Solution:
         if self._screen.impossible:
             return Solution(Status.INFEASIBLE, method="presolve", why=ALONE, log=(f"presolve: {ALONE}",))
         incumbent = self._start()
@@ -123,11 +139,13 @@ class Search:
                 )
         if finish is labels_then_ilp:
             searched = self._grow(incumbent)
-            if searched is not None and not isinstance(searched, Solution):
+            if isinstance(searched, np.ndarray) and not self._repeated:
                 searched = self._around(searched)
             if isinstance(searched, Solution):
                 return searched
             incumbent = searched
+            if incumbent is not None and self._repeated and len(self._image.groups) > MOST_OPEN:
+                return self._told(self._answer(incumbent), "heuristic", TOO_MANY)
         return self._finished(incumbent, finish)
 
     def _start(self) -> Indices | None:
@@ -153,21 +171,44 @@ class Search:
         sign = 1 if self._problem.direction == "min" else -1
         above = float(self._screen.unscaled(self._priced.excess(choice)))
         bound = np.nextafter(objective - sign * above, -sign * np.inf) if above else objective
-        return answered(self._problem, picked, float(bound), self._gap)
+        return answered(self._problem, picked, self._bounded(float(bound)), self._gap)
+
+    def _bounded(self, bound: float) -> float:
+        """The better of a bound and what label searches have proven, in the problem's direction."""
+        if self._lower is None:
+            return bound
+        sign = 1 if self._problem.direction == "min" else -1
+        proven = sign * float(np.nextafter(float(self._lower), -np.inf))
+        return max(bound, proven) if sign > 0 else min(bound, proven)
+
+    @cached_property
+    def _repeated(self) -> bool:
+        """Whether groups come in a few kinds of equal usage, under several limits."""
+        groups = self._image.groups
+        if len(self._screen.images) < 2:
+            return False
+        usage = [self._problem.rows[i].usage for i in self._screen.binding]
+        return len(alike(usage, groups)) * REPEATED <= len(groups)
 
     def _grow(self, incumbent: Indices | None) -> Indices | Solution | None:
         """Labels over ever more groups: the answer, or the best choice met."""
         second = np.sort(self._priced.second[np.isfinite(self._priced.second)])
         done = 0.0
-        for size in CORES:
+        if self._repeated:
+            incumbent = self._first(incumbent)
+        for size in (*CORES, *([len(self._image.groups)] if self._repeated else [])):
             room = math.inf if incumbent is None else self._priced.excess(incumbent)
             most = min(room, float(second[size]) if size < len(second) else math.inf)
             opened = self._priced.open(most)
-            if int((opened.sum(axis=1) > 1).sum()) > MOST_OPEN or self._deadline.passed():
+            many = int((opened.sum(axis=1) > 1).sum()) > MOST_OPEN and not self._repeated
+            if many or self._deadline.passed():
                 break
             core, groups, bound = self._folded(opened)
             whole, below = self._whole(most, core, bound), self._whole(done, core, bound) or 0
-            found = search_labels(core, bound, whole, self._deadline, self._gap, below)
+            together = MOST_TOGETHER if self._repeated else MOST_LABELS
+            found = search_labels(core, bound, whole, self._deadline, self._gap, below, together)
+            lower = (Fraction(bound.lower + found.done, 1 << bound.bits) + core.offset) * core.unit
+            self._lower = lower if self._lower is None else max(lower, self._lower)
             self._note(f"labels: {len(groups)} of {len(opened)} groups open")
             if found.complete and (found.choice is not None or math.isinf(most)):
                 return self._exhausted(core, groups, found)
@@ -180,13 +221,24 @@ class Search:
                     )
             if not found.complete:
                 break
-            if incumbent is not None and most < room / TIED:
+            if incumbent is not None and most < room / TIED and not self._repeated:
                 around = self._around(incumbent)
                 if isinstance(around, Solution):
                     return around
                 incumbent = around
             done = most
         return incumbent
+
+    def _first(self, incumbent: Indices | None) -> Indices | None:
+        """A better choice by lists of all groups that are cut short."""
+        room = math.inf if incumbent is None else self._priced.excess(incumbent)
+        core, groups, bound = self._folded(self._priced.open(room))
+        whole = self._whole(room, core, bound)
+        found = search_labels(core, bound, whole, self._deadline, self._gap, most=FEWER)
+        self._note(f"labels: cut short, {len(groups)} of {len(self._image.groups)} groups open")
+        return (
+            incumbent if found.choice is None else self._better(incumbent, self._full(groups, found.choice))
+        )
 
     def _around(self, incumbent: Indices) -> Indices | Solution:
         """Labels over some groups at a time, the others as they are, while that finds better choices.

@@ -7,6 +7,7 @@ that never reads costs its connection and no more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ from service.errors import Unavailable
 
 MEDIA_TYPE = "text/event-stream"
 HEARTBEAT_SECONDS = 15.0
+LONGEST_SECONDS = 600.0
+"""Then the client is to come again, so that a key that was revoked meanwhile is noticed."""
 RECONNECT_MILLISECONDS = 2000
 PAGE = 32
 """Missed events that are read at a time."""
@@ -74,7 +77,7 @@ def open_stream(context: Context, job_id: str, last_id: int | None) -> Response:
     if context.watcher.closing:
         detail = "The service must run to send events. Got a request while it stops. Ask again in a moment."
         raise Unavailable("stopping", detail, headers={"Retry-After": "2"})
-    who = context.tenant
+    who = context.access.key_id or context.tenant
     context.slots.take(who)
     try:
         with context.database.read() as session:
@@ -114,8 +117,8 @@ async def _frames(
 ) -> AsyncIterator[bytes]:
     """The events behind `sent` and, in between, where the job stands and signs of life."""
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
-    shown = b""
-    while not (watcher.closing or topic.gone):
+    shown, until = b"", time.monotonic() + LONGEST_SECONDS
+    while not (watcher.closing or topic.gone or time.monotonic() > until):
         signal = topic.signal
         while missed := await _behind(topic, database, job_id, sent):
             for frame in missed:

@@ -23,11 +23,12 @@ from service.api.lookup import find_job
 from service.api.pages import page_of, position
 from service.api.quotas import UNKNOWN, require_bytes, require_job
 from service.api.resources import Page
+from service.api.webhooks import attach, identity_of
 from service.db.repositories import events, jobs
 from service.errors import Conflict
 from service.records import JobRecord
 from service.states import PENDING, IllegalTransition, JobKind, JobState
-from service.wire import JobRequest, LocalJobRequest
+from service.wire import LocalJobRequest, ResumeRequest, SubmitRequest
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Guarded)
 RETRY_SECONDS = "1"
@@ -38,24 +39,24 @@ JobId = Annotated[str, Path(max_length=100)]
 
 
 @router.post("", status_code=202, response_model=Job)
-def submit(body: JobRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
+def submit(body: SubmitRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
     """Queue a search."""
-    request = body.model_dump(mode="json")
+    request = body.model_dump(mode="json", exclude={"webhook"})
 
     def create(session: Session) -> Answer:
         check_job(context, session, body)
         require_job(context, session)
-        return accepted(
-            jobs.create(
-                session,
-                kind=JobKind.SEARCH,
-                request=request,
-                request_digest=digest(request),
-                tenant=context.tenant,
-            )
+        job = jobs.create(
+            session,
+            kind=JobKind.SEARCH,
+            request=request,
+            request_digest=digest(request),
+            tenant=context.tenant,
         )
+        attach(context, session, job, body.webhook)
+        return accepted(job)
 
-    return once(context, key, "POST /v1/jobs", request, create)
+    return once(context, key, "POST /v1/jobs", {**request, **identity_of(body.webhook)}, create)
 
 
 @router.get("")
@@ -113,8 +114,11 @@ def cancel(job_id: JobId, context: Ctx) -> Response:
 
 
 @router.post("/{job_id}/resume", status_code=202, response_model=Job)
-def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
+def resume(
+    job_id: JobId, context: Ctx, body: ResumeRequest | None = None, key: IdempotencyKey = None
+) -> Response:
     """Queue a new job with the same request, which finds the scores of this one stored."""
+    webhook = None if body is None else body.webhook
 
     def create(session: Session) -> Answer:
         job = find_job(context, session, job_id)
@@ -127,18 +131,18 @@ def resume(job_id: JobId, context: Ctx, key: IdempotencyKey = None) -> Response:
         if job.kind == JobKind.SEARCH:
             check_job(context, session, LocalJobRequest.model_validate(job.request))
         require_job(context, session)
-        return accepted(
-            jobs.create(
-                session,
-                kind=job.kind,
-                request=job.request,
-                request_digest=job.request_digest,
-                predecessor=job.id,
-                tenant=context.tenant,
-            )
+        made = jobs.create(
+            session,
+            kind=job.kind,
+            request=job.request,
+            request_digest=job.request_digest,
+            predecessor=job.id,
+            tenant=context.tenant,
         )
+        attach(context, session, made, webhook)
+        return accepted(made)
 
-    return once(context, key, f"POST /v1/jobs/{job_id}/resume", None, create)
+    return once(context, key, f"POST /v1/jobs/{job_id}/resume", identity_of(webhook) or None, create)
 
 
 @router.delete("/{job_id}", status_code=204)

@@ -49,6 +49,7 @@ SCOPES: Mapping[str, Scope | None] = {
     "resume": Scope.SUBMIT,
     "delete": Scope.SUBMIT,
     "list_events": Scope.READ,
+    "get_webhook": Scope.READ,
     "list_scores": Scope.READ,
     "get_frontier": Scope.READ,
     "correlate": Scope.SUBMIT,

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 
 from service.errors import TooMany
+from service.metrics import STREAMS
 
 RETRY_SECONDS = "10"
 
@@ -26,6 +27,7 @@ class Slots:
             if self._open.total() >= self.whole:
                 raise _too_many(f"The service must have at most {self.whole} open event streams", self.whole)
             self._open[who] += 1
+        STREAMS.inc()
 
     def give_back(self, who: str) -> None:
         """One stream less."""
@@ -33,6 +35,7 @@ class Slots:
             self._open[who] -= 1
             if not self._open[who]:
                 del self._open[who]
+        STREAMS.dec()
 
     @property
     def open(self) -> int:

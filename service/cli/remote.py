@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `bitplan jobs` lists it.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay, show progress, and print the plans at the end.")]
+WebhookUrl = Annotated[
+    str | None,
+    typer.Option("--webhook", metavar="URL", help="Told of the job's end by a signed POST; needs a secret."),
+]
+WebhookSecret = Annotated[
+    str | None,
+    typer.Option(
+        "--webhook-secret",
+        envvar="BITPLAN_WEBHOOK_SECRET",
+        show_envvar=True,
+        help="Signs the message: whsec_ and 24 to 64 random bytes in base64. Better in the variable.",
+    ),
+]
 SHORT_TRIES = 2
 """Repeated requests of a command that answers at once: a server that is away is told within a second."""
 GOES_ON = (
@@ -46,6 +59,8 @@ def submit(
     search: SearchOptions,
     output: options.Output = None,
     watch: Watch = False,
+    webhook: WebhookUrl = None,
+    webhook_secret: WebhookSecret = None,
     dry_run: options.DryRun = False,
     server: options.Server = options.DEFAULT_SERVER,
     key_file: options.KeyFile = None,
@@ -54,12 +69,13 @@ def submit(
     """Send a model and calibration data to a server and start a search there; -o waits for its plans."""
     with exits(as_json=as_json, interrupted=GOES_ON):
         parameters = search.parameters()
+        told = _receiver(webhook, webhook_secret)
         check_output(output, several=several_plans(parameters))
         if dry_run:
             _preview(Path(model), Path(calibration), parameters, as_json=as_json)
             return
         with client_of(server, key_file, patient=True) as client:
-            job = client.submit(model=model, calibration=calibration, **parameters)
+            job = client.submit(model=model, calibration=calibration, webhook=told, **parameters)
             if not (watch or output):
                 _print_job(job, as_json=as_json)
                 return
@@ -233,6 +249,18 @@ def plan_named(client: Client, name: str) -> PlanHandle:
         named = ", ".join(f"{plan.id} ({plan.resource['budget']})" for plan in found) or "none"
         raise ValueError(f"A job must have one plan to be named by it. Got {named}. Pass the id of a plan.")
     return found[0]
+
+
+def _receiver(url: str | None, secret: str | None) -> dict[str, str] | None:
+    """The webhook of a request. Raises ValueError for one without a secret."""
+    if url is None:
+        return None
+    if not secret:
+        raise ValueError(
+            "--webhook must come with a secret. Got none. Set BITPLAN_WEBHOOK_SECRET; make one with"
+            ' python -c "from service.webhooks.signing import new_secret; print(new_secret())".'
+        )
+    return {"url": url, "secret": secret}
 
 
 def _preview(model: Path, calibration: Path, parameters: Mapping[str, Any], *, as_json: bool) -> None:

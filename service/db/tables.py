@@ -191,6 +191,24 @@ class EventRow(Base):
     at: Mapped[datetime] = mapped_column(default=now)
 
 
+class WebhookRow(Base):
+    """Who is told of a job's end: the outbox of deliveries. Times of attempts are of the database's clock."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index(None, "state", "next_attempt_at"),)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), unique=True)
+    url: Mapped[str]
+    secret: Mapped[str | None]
+    state: Mapped[str]
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_attempt_at: Mapped[float | None]
+    last_status: Mapped[int | None]
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    settled_at: Mapped[datetime | None]
+
+
 class UnitRow(Base):
     """Finished units of work."""
 

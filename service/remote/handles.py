@@ -344,9 +344,14 @@ class JobHandle:
         self._etag = None
         return self
 
-    def resume(self) -> JobHandle:
-        """A new job that goes on from the stored scores of this one."""
-        return JobHandle(self._transport, self._transport.post(f"{self._path()}/resume"))
+    def resume(self, webhook: Mapping[str, str] | None = None) -> JobHandle:
+        """A new job that goes on from the stored scores of this one; a webhook is its own (url, secret)."""
+        body = None if webhook is None else {"webhook": dict(webhook)}
+        return JobHandle(self._transport, self._transport.post(f"{self._path()}/resume", body))
+
+    def webhook(self) -> dict[str, Any]:
+        """How far the delivery of the job's webhook has come. Raises ProblemError for a job without one."""
+        return dict(self._transport.get(f"{self._path()}/webhook"))
 
     def delete(self) -> None:
         """Remove a finished job and its plans; scores stay for other jobs."""

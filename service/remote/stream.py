@@ -50,6 +50,7 @@ def messages(transport: Transport, path: str, after: int = 0) -> Generator[Messa
                 pause = _refusal(source.response)
                 for event in () if pause is not None else source:
                     if event.event == PROGRESS:
+                        failures = 0
                         yield Message(None, json.loads(event.data))
                     elif event.data:
                         failures, after = 0, int(event.id)

@@ -9,6 +9,7 @@ from service import logs
 from service.db import migrate
 from service.db.engine import Database
 from service.runner.catalog import load_handlers
+from service.runner.deliveries import deliveries_of, delivering
 from service.runner.loop import Runner
 from service.runner.presence import collecting, present
 from service.settings import Settings
@@ -18,7 +19,7 @@ log = structlog.get_logger()
 
 def run(settings: Settings) -> None:
     """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue. Meanwhile be
-    known as a runner, and collect garbage.
+    known as a runner, deliver webhooks, and collect garbage.
 
     The database is migrated first. Raises `DatabaseTooNew`.
     """
@@ -29,7 +30,11 @@ def run(settings: Settings) -> None:
     try:
         runner = Runner(settings, database, load_handlers())
         _stop_on_signals(runner)
-        with present(settings, database, runner.owner), collecting(settings, database):
+        with (
+            present(settings, database, runner.owner),
+            collecting(settings, database),
+            delivering(deliveries_of(settings, database), settings.poll_seconds),
+        ):
             log.info("runner.started", host=runner.owner.host, pid=runner.owner.pid)
             runner.run()
         log.info("runner.stopped")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def benchmarks_on_the_path() -> Iterator[None]:
-    added = [str(ROOT), str(ROOT / "benchmarks" / "peers")]
+    added = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
     sys.path[:0] = added
     yield
     for path in added:
@@ -100,3 +100,42 @@ def test_effective_bits_count_what_is_left_alone_with_16() -> None:
 
     assert effective_bits(3.0, 100, 100) == 3.0
     assert effective_bits(3.0, 100, 125) == pytest.approx((3 * 100 + 16 * 25) / 125)
+
+
+def test_nncf_gets_a_ratio_for_the_two_widest_formats_that_reach_the_budget() -> None:
+    from asked import Scheme
+    from nncf_plans import METRICS, attempts
+
+    schemes = [Scheme.of(name) for name in ("w2", "w3", "w4", "w8")]
+    assert list(attempts(schemes, 2.5)) == [(2, 5.5 / 6, metric) for metric in METRICS]
+    assert list(attempts(schemes, 4.0)) == [*((3, 0.8, metric) for metric in METRICS), (4, 1.0, METRICS[0])]
+
+
+def test_aimets_steps_are_taken_until_the_average_is_the_budget() -> None:
+    from aimet_plans import chosen
+    from asked import Scheme
+
+    schemes = [Scheme.of(name) for name in ("w2", "w4", "w8")]
+    steps = [(("a",), 4), (("b",), 4), (("a",), 2), (("b",), 2)]
+    plans = chosen(schemes, {"a": 1, "b": 3}, steps, [8.0, 7.0, 4.0, 1.0])
+    assert [list(plan.values()) for plan in plans.values()] == [
+        ["w8", "w8"],
+        ["w4", "w8"],
+        ["w4", "w4"],
+        ["w2", "w2"],
+    ]
+
+
+def test_mcts_names_are_the_layers_again() -> None:
+    from types import SimpleNamespace
+
+    from asked import Scheme
+    from mct_plans import widths
+
+    def module(bits: int) -> SimpleNamespace:
+        return SimpleNamespace(weights_quantizers={"weight": SimpleNamespace(num_bits=bits)})
+
+    modules = {"a_0_conv_bn": module(8), "a_1": module(2), "relu": SimpleNamespace()}
+    made = SimpleNamespace(named_modules=modules.items)
+    schemes = [Scheme.of(name) for name in ("w2", "w8")]
+    assert widths(schemes, ["a.0.conv", "a.1"], made) == {"a.0.conv": "w8", "a.1": "w2"}

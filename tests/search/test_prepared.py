@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,3 +45,9 @@ def test_limits_must_fit_the_rows(knapsack: Callable[..., Problem]) -> None:
         prepared.solve([1, 2])
     with pytest.raises(ProblemError, match="gap must be"):
         prepared.solve(gap=-1.0)
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    (example,) = [block for block in text.split("```python\n")[1:] if "Prepared(" in block]
+    exec(example.partition("```")[0], {})

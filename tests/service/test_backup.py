@@ -129,7 +129,7 @@ def test_the_database_comes_first(settings: Settings, database: Database, tmp_pa
     backup.copy_blobs(settings.data_dir, right)
     backup.copy_database(url, wrong)
     with database.read() as session:
-        named = {digest for _, digest in retention.named_blobs(session)}
+        named = {digest for _, digest in retention.promised_blobs(session)}
     assert [len(named - {path.name for path in backup._blobs_in(folder)}) for folder in (right, wrong)] == [
         0,
         1,

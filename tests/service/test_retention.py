@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -300,13 +301,18 @@ def test_calibration_files_and_checkpoints_stay_with_what_names_them(
     with database.write() as session:
         source = {"kind": "local", "files": [{"path": "c.txt", "sha256": text}]}
         calibration = calibrations.create(session, source=source, digest=text, kind="text")
+    factor = store.put_arrays({"factor": np.ones(2)})
     job = finished(database, JobKind.WRITE_CHECKPOINT, summary={"sha256": weights})
+    search = finished(database, summary={"interactions": {"metric": "gram_output", "factor": factor}})
     age(database, settings, days=20)
     assert run() == {}
+    with database.read() as session:
+        assert {digest for _, digest in retention.promised_blobs(session)} == {text, weights, factor}
     with database.write() as session:
         calibrations.set_state(session, calibration.id, InputState.DELETED)
         jobs.delete(session, job)
-    assert run() == {"blobs": 2}
+        jobs.delete(session, search)
+    assert run() == {"blobs": 3}
     assert not store.has(text)
 
 
@@ -336,6 +342,30 @@ def test_one_process_collects_at_a_time(database: Database, settings: Settings) 
 
     assert collect(settings, database, stopping=asks_again) is not None
     assert set(seen) == {None}
+
+
+PUBLISHERS = {
+    "api/intake.py": "models that are copied from folders",
+    "backup.py": "whatever a backup holds",
+    "interactions.py": "the summary of a search, at its end",
+    "local.py": "calibration sets of this machine",
+    "runner/calibration_job.py": "calibration sets that were made",
+    "runner/checkpoint_job.py": "the summary of a checkpoint job",
+    "runner/dispatch.py": "artifacts of units",
+    "runner/lab.py": "artifacts of units",
+}
+"""Who adds blobs beside uploads, and the row that names them, within `unreferenced_hours`."""
+
+
+def test_retention_knows_everybody_who_adds_blobs() -> None:
+    service = Path(__file__).parents[2] / "service"
+    adds = re.compile(r"store\.(put|put_bytes|put_file|put_arrays|adopt)\(")
+    found = {
+        str(path.relative_to(service))
+        for path in service.rglob("*.py")
+        if path.parent.name != "store" and adds.search(path.read_text("utf-8"))
+    }
+    assert found == set(PUBLISHERS), "Teach service/db/repositories/retention.py which row names the blob."
 
 
 @pytest.mark.postgres

@@ -42,13 +42,27 @@ def test_a_memory_limit_has_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
         Settings()
 
 
+def test_networks_for_webhooks_are_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITPLAN_WEBHOOK_NETWORKS", "10.0.0.0/8, fd00::/8,")
+    assert Settings().webhook_networks == ("10.0.0.0/8", "fd00::/8")
+    monkeypatch.setenv("BITPLAN_WEBHOOK_NETWORKS", "10.0.0.0/8,intranet")
+    with pytest.raises(ValidationError, match="'intranet' does not appear to be an IPv4 or IPv6 network"):
+        Settings()
+
+
 def test_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITPLAN_PORT", "9000")
     assert Settings(port=9001).port == 9001
 
 
 def test_another_process_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = Settings(data_dir=tmp_path, port=9001, model_folders=(Path("/a"), Path("/b")), workers=3)
+    settings = Settings(
+        data_dir=tmp_path,
+        port=9001,
+        model_folders=(Path("/a"), Path("/b")),
+        webhook_networks=("10.0.0.0/8", "::1/128"),
+        workers=3,
+    )
     for name, value in settings.as_environment().items():
         monkeypatch.setenv(name, value)
     assert Settings() == settings

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.db.engine import database_clock
-from service.db.repositories import events
+from service.db.repositories import events, webhooks
 from service.db.repositories.rows import chunks, page, record_of
 from service.db.tables import EventRow, JobRow, now
 from service.ids import new_id
@@ -162,6 +162,8 @@ def transition(
         drop_lease(row)
     session.flush()
     events.append(session, row.id, state.value, data)
+    if state in TERMINAL:
+        webhooks.fall_due(session, row)
     return record_of_job(row)
 
 

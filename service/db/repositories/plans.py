@@ -26,7 +26,7 @@ def insert(
     tenant: str = "default",
 ) -> PlanRecord:
     """The plan of (job, budget, settings): a new row, or the one that was stored first, unchanged."""
-    values = {
+    values: dict[str, Any] = {
         "id": new_id("plan"),
         "tenant": tenant,
         "job_id": job_id,
@@ -39,7 +39,8 @@ def insert(
         "evidence": None if evidence is None else dict(evidence),
         "created_at": now(),
     }
-    insert_or_keep(session, PlanRow, values)
+    if insert_or_keep(session, PlanRow, values):
+        return PlanRecord(**values)
     stored = find(session, job_id, budget, settings_digest)
     assert stored is not None
     return stored

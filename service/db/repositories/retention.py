@@ -5,8 +5,10 @@ set) calls `share` first, in the same transaction; deletions happen under `exclu
 between being looked up and being referred to. SQLite has one writer at a time and needs neither.
 """
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import delete, func, select, text
 from sqlalchemy.orm import Session
@@ -29,6 +31,7 @@ from service.states import TERMINAL, InputState, UploadState
 RETENTION_LOCK = 0x6269_7470_6C61_6E01
 ENDED = [state.value for state in TERMINAL]
 CHUNK = 500
+DIGEST = re.compile("[0-9a-f]{64}")
 Blob = tuple[str, str]
 """A tenant and a digest."""
 
@@ -155,7 +158,7 @@ def needed_blobs(
     without_uploads: Collection[str] = (),
 ) -> frozenset[Blob]:
     """Which of `wanted` something refers to: models and calibration sets that are not deleted, open uploads,
-    units and faults of score sets, checkpoints of jobs.
+    units and faults of score sets, summaries of jobs.
     """
     asked = frozenset(wanted)
     found = set(_named(session, frozenset(without_jobs), frozenset(without_uploads))) & asked
@@ -172,9 +175,13 @@ def needed_blobs(
     return frozenset(found)
 
 
-def named_blobs(session: Session) -> Iterator[Blob]:
-    """Every blob that some row promises."""
-    yield from _named(session, frozenset(), frozenset())
+def promised_blobs(session: Session) -> Iterator[Blob]:
+    """Every blob that some row says is there."""
+    yield from _sources(session, frozenset())
+    yield from _faulty(session)
+    for _, tenant, summary in _summaries(session):
+        told = (summary.get("sha256"), (summary.get("interactions") or {}).get("factor"))
+        yield from ((tenant, str(digest)) for digest in told if digest is not None)
     artifacts = (
         select(ScoreSetRow.tenant, UnitRow.artifact)
         .join(ScoreSetRow, ScoreSetRow.digest == UnitRow.score_set)
@@ -187,7 +194,18 @@ def named_blobs(session: Session) -> Iterator[Blob]:
 
 
 def _named(session: Session, jobs: frozenset[str], uploads: frozenset[str]) -> Iterator[Blob]:
-    """The blobs that rows name in their JSON, jobs and uploads of these ids left out."""
+    """The blobs that rows may name in their JSON, jobs and uploads of these ids left out. Whatever looks like
+    a digest in the summary of a job is taken for one: its checkpoint, its interactions, and what comes next.
+    """
+    yield from _sources(session, uploads)
+    yield from _faulty(session)
+    for ident, tenant, summary in _summaries(session):
+        if ident not in jobs:
+            yield from ((tenant, digest) for digest in _digests_in(summary))
+
+
+def _sources(session: Session, uploads: frozenset[str]) -> Iterator[Blob]:
+    """The files of models, of calibration sets, and of uploads that are open."""
     for table in (ModelRow, CalibrationRow):
         query = select(table.tenant, table.source).where(table.state != InputState.DELETED.value)
         for tenant, source in session.execute(query):
@@ -198,10 +216,24 @@ def _named(session: Session, jobs: frozenset[str], uploads: frozenset[str]) -> I
     for ident, tenant, manifest in session.execute(opened):
         if ident not in uploads:
             yield from ((tenant, file["sha256"]) for file in manifest)
-    written = JobRow.summary["sha256"].as_string()
-    done = select(JobRow.id, JobRow.tenant, written).where(written.is_not(None))
-    yield from ((tenant, sha256) for ident, tenant, sha256 in session.execute(done) if ident not in jobs)
-    yield from _faulty(session)
+
+
+def _summaries(session: Session) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    query = select(JobRow.id, JobRow.tenant, JobRow.summary).where(JobRow.summary.is_not(None))
+    for ident, tenant, summary in session.execute(query.execution_options(yield_per=CHUNK)):
+        yield ident, tenant, summary or {}
+
+
+def _digests_in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        if DIGEST.fullmatch(value):
+            yield value
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from _digests_in(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from _digests_in(member)
 
 
 def _faulty(session: Session) -> Iterator[Blob]:

@@ -231,6 +231,17 @@ def api(settings: Settings) -> Iterator[Api]:
 
 
 @pytest.fixture
+def make_api() -> Callable[[TestClient], tuple[Api, FakeRunner]]:
+    """For a test whose settings are its own."""
+
+    def make(http: TestClient) -> tuple[Api, FakeRunner]:
+        api = Api(http)
+        return api, FakeRunner(api)
+
+    return make
+
+
+@pytest.fixture
 def runner(api: Api) -> FakeRunner:
     return FakeRunner(api)
 

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 import uvicorn
 
+from service import metrics
 from service.api import event_stream, watcher
 from service.api.stopping import calling_at_stop
 from service.app import create_app
@@ -187,6 +188,7 @@ def test_streams_are_limited_for_each_client_and_in_all(api, job, serving, setti
             with http.sse(path_of(job)), http.sse(path_of(job)):
                 refused = http.get(path_of(job), headers=STREAM)
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+                assert metrics.API.get_sample_value("bitplan_event_streams") >= 2
                 assert refused.json()["type"] == "urn:bitplan:problem:too-many-streams"
                 assert words in refused.json()["detail"]
                 assert http.get(path_of(job)).status_code == 200
@@ -378,3 +380,13 @@ def test_the_client_follows_a_real_server(api, job, runner, http):
     assert ("running", 10) in states
     assert states[-1] == ("succeeded", 10)
     assert [event["type"] for event in handle.follow(after=1)] == ["running", "stage", "succeeded"]
+
+
+def test_a_stream_ends_after_a_while_for_its_client_to_come_again(api, job, runner, http, monkeypatch):
+    monkeypatch.setattr(event_stream, "LONGEST_SECONDS", -1.0)
+    assert parsed(api.http.get(path_of(job), headers=STREAM).text) == [{"retry": "2000"}]
+    monkeypatch.setattr(event_stream, "LONGEST_SECONDS", 0.1)
+    timer = threading.Timer(0.5, lambda: runner.finish(runner.start(job["id"])))
+    timer.start()
+    assert Client(http=http).job(job["id"]).wait().state == "succeeded"
+    timer.join()

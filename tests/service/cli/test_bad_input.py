@@ -55,6 +55,14 @@ def copy(tiny: Tiny, tmp_path: Path) -> Path:
     )
 
 
+def test_a_webhook_needs_a_secret(
+    refused: Refused, resnet: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BITPLAN_WEBHOOK_SECRET", raising=False)
+    message = refused("submit", *resnet()[1:], "--webhook", "https://hooks.example.com/")
+    assert message.startswith("--webhook must come with a secret. Got none. Set BITPLAN_WEBHOOK_SECRET")
+
+
 # -- the model ------------------------------------------------------------------------------------
 
 

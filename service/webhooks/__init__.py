@@ -1,0 +1,1 @@
+"""Telling others over HTTP that a job has ended."""
