@@ -135,7 +135,8 @@ class _Halves:
             found = self._run(threshold, deadline)
             complete &= found.complete
             if found.choice is not None or deadline.passed() or not (complete or self._most <= FEWER):
-                return replace(found, complete=complete, done=done)
+                ended = found.choice is not None or not threshold < self._last
+                return replace(found, complete=complete and ended, done=done)
             if complete and threshold < self._last:
                 reached = Fraction(threshold) - found.slip / self._cost_unit
                 done = max(done, int(reached * self._unit))

@@ -13,7 +13,7 @@ from search.deadline import Deadline
 from search.dual import solve_dual
 from search.items import alike, pairs
 from search.join import Join
-from search.labels import search_labels
+from search.labels import Searched, _Halves, search_labels
 from search.listing import Labels, Room, undominated
 from search.problem import Problem, Row, Status
 from search.solve import solve
@@ -86,6 +86,17 @@ def test_a_search_cut_short_says_what_it_has_proven(kinds: Callable[..., Problem
     if short.choice is not None:
         assert core.feasible(short.choice)
         assert core.total(short.choice) >= core.total(whole.choice) - whole.slip
+
+
+def test_a_search_out_of_time_between_thresholds_proves_nothing(
+    kinds: Callable[..., Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, bound = _core(kinds(60, 3, 2, seed=5))
+    monkeypatch.setattr(_Halves, "_run", lambda self, threshold, deadline: Searched(True, None))
+    found = search_labels(core, bound, None, Deadline(0.0))
+    assert found.choice is None
+    assert not found.complete
+    assert search_labels(core, bound, None, Deadline()).complete
 
 
 def test_groups_are_alike_by_their_usage_up_to_a_constant() -> None:
