@@ -9,7 +9,7 @@ from sensitivity.catalog import TASKS
 from sensitivity.errors import BadUnit
 from sensitivity.inventory import inventory_of
 from sensitivity.kv_cache import geometry_json
-from sensitivity.model_loading import load_model, model_digest
+from sensitivity.model_loading import load_model, load_skeleton, model_digest
 from sensitivity.spec import SessionSpec
 from sensitivity.units import InspectUnit, Unit, UnitResult
 
@@ -17,11 +17,17 @@ from sensitivity.units import InspectUnit, Unit, UnitResult
 class ModelCheck:
     """Builds the model of `spec` and answers an `InspectUnit`; the calibration data of `spec` are not read.
 
+    A folder's model is built on the meta device first: nothing is allocated for tensors that its files lack.
+
     Raises SessionError when the model cannot be built, is quantized already, or has nothing to quantize.
     """
 
     def __init__(self, spec: SessionSpec) -> None:
         torch.set_num_threads(spec.threads)
+        if spec.model.kind == "folder":
+            load_skeleton(
+                spec.model.location
+            )  # a configuration that asks for more than the files hold ends here
         loaded = load_model(spec.model, spec.task, torch.device("cpu"))
         self._model, self._task = loaded.model, loaded.task
 

@@ -5,6 +5,7 @@
       Unauthorized          401
       Forbidden             403
       NotFound              404
+      RequestTimeout        408
       Conflict              409
       PreconditionFailed    412
       TooLarge              413
@@ -88,6 +89,12 @@ class NotFound(ServiceError):
     """There is no such thing, or it belongs to someone else."""
 
     status, title = 404, "Not found"
+
+
+class RequestTimeout(ServiceError):
+    """The body came too slowly."""
+
+    status, title = 408, "Request timeout"
 
 
 class Conflict(ServiceError):

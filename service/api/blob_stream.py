@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
+from asyncio import timeout
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from sys import exc_info
 from typing import TypeVar
@@ -12,11 +13,20 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from service.errors import BadRequest, Conflict, InsufficientStorage, ServiceError, TooLarge
+from service.errors import (
+    BadRequest,
+    Conflict,
+    InsufficientStorage,
+    RequestTimeout,
+    ServiceError,
+    TooLarge,
+)
 from service.store.errors import BlobTooLarge, DigestMismatch, PartialBusy, WrongOffset
 from service.store.partials import PartialUpload, PartialWriter
 
 BUFFER_BYTES = 1 << 20
+PATIENCE_SECONDS = 120.0
+"""For each BUFFER_BYTES of a body, so that a slow one ends; what has arrived stays."""
 T = TypeVar("T")
 
 
@@ -24,7 +34,8 @@ async def receive(request: Request, partial: PartialUpload, offset: int | None, 
     """Append the body from `offset` (None: from the beginning, anew) and give the offset that was reached.
 
     A complete blob is verified and becomes visible. What arrived before the connection broke stays. Raises
-    Conflict `wrong-offset`, `digest-mismatch` or `upload-busy`, TooLarge, InsufficientStorage.
+    Conflict `wrong-offset`, `digest-mismatch` or `upload-busy`, TooLarge, RequestTimeout `body-too-slow`,
+    InsufficientStorage.
     """
     try:
         _refuse_declared(request, partial.offset if offset else 0, size)
@@ -52,16 +63,34 @@ def _refuse_declared(request: Request, reached: int, size: int) -> None:
 
 
 async def _copy(request: Request, writer: PartialWriter) -> None:
-    buffer = bytearray()
+    """Write what arrives in pieces of about BUFFER_BYTES, the last one too when the body breaks off."""
+    chunks, more = request.stream(), True
+    while more:
+        buffer = bytearray()
+        try:
+            more = await _fill(buffer, chunks)
+        finally:
+            if buffer:
+                await run_in_threadpool(writer.write, bytes(buffer))
+
+
+async def _fill(buffer: bytearray, chunks: AsyncGenerator[bytes]) -> bool:
+    """Collect the next BUFFER_BYTES; False where the body ends. Raises RequestTimeout."""
     try:
-        async for chunk in request.stream():
-            buffer += chunk
-            if len(buffer) >= BUFFER_BYTES:
-                full, buffer = buffer, bytearray()
-                await run_in_threadpool(writer.write, bytes(full))
-    finally:
-        if buffer:
-            await run_in_threadpool(writer.write, bytes(buffer))
+        async with timeout(PATIENCE_SECONDS):
+            while len(buffer) < BUFFER_BYTES:
+                chunk = await anext(chunks, None)
+                if chunk is None:
+                    return False
+                buffer += chunk
+    except TimeoutError:
+        raise RequestTimeout(
+            "body-too-slow",
+            f"A body must bring {BUFFER_BYTES} bytes every {PATIENCE_SECONDS:g} seconds. Got {len(buffer)}. "
+            "Resume it from the offset that HEAD answers.",
+            headers={"Connection": "close"},
+        ) from None
+    return True
 
 
 @asynccontextmanager

@@ -35,15 +35,27 @@ CALIBRATION_FILES: dict[str, str] = {
 }
 
 _ARCHIVES = ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.gz", "*.bz2", "*.xz", "*.zst", "*.7z", "*.rar")
+_PROGRAMS = ("*.pt2",)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.torchscript", "*.npy")
-_OTHER_RUNTIMES = ("*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.tflite", "*.gguf", "*.pt2", "*.pb")
+_OTHER_RUNTIMES = ("*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.tflite", "*.gguf", "*.pb")
 INSTEAD: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (_ARCHIVES, "an archive", "Send the unpacked files one by one in the manifest."),
     (
         _PICKLES,
         "a pickle or TorchScript file, which can run code when it is loaded",
-        "Send safetensors: model.save_pretrained(folder, safe_serialization=True), "
-        "or safetensors.torch.save_file(tensors, file).",
+        "Send safetensors: model.save_pretrained(folder, safe_serialization=True), or "
+        "safetensors.torch.save_file(tensors, file).",
+    ),
+    (
+        _PROGRAMS,
+        "a program of torch.export, which runs code of its own when it is loaded",
+        "Send the Hugging Face folder that it was exported from: config.json and *.safetensors. For a model "
+        "of your own code, run bitplan on your own machine with --factory package.module:function.",
+    ),
+    (
+        ("model_index.json",),
+        "the index of a pipeline of several models",
+        "Send the folder of its unet or transformer: config.json and *.safetensors.",
     ),
     (
         _OTHER_RUNTIMES,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from service.errors import NotFound, Unprocessable
+from service.errors import NotFound, ServiceError, Unprocessable
 from service.ingest.kinds import is_model_file, refusal
 
 
@@ -21,9 +21,11 @@ def allowed_folder(folder: str, allowed: Sequence[Path]) -> Path:
             "model instead.",
             pointer="/folder",
         )
-    path = Path(os.path.realpath(folder))
-    if not Path(folder).is_absolute() or not any(
-        path.is_relative_to(os.path.realpath(root)) for root in allowed
+    path = Path(os.path.realpath(folder.replace("\0", "")))
+    if (
+        "\0" in folder
+        or not Path(folder).is_absolute()
+        or not any(path.is_relative_to(os.path.realpath(root)) for root in allowed)
     ):
         raise Unprocessable(
             "folder-not-allowed",
@@ -31,7 +33,7 @@ def allowed_folder(folder: str, allowed: Sequence[Path]) -> Path:
             "Upload the model instead, or ask the operator.",
             pointer="/folder",
         )
-    if not path.is_dir():
+    if not os.path.isdir(path):  # false, too, for a name that is longer than names may be
         raise NotFound(
             "folder-not-found",
             f"folder must exist on the server. Got {folder[:200]!r}. Check it.",
@@ -48,16 +50,27 @@ def model_files_in(folder: Path) -> tuple[Path, ...]:
             if path.suffix in {".py", ".bin", ".pt", ".pth"}:
                 raise refusal(path.name, "/folder", "those of a safetensors checkpoint")
             continue
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise Unprocessable(
-                "invalid-path",
-                f"Files of a model folder must be plain files. Got {path.name!r}, a link or device. Copy "
-                "the file.",
-                pointer="/folder",
-            )
+        _require_plain(path.name, path.lstat())
     return tuple(path for path in found if is_model_file(path.name))
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a file that must not have become a link since it was looked at."""
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    """Open a file that must not have become a link, pipe or device since it was looked at."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        _require_plain(path.name, os.fstat(descriptor))
+    except ServiceError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _require_plain(name: str, found: os.stat_result) -> None:
+    """A second name (hard link) may be of a file outside the folder, as a symbolic link may."""
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise Unprocessable(
+            "invalid-path",
+            f"Files of a model folder must be plain files with one name. Got {name!r}, a link, pipe or "
+            "device. Copy the file.",
+            pointer="/folder",
+        )

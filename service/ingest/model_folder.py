@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import Unprocessable
+from service.ingest.companions import check_companion
 from service.ingest.kinds import check_model_files
 from service.ingest.model_config import already_quantized, check_config
 from service.ingest.safetensors_header import TensorEntry, read_header
@@ -51,6 +52,8 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
         _read(files["config.json"], LARGEST_CONFIG, "config.json"), what="config.json", slug="invalid-config"
     )
     model_type = check_config(config)
+    for name in sorted(files):
+        check_companion(name, files[name])
     shards = {name: _header(name, files[name]) for name in sorted(files) if name.endswith(".safetensors")}
     _check_shards(files, shards)
     entries = [entry for tensors in shards.values() for entry in tensors]

@@ -25,11 +25,15 @@ def check_index(data: bytes, name: str, shards: Mapping[str, tuple[TensorEntry, 
     for tensor, shard in weight_map.items():
         if held.get(tensor) != shard:
             _fail(name, f"tensor {tensor[:120]!r}, which {shard} does not hold", "invalid-shard-index")
+    for tensor, shard in held.items():
+        if tensor not in weight_map:
+            _fail(name, f"tensor {tensor[:120]!r} of {shard} left out", "invalid-shard-index")
 
 
 def _fail(name: str, reason: str, slug: str) -> NoReturn:
     raise Unprocessable(
         slug,
-        f"{name} must name only safetensors files of the same manifest and tensors they hold. Got {reason}. "
+        f"{name} must name every tensor with the safetensors file of the same manifest that holds it. Got "
+        f"{reason}. "
         "Send the folder as model.save_pretrained(folder) writes it, with every shard.",
     )

@@ -46,9 +46,13 @@ PASSES = {
     "worker.before_unit": (1, 7, 16),
     "worker.after_unit": (1, 7, 16),
 }
-OF_CHECKPOINTS = {"runner.checkpoint_stored"}
-"""Tried by test_checkpoint_kill.py."""
 """Early: loading or verifying. Middle: scoring. Late: choosing and reporting."""
+ELSEWHERE = {
+    "runner.checkpoint_stored": "test_checkpoint_kill.py",
+    "webhook.before_send": "../service/runner/test_deliveries.py",
+    "webhook.after_send": "../service/runner/test_deliveries.py",
+}
+"""Failpoints that no job of this file passes, and the file that kills at them."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ def check_kills_at(name: str, start, undisturbed: Ended, given, folder: Path, ur
 
 
 def test_every_failpoint_is_tried():
-    assert set(PASSES) | OF_CHECKPOINTS == set(FAILPOINTS)
+    assert set(PASSES) | set(ELSEWHERE) == set(FAILPOINTS)
+    for name, file in ELSEWHERE.items():
+        assert name in (Path(__file__).parent / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quant.layers import Inventory
-from sensitivity.errors import BadPattern, BadUnit, ModelHasNothingToQuantize
+from sensitivity.errors import BadModel, BadPattern, BadUnit, ModelHasNothingToQuantize
 from sensitivity.model_check import ModelCheck
+from sensitivity.spec import ModelSource
 from sensitivity.units import InspectUnit, MeasureUnit
 
 
@@ -26,6 +31,20 @@ def test_the_digest_is_that_of_modules_and_weights(tiny: Any) -> None:
     second._model[0].weight.data[0, 0] += 1
     assert second.run(InspectUnit()).facts["digest"] != digest
     assert ModelCheck(tiny("llama").spec()).run(InspectUnit()).facts["digest"] != digest
+
+
+def test_what_the_files_lack_is_never_allocated(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny("llama").folder, tmp_path / "llama"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2**26, "num_hidden_layers": 40}))
+    spec = replace(tiny("llama").spec(), model=ModelSource("folder", str(folder), "d"))
+    monkeypatch.setattr(
+        "sensitivity.model_check.load_model", lambda *_: pytest.fail("weights were allocated")
+    )
+    with pytest.raises(BadModel, match=r"shape that config.json says. Got lm_head.weight"):
+        ModelCheck(spec)
 
 
 def test_what_cannot_be_planned_is_refused(tiny: Any) -> None:

@@ -1,8 +1,43 @@
 from __future__ import annotations
 
+import asyncio
+import errno
 import hashlib
+import itertools
+import json
 
 import pytest
+
+from service.api import blob_stream
+from service.store.partials import PartialWriter
+
+
+async def stalled(app, path, data):
+    """Status, headers and document that answer a body of which only `data` ever comes."""
+    incoming = [{"type": "http.request", "body": data, "more_body": True}]
+    answer = []
+
+    async def receive():
+        return incoming.pop() if incoming else await asyncio.Event().wait()
+
+    async def send(message):
+        answer.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "PATCH",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"upload-offset", b"0"), (b"host", b"testserver")],
+        "client": ("testclient", 50000),
+        "server": ("testserver", 80),
+        "scheme": "http",
+        "http_version": "1.1",
+    }
+    await app(scope, receive, send)
+    start, *bodies = answer
+    return start["status"], dict(start["headers"]), json.loads(b"".join(part["body"] for part in bodies))
 
 
 def digest(data: bytes) -> str:
@@ -99,6 +134,49 @@ def test_more_bytes_than_declared_are_refused(api, blob, declared):
     assert response.status_code == 413
     assert response.json()["type"].endswith("too-large")
     assert not api.context.store.has(digest(data))
+
+
+def test_a_body_that_never_ends_is_cut_at_the_declared_size(api, blob):
+    path, data = blob
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(b"x" * 2**16)
+            yield taken[-1]
+
+    assert len(data) < 2**16
+    response = api.http.put(path, content=itertools.islice(endless(), 64))
+    assert (response.status_code, response.json()["type"]) == (413, "urn:bitplan:problem:too-large")
+    assert api.http.head(path).headers["Upload-Offset"] == "0"
+
+
+def test_a_body_that_stops_coming_is_ended_and_can_be_resumed(api, blob, monkeypatch):
+    path, data = blob
+    monkeypatch.setattr(blob_stream, "PATIENCE_SECONDS", 0.05)
+    status, headers, problem = api.http.portal.call(stalled, api.http.app, path, data[:1000])
+    assert (status, problem["type"]) == (408, "urn:bitplan:problem:body-too-slow")
+    assert headers[b"connection"] == b"close"
+    assert api.http.head(path).headers["Upload-Offset"] == "1000"
+    rest = api.http.patch(path, content=data[1000:], headers={"Upload-Offset": "1000"})
+    assert rest.headers["Upload-Complete"] == "?1"
+
+
+def test_a_full_disk_is_told_and_the_upload_goes_on_later(api, blob, monkeypatch):
+    path, data = blob
+    api.http.patch(path, content=data[:1000], headers={"Upload-Offset": "0"})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PartialWriter, "write", full)
+        response = api.http.patch(path, content=data[1000:], headers={"Upload-Offset": "1000"})
+    assert (response.status_code, response.json()["type"]) == (507, "urn:bitplan:problem:disk-full")
+    assert not api.context.store.has(digest(data))
+    assert api.http.head(path).headers["Upload-Offset"] == "1000"
+    rest = api.http.patch(path, content=data[1000:], headers={"Upload-Offset": "1000"})
+    assert rest.headers["Upload-Complete"] == "?1"
 
 
 def test_an_empty_blob_can_be_sent(api):

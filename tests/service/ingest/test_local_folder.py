@@ -45,6 +45,13 @@ def test_links_and_pipes_are_refused(root, problem_of):
     assert problem_of(model_files_in, root / "good").slug == "invalid-path"
 
 
+def test_a_second_name_of_a_file_is_refused(root, tmp_path, problem_of):
+    (tmp_path / "private.json").write_text("{}")
+    os.link(tmp_path / "private.json", root / "good" / "tokenizer.json")
+    problem = problem_of(model_files_in, root / "good")
+    assert (problem.slug, "'tokenizer.json'" in problem.detail) == ("invalid-path", True)
+
+
 def test_programs_and_pickles_beside_the_weights_are_refused(root, problem_of):
     (root / "good" / "modeling.py").write_text("")
     assert problem_of(model_files_in, root / "good").slug == "remote-code"
@@ -58,3 +65,12 @@ def test_a_file_that_became_a_link_is_not_followed(root):
     path.symlink_to("/etc/hostname")
     with pytest.raises(OSError):
         open_plain(path)
+
+
+def test_a_file_that_became_a_pipe_or_second_name_is_not_read(root, problem_of):
+    path, weights = root / "good" / "vocab.json", root / "good" / "model.safetensors"
+    os.mkfifo(path)
+    assert problem_of(open_plain, path).slug == "invalid-path"
+    path.unlink()
+    os.link(weights, path)
+    assert problem_of(open_plain, path).slug == "invalid-path"
