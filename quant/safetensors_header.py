@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from quant.reading import Node, ReadError
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000
+MOST_DIMENSIONS = 16
 DTYPE_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -69,7 +71,9 @@ def read_header(path: Path | str) -> Header:
             )
         text = stream.read(length)
     try:
-        root = dict(Node(json.loads(text)).members())
+        document = json.loads(text, object_pairs_hook=_unique)
+        json.dumps(document, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+        root = dict(Node(document).members())
         metadata = {
             name: node.text()
             for name, node in (root.pop("__metadata__").members() if "__metadata__" in root else ())
@@ -81,10 +85,19 @@ def read_header(path: Path | str) -> Header:
     return Header(tensors, metadata)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ReadError(f"Names must be unique. Got {len(pairs) - len(members)} of {len(pairs)} twice.")
+    return members
+
+
 def _entry(node: Node, first: int, size: int) -> TensorEntry:
     fields = node.fields("dtype", "shape", "data_offsets")
     dtype = fields["dtype"].text()
     shape = tuple(item.integer() for item in fields["shape"].items())
+    if len(shape) > MOST_DIMENSIONS:
+        raise fields["shape"].error(f"at most {MOST_DIMENSIONS} sizes", "Download the file again.")
     offsets = [item.integer() for item in fields["data_offsets"].items()]
     if len(offsets) != 2 or offsets[1] < offsets[0] or first + offsets[1] > size:
         raise fields["data_offsets"].error("two offsets inside the file", "Download the file again.")

@@ -32,14 +32,15 @@ RECONNECT_MILLISECONDS = 2000
 PAGE = 32
 """Missed events that are read at a time."""
 _EVENT = {
-    "type": "string",
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
     "description": "Per event its number (id), its type (event) and the JSON of the event (data); in between"
     " `progress` without an id: state, stage and progress of the job.",
 }
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
 STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "A page of events, or a stream.", "content": {MEDIA_TYPE: {"schema": _EVENT}}},
+    200: {"description": "A page of events, or a stream.", "content": {MEDIA_TYPE: {"itemSchema": _EVENT}}},
     204: {"description": "The job has ended and there is no event behind Last-Event-ID."},
     429: {"description": "Too many open streams; Retry-After says when to ask again."},
 }

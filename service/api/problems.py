@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 from service.api.headers import HEADERS
@@ -28,6 +28,7 @@ from service.errors import (
 log = structlog.get_logger(__name__)
 
 _HTTP_SLUGS: Mapping[int, tuple[str, str, str]] = {
+    400: ("invalid-json", "Bad request", "The body must be JSON, of few levels and of numbers that fit."),
     404: ("not-found", "Not found", "The path must be one of those at /docs."),
     405: ("method-not-allowed", "Method not allowed", "The method must be one of those that the path takes."),
     413: ("too-large", "Too large", "The body must be smaller. Send files through /v1/uploads."),
@@ -52,7 +53,9 @@ PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {
         "description": "The request is wrong.",
         "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
-    }
+    },
+    503: {"description": "Not now: Retry-After says when to ask again. A problem document."},
+    507: {"description": "The disk, or the tenant's part of it, is full. A problem document."},
 }
 
 
@@ -65,6 +68,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(DataError, _not_storable)
     app.add_exception_handler(OperationalError, _database_error)
     app.add_exception_handler(InterfaceError, _database_error)
     app.add_exception_handler(Exception, _unexpected)
@@ -98,6 +102,15 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
         "instance": request.url.path,
     }
     return JSONResponse(body, status_code=error.status_code, headers=error.headers, media_type=MEDIA_TYPE)
+
+
+async def _not_storable(request: Request, error: Exception) -> JSONResponse:
+    """PostgreSQL compares and stores no text with a NUL, and no number beyond its types."""
+    log.warning("value that the database cannot hold", path=request.url.path, exc_info=error)
+    detail = (
+        "Ids and names must be text without NUL characters. Got a value that no database holds. Correct it."
+    )
+    return respond(request, Unprocessable("invalid-text", detail))
 
 
 async def _database_error(request: Request, error: Exception) -> JSONResponse:

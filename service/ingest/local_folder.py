@@ -21,9 +21,11 @@ def allowed_folder(folder: str, allowed: Sequence[Path]) -> Path:
             "model instead.",
             pointer="/folder",
         )
-    path = Path(os.path.realpath(folder))
-    if not Path(folder).is_absolute() or not any(
-        path.is_relative_to(os.path.realpath(root)) for root in allowed
+    path = Path(os.path.realpath(folder.replace("\0", "")))
+    if (
+        "\0" in folder
+        or not Path(folder).is_absolute()
+        or not any(path.is_relative_to(os.path.realpath(root)) for root in allowed)
     ):
         raise Unprocessable(
             "folder-not-allowed",
@@ -31,7 +33,7 @@ def allowed_folder(folder: str, allowed: Sequence[Path]) -> Path:
             "Upload the model instead, or ask the operator.",
             pointer="/folder",
         )
-    if not path.is_dir():
+    if not os.path.isdir(path):  # false, too, for a name that is longer than names may be
         raise NotFound(
             "folder-not-found",
             f"folder must exist on the server. Got {folder[:200]!r}. Check it.",

@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded in size and depth, no duplicate keys, no NaN, UTF-8 only."""
+"""JSON from strangers: bounded in size and depth, no duplicate keys, no NaN, UTF-8 only, whole characters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from service.errors import Unprocessable
 
 DEEPEST = 32
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
 
@@ -48,11 +49,16 @@ def parse_json(data: bytes, *, what: str, slug: str = "invalid-json", largest: i
     if depth_of(data) > DEEPEST:
         raise fail(f"more than {DEEPEST} nested levels")
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_float=finite
         )
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except UnicodeDecodeError as error:
         raise fail(f"an invalid byte at {error.start}") from None
+    except UnicodeEncodeError:
+        raise fail("half of a surrogate pair, which is no character") from None
     except ValueError as error:
         raise fail(f"a syntax error: {error}") from None
 

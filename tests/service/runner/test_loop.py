@@ -188,10 +188,10 @@ def test_a_lost_lease_stops_every_further_call(new_context: Any, database: Datab
 def test_heartbeats_keep_the_lease_while_the_handler_works(
     new_job: NewJob, database: Database, settings: Settings
 ) -> None:
-    quick = settings.model_copy(update={"lease_seconds": 0.8, "heartbeat_seconds": 0.1})
+    quick = settings.model_copy(update={"lease_seconds": 3.0, "heartbeat_seconds": 0.2})
 
     def handler(context: JobContext) -> Mapping[str, Any]:
-        context.wait(1.6)
+        context.wait(4.0)
         with database.write() as session:
             return {"stolen": leases.claim(session, Owner("other", "x", 1, "p"), 1) is not None}
 
