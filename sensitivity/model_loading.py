@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from quant.digest import FolderError, weight_files
 from quant.experts import fused_projections
+from quant.safetensors_header import read_header
 from sensitivity.catalog import TASKS
 from sensitivity.diffusers_models import diffusers_class, load_class, quiet
 from sensitivity.errors import BadModel, ModelAlreadyQuantized, NonFiniteWeights, SessionError
@@ -156,7 +158,9 @@ def _noise_predictor(
     """A model of the diffusers library in the precision it is stored in; on "meta" without its weights."""
     loader = load_class(name)
     if device_map == "meta":
-        return _on_meta(loader, config)
+        model = _on_meta(loader, config)
+        _require_held(model, files)
+        return model
     stored = {dtype for file in files for _, dtype in _stored_types(file) if dtype in _FLOATS}
     dtype = _FLOATS[stored.pop()] if len(stored) == 1 else torch.float32
     with quiet():
@@ -170,6 +174,15 @@ def _on_meta(loader: Any, config: Any) -> nn.Module:
     except Exception as error:
         raise BadModel(f"config.json must describe a {loader.__name__}. Got {error!s:.300}.") from error
     return model
+
+
+def _require_held(model: nn.Module, files: list[Path]) -> None:
+    """Raises BadModel where a skeleton has more weights than the files hold, before any is allocated."""
+    shapes = {name: entry.shape for file in files for name, entry in read_header(file).tensors.items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if sum(map(prod, wanted.values())) > sum(map(prod, shapes.values())):
+        lacking = [name for name, shape in wanted.items() if shapes.get(name) != shape]
+        _refuse("be in the folder's weights with the shape that config.json says", lacking)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -246,6 +246,14 @@ def test_weights_are_the_stored_ones_in_their_precision(copy: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
 
 
+def test_what_the_files_lack_is_named_before_it_is_allocated(copy: Path) -> None:
+    load_skeleton(copy)
+    edit(copy / "config.json", num_layers=30)
+    with pytest.raises(BadModel, match=r"config.json says. Got transformer_blocks\.1\.") as caught:
+        load_skeleton(copy)
+    assert "more otherwise" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
