@@ -166,7 +166,8 @@ def _unindexed(folder: Path) -> tuple[str, ...]:
     got = f"only {', '.join(pickles)}" if pickles else "no weights"
     raise FolderError(
         f"Model folder must hold safetensors weights. Got {got} in {str(folder)!r}."
-        " Save with save_pretrained(), which writes safetensors; pickles are never read."
+        " Save with save_pretrained(), which writes safetensors; pickles are never read, but"
+        " bitplan convert turns them into safetensors."
     )
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import select
 from service.checks import Check, readiness
 from service.db.engine import Database, database_clock, parse_url
 from service.executors.catalog import EXECUTORS
+from service.executors.worker_process import gaps_here
 from service.settings import Settings
 
 CLOCK_SECONDS = 5.0
@@ -31,6 +32,7 @@ def examine(settings: Settings) -> tuple[Check, ...]:
         _guarded("solvers", _solvers),
         *_extras(),
         _executor(settings),
+        _guarded("isolation", lambda: _isolation(settings)),
         _permissions(settings),
         *_service(settings),
     )
@@ -104,6 +106,20 @@ def _executor(settings: Settings) -> Check:
         said = f"BITPLAN_EXECUTOR must be one of {names}. Got {settings.executor}."
         return Check("executor", "failed", said)
     return Check("executor", "ok", f"{settings.executor}, {settings.workers} workers")
+
+
+def _isolation(settings: Settings) -> Check:
+    """What stands between a stranger's model and this machine, as a worker that is started now finds it."""
+    if settings.executor in EXECUTORS and not EXECUTORS[settings.executor].isolated:
+        return Check("isolation", "warning", f"{settings.executor} runs models in the runner's own process")
+    if settings.isolation == "off":
+        return Check("isolation", "warning", "BITPLAN_ISOLATION=off: workers have network and files")
+    gaps = gaps_here()
+    if not gaps:
+        return Check(
+            "isolation", "ok", "workers have no network, and no files of the data directory but theirs"
+        )
+    return Check("isolation", "failed" if settings.isolation == "require" else "warning", "; ".join(gaps))
 
 
 def _permissions(settings: Settings) -> Check:

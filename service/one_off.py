@@ -13,6 +13,7 @@ from sensitivity.evidence import quality_interval
 from sensitivity.spec import SessionSpec
 from sensitivity.units import InspectUnit, MeasureUnit, Unit, UnitResult
 from service.executors.catalog import make_executor
+from service.executors.isolation import isolation_of
 from service.executors.protocol import ExecutorSettings, Outcome
 from service.runner.problems import problem_of_failure
 from service.settings import Settings
@@ -53,9 +54,8 @@ def run_units(
     """
     with tempfile.TemporaryDirectory(prefix="bitplan-", ignore_cleanup_errors=True) as folder:
         log = Path(folder)
-        executor = make_executor(
-            settings.executor, ExecutorSettings(1, log, session_factory or settings.session_factory)
-        )
+        factory = session_factory or settings.session_factory
+        executor = make_executor(settings.executor, ExecutorSettings(1, log, factory, isolation_of(settings)))
         executor.start(spec)
         try:
             for unit in units:

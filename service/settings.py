@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     networks beside the public ones that webhooks may go to. `memory_limit` ("2 GiB") holds for each worker
     that measures (searches, correlations, evidence, evaluation). The lease must outlive at least two
     heartbeats.
+    `isolation` and the `worker_...` limits confine each worker process (docs/executors.md): bytes of memory
+    ("": the machine's) and of a file, hours of CPU per unit and thread, processes and threads; 0 is no limit.
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
@@ -62,6 +64,11 @@ class Settings(BaseSettings):
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
     webhook_networks: Annotated[tuple[str, ...], NoDecode] = ()
     memory_limit: str = ""
+    isolation: Literal["require", "prefer", "off"] = "prefer"
+    worker_memory: str = ""
+    worker_file: str = "1 TiB"
+    worker_cpu_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
+    worker_processes: int = Field(default=1024, ge=0)
     access: Literal["auto", "keys", "open"] = "auto"
     rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     rate_burst: int = Field(default=200, ge=1)
@@ -103,7 +110,7 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)
         return value
 
-    @field_validator("memory_limit", "quota_bytes")
+    @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes")
     @classmethod
     def _amount(cls, value: str) -> str:
         if value:

@@ -11,6 +11,7 @@ import typer
 from service.cli.allocate import allocate
 from service.cli.calibrate import calibrate
 from service.cli.checkpoint import apply, checkpoint
+from service.cli.convert import convert
 from service.cli.correlate import correlate
 from service.cli.evaluate import evaluate
 from service.cli.exits import Exit, refuse
@@ -32,6 +33,7 @@ PANELS = {
         run,
         correlate,
         calibrate,
+        convert,
         apply,
         checkpoint,
         evaluate,

@@ -75,13 +75,25 @@ def submit(
             _preview(Path(model), Path(calibration), parameters, as_json=as_json)
             return
         with client_of(server, key_file, patient=True) as client:
-            job = client.submit(model=model, calibration=calibration, webhook=told, **parameters)
+            with JobProgress(quiet=as_json) as bar:
+                job = client.submit(
+                    model=model,
+                    calibration=calibration,
+                    webhook=told,
+                    on_bytes=lambda done, total: bar(_sending(done, total)),
+                    **parameters,
+                )
             if not (watch or output):
                 _print_job(job, as_json=as_json)
                 return
             follow(job, as_json=as_json)
             show_warnings(job.resource.get("summary"))
             _finish(job.plans(), output, job, several=several_plans(parameters), as_json=as_json)
+
+
+def _sending(done: int, total: int) -> dict[str, Any]:
+    """What a progress bar shows of an upload, in bytes."""
+    return {"stage": "sending", "progress": {"done": done, "total": total}}
 
 
 def models(

@@ -94,7 +94,7 @@ class _Attendant:
         queue: "Queue[Item]",
         outcomes: "SimpleQueue[Outcome]",
     ):
-        self._spec, self._factory = spec, settings.session_factory
+        self._spec, self._settings = spec, settings
         self._log: Path = settings.log_folder / f"worker-{os.getpid()}-{slot}.log"
         self._queue, self._outcomes = queue, outcomes
         self._worker: WorkerProcess | None = None
@@ -158,16 +158,20 @@ class _Attendant:
         """Have a worker with a session, unless the session cannot be built (which is tried once)."""
         if self._worker is not None or self._broken is not None or self.closing.is_set():
             return
-        self._worker = WorkerProcess(self._spec, self._factory, self._log)
+        self._worker = WorkerProcess(
+            self._spec, self._settings.session_factory, self._log, self._settings.isolation
+        )
         self._broken = self._worker.session_failure()
+        if self._worker.gaps:
+            self._settings.on_gaps(self._worker.gaps)
         if self._broken is not None:
             self._replace()
 
     def _crash(self, error: WorkerDied) -> Failure:
         worker, self._worker = self._worker, None
-        detail = {"error": str(error)} if worker is None else worker.death()
-        how = detail.get("signal") or f"exit code {detail.get('exit_code')}"
-        return Failure("worker_crash", f"The worker must survive the unit. Got its death ({how}).", detail)
+        if worker is None:
+            return Failure("worker_crash", f"A worker must start. Got: {error}.", {"error": str(error)})
+        return worker.death()
 
     def _replace(self) -> None:
         worker, self._worker = self._worker, None

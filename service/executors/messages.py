@@ -2,6 +2,7 @@
 model.
 """
 
+import errno
 import io
 import json
 from collections.abc import Mapping
@@ -71,6 +72,9 @@ def failure_of(error: BaseException, kind: str) -> Failure:
     message = str(error) or type(error).__name__
     if _lacked_memory(error):
         return Failure("out_of_memory", f"Memory must suffice for the unit. {message}", {"error": name})
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        said = f"Files of a worker must stay within BITPLAN_WORKER_FILE. Got one beyond it: {message}"
+        return Failure("unit_error", said, {"error": "file_size"})
     return Failure("bad_input" if kind == "bad_input" else "unit_error", message, {"error": name})
 
 

@@ -1,14 +1,15 @@
 """What an executor is: it builds one session per worker and runs units in them. Front: no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sensitivity.spec import SessionSpec
 from sensitivity.units import Unit, UnitResult
+from service.executors.confine import Isolation
 
-FailureKind = Literal["worker_crash", "out_of_memory", "bad_input", "unit_error"]
+FailureKind = Literal["worker_crash", "out_of_memory", "bad_input", "unit_error", "not_isolated"]
 DEFAULT_SESSION = "sensitivity.session:Session"
 
 
@@ -21,6 +22,7 @@ class Failure:
     out_of_memory  the unit asked for more memory than there is
     bad_input      the session could not be built: no unit can run
     unit_error     the unit raised: it would raise again
+    not_isolated   this machine cannot keep workers apart as strictly as its operator requires
 
     `detail["error"]` is the stable kind of a `SessionError`, or the exception's class name.
     """
@@ -48,12 +50,16 @@ class ExecutorSettings:
     """What every executor is made from.
 
     `session_factory` is "package.module:callable", called with the `SessionSpec` inside the worker; its
-    `run(unit)` gives a `UnitResult`. `log_folder` receives what workers print.
+    `run(unit)` gives a `UnitResult`. `log_folder` receives what workers print. `on_gaps` is told, in any
+    thread, what a worker that has started is not kept from, if there is anything; in the caller's own process
+    nothing is kept from anything.
     """
 
     workers: int
     log_folder: Path
     session_factory: str = DEFAULT_SESSION
+    isolation: Isolation = field(default_factory=Isolation)
+    on_gaps: Callable[[tuple[str, ...]], None] = lambda gaps: None
 
 
 class Session(Protocol):

@@ -1,4 +1,4 @@
-"""A worker process: ``python -m service.executors.worker FD``.
+"""What a worker process does, once it is confined (service/executors/confine.py).
 
 It reads a session's spec and then units from one socket, and answers each. It has no database and no keys,
 and leaves when its socket closes, even in the middle of a unit.
@@ -6,27 +6,34 @@ and leaves when its socket closes, even in the middle of a unit.
 
 import os
 import select
-import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from sensitivity.spec import SessionSpec
 from service.executors import sessions
+from service.executors.confine import Isolation, limit_cpu
 from service.executors.messages import failure_of, pack, pack_result, unpack, unpack_unit
 from service.executors.protocol import Session
 from service.failpoints import failpoint
 
 
-def main(arguments: list[str]) -> None:
-    """Serve the socket until the other end closes it."""
-    connection: Connection = Connection(int(arguments[0]))
+def serve(descriptor: int, isolation: Isolation, gaps: Sequence[str]) -> None:
+    """Serve the socket until the other end closes it; `gaps` is what this process is not kept from."""
+    connection: Connection = Connection(descriptor)
     threading.Thread(target=_leave_with, args=(connection.fileno(),), daemon=True).start()
     try:
         hello = unpack(connection.recv_bytes())
+        connection.send_bytes(pack({"gaps": list(gaps)}))
+        if gaps and isolation.mode == "require":
+            return
+        limit_cpu(isolation.cpu_seconds)
         session = _build(connection, hello["factory"], SessionSpec.from_json(hello["spec"]))
         while session is not None:
-            _answer(connection, session, (connection.recv_bytes(), connection.recv_bytes()))
+            message = connection.recv_bytes(), connection.recv_bytes()
+            limit_cpu(isolation.cpu_seconds)
+            _answer(connection, session, message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
@@ -63,7 +70,3 @@ def _answer(connection: Connection, session: Session, message: tuple[bytes, byte
     connection.send_bytes(pack({"ready": True}))
     connection.send_bytes(head)
     connection.send_bytes(arrays)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

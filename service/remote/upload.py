@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,30 +55,37 @@ def local_file(path: Path) -> LocalFile:
 def upload(
     transport: Transport, purpose: str, files: Sequence[LocalFile], on_bytes: OnBytes | None = None
 ) -> dict[str, Any]:
-    """Send the files and give the resource that they became; `on_bytes(done, total)` reports."""
+    """Send the files and give the resource that they became; `on_bytes(done, total)` counts bytes that
+    the server lacked, as they go out, from where a broken connection left off.
+    """
     manifest = {"purpose": purpose, "files": [file.as_json() for file in files]}
     resource = transport.post("/v1/uploads", manifest)
     by_digest = {file.sha256: file for file in files}
     total = sum(blob["size"] for blob in resource["missing"])
-    done = 0
+    before = 0
     for blob in resource["missing"]:
         path = f"/v1/uploads/{resource['id']}/blobs/{blob['sha256']}"
-        _send_blob(transport, path, by_digest[blob["sha256"]])
-        done += blob["size"]
-        if on_bytes:
-            on_bytes(done, total)
+        told = partial(_tell, on_bytes, before, total)
+        _send_blob(transport, path, by_digest[blob["sha256"]], told)
+        before += blob["size"]
+        told(blob["size"])
     completed: dict[str, Any] = transport.post(f"/v1/uploads/{resource['id']}/complete")
     return completed
 
 
-def _send_blob(transport: Transport, path: str, file: LocalFile) -> None:
+def _tell(on_bytes: OnBytes | None, before: int, total: int, offset: int) -> None:
+    if on_bytes:
+        on_bytes(before + offset, total)
+
+
+def _send_blob(transport: Transport, path: str, file: LocalFile, told: Callable[[int], None]) -> None:
     """PATCH from the server's offset; after each broken connection ask for the offset again."""
     for attempt in range(transport.retries + 1):
         head = transport.send("HEAD", path)
         if head.headers.get("Upload-Complete") == "?1":
             return
         try:
-            response = _patch(transport, path, file, int(head.headers["Upload-Offset"]))
+            response = _patch(transport, path, file, int(head.headers["Upload-Offset"]), told)
         except httpx2.TransportError as error:
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -92,29 +100,38 @@ def _send_blob(transport: Transport, path: str, file: LocalFile) -> None:
 
 
 def _accepted(response: httpx2.Response) -> bool:
-    """Whether the blob is complete; a busy server or a moved offset is worth another try."""
+    """Whether the blob is complete; a busy server, a moved offset, or a body of ours that the
+    server has not yet seen break off, is worth another try.
+    """
     if response.status_code in BUSY:
         return False
     try:
         raise_problem(response)
     except ProblemError as problem:
-        if problem.slug == "wrong-offset":
+        if problem.slug in ("wrong-offset", "upload-busy"):
             return False
         raise
     return response.headers.get("Upload-Complete") == "?1"
 
 
-def _patch(transport: Transport, path: str, file: LocalFile, offset: int) -> httpx2.Response:
+def _patch(
+    transport: Transport, path: str, file: LocalFile, offset: int, told: Callable[[int], None]
+) -> httpx2.Response:
     headers: Mapping[str, str] = {
         "Upload-Offset": str(offset),
         "Content-Length": str(file.size - offset),
         "Content-Type": "application/octet-stream",
     }
-    return transport.http.request("PATCH", path, content=_chunks(file.path, offset), headers=headers)
+    content = _chunks(file.path, offset, told)
+    return transport.http.request("PATCH", path, content=content, headers=headers)
 
 
-def _chunks(path: Path, offset: int) -> Iterator[bytes]:
+def _chunks(path: Path, offset: int, told: Callable[[int], None] = lambda _: None) -> Iterator[bytes]:
+    """The file from `offset` on in pieces of CHUNK; `told` how far it has been handed over."""
     with path.open("rb") as file:
         file.seek(offset)
+        told(offset)
         while chunk := file.read(CHUNK):
             yield chunk
+            offset += len(chunk)
+            told(offset)

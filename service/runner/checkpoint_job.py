@@ -48,6 +48,7 @@ def run_checkpoint(context: JobContext) -> Mapping[str, Any]:
             session_factory=WRITER,
             workers=1,
             meanwhile=lambda: _report(context, folder),
+            writable=(folder,),
         )
         facts = _facts(outcome)
         context.report_progress(Stage.PACKAGING, len(plan.layers), len(plan.layers))

@@ -3,7 +3,9 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import structlog
@@ -14,6 +16,7 @@ from sensitivity.spec import SessionSpec
 from service.db.engine import Database
 from service.db.repositories import events, jobs, leases, retention, score_sets
 from service.db.repositories.leases import LeaseLost
+from service.executors.isolation import isolation_of
 from service.executors.protocol import Executor, ExecutorSettings
 from service.records import JobRecord
 from service.runner.problems import JobFailed
@@ -72,21 +75,36 @@ class JobContext:
         self._stop, self._on_progress = stop, on_progress
         self._cancelled = threading.Event()
         self._lost: LeaseLost | None = None
+        self._gaps: SimpleQueue[tuple[str, ...]] = SimpleQueue()
+        self._told_gaps: set[tuple[str, ...]] = set()
         self._pace = _Pace()
         self._last_look = time.monotonic()
         self._held_until = time.monotonic() + settings.lease_seconds
 
     def executor(
-        self, spec: SessionSpec, session_factory: str | None = None, workers: int | None = None
+        self,
+        spec: SessionSpec,
+        session_factory: str | None = None,
+        workers: int | None = None,
+        writable: tuple[Path, ...] = (),
     ) -> Executor:
         """An executor for sessions of `spec`; its workers start with the first unit. The caller closes it.
 
-        `session_factory` ("package.module:callable") and `workers` replace those of the settings.
+        `session_factory` ("package.module:callable") and `workers` replace those of the settings; workers may
+        write into the `writable` folders of the data directory.
         """
         settings = self.settings
         factory = session_factory or settings.session_factory
+        isolation = isolation_of(settings)
+        opened = tuple(str(folder.resolve()) for folder in writable)
         made = self._make_executor(
-            ExecutorSettings(workers or settings.workers, settings.data_dir / "logs", factory)
+            ExecutorSettings(
+                workers or settings.workers,
+                settings.data_dir / "logs",
+                factory,
+                replace(isolation, writable=opened),
+                self._gaps.put,
+            )
         )
         made.start(spec)
         return made
@@ -150,6 +168,15 @@ class JobContext:
     def event(self, type_: str, data: Mapping[str, Any]) -> None:
         """Add an event to the job's list."""
         self.write(lambda session: events.append(session, self.job.id, type_, data))
+
+    def tell_gaps(self) -> None:
+        """An event for what workers of this job are not kept from, once for each such answer of theirs."""
+        while not self._gaps.empty():
+            gaps = self._gaps.get()
+            if gaps not in self._told_gaps:
+                self._told_gaps.add(gaps)
+                log.warning("worker.not_isolated", gaps=gaps)
+                self.event("isolation", {"gaps": list(gaps)})
 
     def open_score_set(self, digest: str, score_settings: Mapping[str, Any]) -> None:
         """Make sure that the score set exists, and say that this job fills it."""

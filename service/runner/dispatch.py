@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -80,14 +81,15 @@ def run_alone(
     session_factory: str | None = None,
     workers: int | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    writable: tuple[Path, ...] = (),
 ) -> Outcome:
     """Run one unit in a fresh executor and give its outcome, which is stored nowhere. `meanwhile` is called
-    every half second.
+    every half second; the unit may write into the `writable` folders.
 
     A worker that dies is tried again, three times in all, counted in the database; what comes then, and any
     other failure, is the outcome's `failure`. Raises what `context.check` raises.
     """
-    executor = context.executor(spec, session_factory, workers)
+    executor = context.executor(spec, session_factory, workers, writable)
     try:
         while True:
             outcome = _one_outcome(context, executor, unit, meanwhile)
@@ -107,7 +109,9 @@ def _one_outcome(
     while True:
         context.check()
         meanwhile()
-        for outcome in executor.wait(WAIT_SECONDS):
+        outcomes = executor.wait(WAIT_SECONDS)
+        context.tell_gaps()
+        for outcome in outcomes:
             _count_outcome(outcome, unit, began)
             return outcome
 
@@ -201,7 +205,9 @@ class _Dispatch:
             while self._waiting or self._flying:
                 self._context.check()
                 self._refill()
-                for outcome in self._executor.wait(WAIT_SECONDS) if self._flying else ():
+                outcomes = self._executor.wait(WAIT_SECONDS) if self._flying else []
+                self._context.tell_gaps()
+                for outcome in outcomes:
                     self._take(outcome)
         except LeaseLost:
             self._executor.close(0)

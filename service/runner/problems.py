@@ -24,6 +24,7 @@ SLUGS: Mapping[str, str] = {
     "out_of_memory": "out-of-memory",
     "bad_input": "bad-input",
     "unit_error": "unit-error",
+    "not_isolated": "not-isolated",
 }
 
 

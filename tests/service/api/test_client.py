@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from quant.plan import parse_plan
 from service.client import Client
 from service.remote.handles import PlanNotFound
 from service.remote.transport import ClientError, ConnectionFailed, JobFailed, ProblemError
+from service.remote.upload import local_file, upload
 from service.states import JobState
 
 
@@ -115,9 +117,58 @@ def test_a_broken_upload_goes_on_where_it_broke(client, calibration, line):
         raise httpx2.WriteError("connection reset")
 
     line.breaks = once(cut)
-    assert client.upload_calibration(calibration)["state"] == "ready"
+    seen = []
+    done = client.upload_calibration(calibration, lambda done, total: seen.append((done, total)))
+    assert done["state"] == "ready"
     offsets = [request.headers["Upload-Offset"] for request in line.sent if request.method == "PATCH"]
     assert offsets == ["0", "50"]
+    size = calibration.stat().st_size
+    assert (seen[0], (50, size) in seen, seen[-1]) == ((0, size), True, (size, size))
+
+
+def test_a_server_that_still_holds_the_broken_body_is_asked_again(client, calibration, line):
+    def busy(request, done):
+        if request.method != "PATCH":
+            return None
+        done.append(True)
+        problem = {
+            "type": "urn:bitplan:problem:upload-busy",
+            "detail": "One request at a time.",
+            "status": 409,
+        }
+        return httpx2.Response(409, json=problem, headers={"Content-Type": "application/problem+json"})
+
+    line.breaks = once(busy)
+    assert client.upload_calibration(calibration)["state"] == "ready"
+
+
+@pytest.mark.parametrize("size", [2**26, pytest.param(2**30, marks=pytest.mark.slow)])
+def test_a_large_file_goes_out_in_constant_memory(tmp_path, size):
+    file = tmp_path / "large.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(size)
+    arrived = []
+
+    def answer(request):
+        arrived.extend(len(chunk) for chunk in request.stream)
+        return httpx2.Response(204, headers={"Upload-Complete": "?1"})
+
+    class Counting(httpx2.BaseTransport):
+        def handle_request(self, request):
+            if request.method == "PATCH":
+                return answer(request)
+            blob = {"sha256": sent.sha256, "size": size}
+            offset = {"Upload-Offset": "0", "Upload-Complete": "?0"}
+            return httpx2.Response(200, json={"id": "upload_1", "missing": [blob]}, headers=offset)
+
+    with Client(http=httpx2.Client(transport=Counting(), base_url="http://testserver")) as client:
+        tracemalloc.start()
+        sent = local_file(file)
+        upload(client.transport, "calibration", [sent])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert (sum(arrived), max(arrived)) == (size, 2**20)
+    assert peak < 2**23
 
 
 def test_an_upload_that_never_arrives_says_so(client, calibration, line):

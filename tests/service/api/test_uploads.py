@@ -5,6 +5,7 @@ import errno
 import hashlib
 import itertools
 import json
+import tracemalloc
 
 import pytest
 
@@ -13,12 +14,30 @@ from service.store.partials import PartialWriter
 
 
 async def stalled(app, path, data):
-    """Status, headers and document that answer a body of which only `data` ever comes."""
+    """What answers a body of which only `data` ever comes."""
     incoming = [{"type": "http.request", "body": data, "more_body": True}]
-    answer = []
 
     async def receive():
         return incoming.pop() if incoming else await asyncio.Event().wait()
+
+    return await patched(app, path, receive)
+
+
+async def streamed(app, path, chunk, count):
+    """What answers a body of `count` times `chunk`."""
+    left = count
+
+    async def receive():
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": chunk, "more_body": left > 0}
+
+    return await patched(app, path, receive)
+
+
+async def patched(app, path, receive):
+    """Status, headers and body that answer a PATCH whose body `receive` brings."""
+    answer = []
 
     async def send(message):
         answer.append(message)
@@ -37,7 +56,7 @@ async def stalled(app, path, data):
     }
     await app(scope, receive, send)
     start, *bodies = answer
-    return start["status"], dict(start["headers"]), json.loads(b"".join(part["body"] for part in bodies))
+    return start["status"], dict(start["headers"]), b"".join(part.get("body", b"") for part in bodies)
 
 
 def digest(data: bytes) -> str:
@@ -155,11 +174,29 @@ def test_a_body_that_stops_coming_is_ended_and_can_be_resumed(api, blob, monkeyp
     path, data = blob
     monkeypatch.setattr(blob_stream, "PATIENCE_SECONDS", 0.05)
     status, headers, problem = api.http.portal.call(stalled, api.http.app, path, data[:1000])
-    assert (status, problem["type"]) == (408, "urn:bitplan:problem:body-too-slow")
+    assert (status, json.loads(problem)["type"]) == (408, "urn:bitplan:problem:body-too-slow")
     assert headers[b"connection"] == b"close"
     assert api.http.head(path).headers["Upload-Offset"] == "1000"
     rest = api.http.patch(path, content=data[1000:], headers={"Upload-Offset": "1000"})
     assert rest.headers["Upload-Complete"] == "?1"
+
+
+@pytest.mark.parametrize("size", [2**26, pytest.param(2**30, marks=pytest.mark.slow)])
+def test_a_large_body_is_taken_in_constant_memory(api, size):
+    chunk = bytes(2**16)
+    whole = hashlib.sha256()
+    for _ in range(size // len(chunk)):
+        whole.update(chunk)
+    manifest = {"path": "c.txt", "size": size, "sha256": whole.hexdigest()}
+    upload = api.http.post("/v1/uploads", json={"purpose": "calibration", "files": [manifest]}).json()
+    path = f"/v1/uploads/{upload['id']}/blobs/{whole.hexdigest()}"
+    tracemalloc.start()
+    status, headers, _ = api.http.portal.call(streamed, api.http.app, path, chunk, size // len(chunk))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (status, headers[b"upload-complete"]) == (204, b"?1")
+    assert api.context.store.size(whole.hexdigest()) == size
+    assert peak < 2**23
 
 
 def test_a_full_disk_is_told_and_the_upload_goes_on_later(api, blob, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from service import doctor
 from service.store.blobs import BlobStore
 
 Bitplan = Callable[..., Result]
@@ -56,6 +57,7 @@ def test_doctor_finds_a_service_healthy(data: Path, answer: Ask, bitplan: Bitpla
         states[name] for name in ("python", "torch", "executor", "database", "schema", "store", "clock")
     } == {"ok"}
     assert states["runner"] == "warning"
+    assert states["isolation"] in ("ok", "warning")
     assert {name for name in states if name.startswith("extra ")} == {
         "extra demo",
         "extra diffusion",
@@ -89,6 +91,25 @@ def test_doctor_says_what_is_wrong(data: Path, answer: Ask, monkeypatch: pytest.
     text = " ".join(check["detail"] for check in checks["checks"])
     for words in ("Run `bitplan migrate`", "BITPLAN_EXECUTOR must be one of", "chmod o-w", "chmod 600"):
         assert words in text
+
+
+def test_doctor_says_where_models_are_not_isolated(
+    data: Path, answer: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def isolation(code: int = 0) -> tuple[str, str]:
+        (check,) = [one for one in answer("doctor", code=code)["checks"] if one["name"] == "isolation"]
+        return check["state"], check["detail"]
+
+    gap = "network not isolated: unshare: Operation not permitted"
+    monkeypatch.setattr(doctor, "gaps_here", lambda: (gap,))
+    monkeypatch.setenv("BITPLAN_EXECUTOR", "local_pool")
+    assert isolation() == ("warning", gap)
+    monkeypatch.setenv("BITPLAN_ISOLATION", "require")
+    assert isolation(code=1) == ("failed", gap)
+    monkeypatch.setenv("BITPLAN_ISOLATION", "off")
+    assert isolation()[0] == "warning"
+    monkeypatch.setenv("BITPLAN_EXECUTOR", "in_process")
+    assert isolation() == ("warning", "in_process runs models in the runner's own process")
 
 
 def test_backup_and_restore(data: Path, tmp_path: Path, answer: Ask, bitplan: Bitplan) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 
 from quant.plan import parse_plan
 from service.client import Client
+from service.remote import upload
 from service.remote.handles import JobHandle
 from service.remote.transport import ProblemError
 
@@ -52,6 +56,33 @@ def test_submit_watches_and_writes(bitplan: Bitplan, tiny: Tiny, few: Few, tmp_p
     files = sorted((tmp_path / "plans").iterdir())
     assert [file.name for file in files] == ["5-bpw.plan.json", "6-bpw.plan.json"]
     assert all(parse_plan(file.read_bytes()).assignment for file in files)
+
+
+def test_a_cut_upload_goes_on_and_is_shown(
+    bitplan: Bitplan, client: Client, tiny: Tiny, few: Few, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = upload._chunks, []
+
+    def once_cut(path: Path, offset: int, *told: Any) -> Iterator[bytes]:
+        for chunk in whole(path, offset, *told):
+            if told and path.suffix == ".safetensors" and not cut:
+                cut.append(offset)
+                yield chunk[:100]
+                raise httpx2.WriteError("connection reset")
+            yield chunk
+
+    model = tiny("resnet")
+    tensors = load_file(model.data)
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "data.safetensors")
+    monkeypatch.setattr(upload, "_chunks", once_cut)
+    ask = ("submit", model.folder, "-c", tmp_path / "data.safetensors", "-b", "5 bpw", *few)
+    result = bitplan(*ask)
+    assert result.exit_code == 0, result.stderr
+    assert cut == [0]
+    assert "sending " in result.stderr
+    [job] = re.findall(r"job_\w+", result.stdout)
+    client.job(job).cancel()
 
 
 def test_submit_and_run_give_the_same_plan(answer: Answer, tiny: Tiny, few: Few, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def test_a_sound_model_passes():
         ("model.PTH", 415, "safe_serialization"),
         ("weights.pkl", 415, "can run code"),
         ("model.torchscript", 415, "can run code"),
+        ("model.pt", 415, "bitplan convert"),
         ("model.pt2", 415, "torch.export, which runs code of its own when it is loaded"),
         ("model.pt2", 415, "Send the Hugging Face folder that it was exported from"),
         ("model_index.json", 415, "folder of its unet or transformer"),
