@@ -41,7 +41,11 @@ Against = Annotated[
 Format = Annotated[Literal["json", "csv"], Query(alias="format", description="csv gives all rows at once.")]
 
 
-@router.get("/{job_id}/scores", response_model=Page[Score])
+@router.get(
+    "/{job_id}/scores",
+    response_model=Page[Score],
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+)
 def list_scores(
     *,
     job_id: JobId,
