@@ -100,15 +100,15 @@ def _send_blob(transport: Transport, path: str, file: LocalFile, told: Callable[
 
 
 def _accepted(response: httpx2.Response) -> bool:
-    """Whether the blob is complete; a busy server, a moved offset, or a body of ours that the
-    server has not yet seen break off, is worth another try.
+    """Whether the blob is complete; a busy server, a moved offset, a body that came too slowly or
+    that the server has not yet seen break off, is worth another try.
     """
     if response.status_code in BUSY:
         return False
     try:
         raise_problem(response)
     except ProblemError as problem:
-        if problem.slug in ("wrong-offset", "upload-busy"):
+        if problem.slug in ("wrong-offset", "upload-busy", "body-too-slow"):
             return False
         raise
     return response.headers.get("Upload-Complete") == "?1"

@@ -126,17 +126,14 @@ def test_a_broken_upload_goes_on_where_it_broke(client, calibration, line):
     assert (seen[0], (50, size) in seen, seen[-1]) == ((0, size), True, (size, size))
 
 
-def test_a_server_that_still_holds_the_broken_body_is_asked_again(client, calibration, line):
+@pytest.mark.parametrize(("status", "slug"), [(409, "upload-busy"), (408, "body-too-slow")])
+def test_an_upload_that_the_server_ended_goes_on(client, calibration, line, status, slug):
     def busy(request, done):
         if request.method != "PATCH":
             return None
         done.append(True)
-        problem = {
-            "type": "urn:bitplan:problem:upload-busy",
-            "detail": "One request at a time.",
-            "status": 409,
-        }
-        return httpx2.Response(409, json=problem, headers={"Content-Type": "application/problem+json"})
+        problem = {"type": f"urn:bitplan:problem:{slug}", "detail": "Go on.", "status": status}
+        return httpx2.Response(status, json=problem, headers={"Content-Type": "application/problem+json"})
 
     line.breaks = once(busy)
     assert client.upload_calibration(calibration)["state"] == "ready"
