@@ -24,7 +24,7 @@ def test_every_seed_beats_uniform(tmp_path, name, seed):
     trained = train(tmp_path, seed)
     command = [
         sys.executable, "-m", "service.cli.main", "run", str(trained.folder), "-c", str(trained.calibration),
-        "-b", "2.5 bpw", "-b", "3.5 bpw", "-b", "uniform w4", *options, "--seed", str(seed),
+        "-b", "2.5 bpw", "-b", "3.5 bpw", "-b", "uniform w4-asym-gptq", *options, "--seed", str(seed),
         "--data-dir", str(tmp_path / "data"), "--json",
     ]  # fmt: skip
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
