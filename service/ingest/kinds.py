@@ -43,8 +43,8 @@ INSTEAD: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         _PICKLES,
         "a pickle or TorchScript file, which can run code when it is loaded",
-        "Send safetensors: bitplan convert FILE_OR_FOLDER -o FOLDER on your own machine, or "
-        "model.save_pretrained(folder, safe_serialization=True).",
+        "Send safetensors. On your own machine, bitplan convert FILE_OR_FOLDER -o FOLDER makes them of a "
+        "model's files, and safetensors.torch.save_file(tensors, file) of calibration data.",
     ),
     (
         _PROGRAMS,

@@ -89,7 +89,8 @@ def test_a_runner_keeps_results_and_gives_its_job_back(
     with database.write() as session:
         job = jobs.create(session, kind=JobKind.SEARCH, request={}, request_digest="d")
     quick = settings.model_copy(update={"grace_seconds": grace})
-    notes = tmp_path / "notes.txt"
+    notes = tmp_path / "notes" / "notes.txt"
+    notes.parent.mkdir()
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent / "executors")])
     process = subprocess.Popen(
         [sys.executable, "-c", RUNNER, str(notes), layer],
