@@ -1,4 +1,6 @@
-"""Settings of every Bitplan process: defaults, then environment variables that start with BITPLAN_."""
+"""Settings of every Bitplan process: defaults, then environment variables that start with BITPLAN_, or the
+files that variables name.
+"""
 
 import ipaddress
 import os
@@ -6,9 +8,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from search.budget import parse_bytes
+from service.secret_files import SecretFiles, named_files
+
+PREFIX = "BITPLAN_"
 
 
 def default_data_dir() -> Path:
@@ -26,13 +31,17 @@ def default_workers() -> int:
 class Settings(BaseSettings):
     """What an operator may choose.
 
-    ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
+    ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name;
+    ``BITPLAN_DATABASE_URL_FILE`` names a file that holds the value (docs/deployment.md). `database_password`
+    becomes part of `database_url`.
     `model_folders` is an allow-list, separated like PATH. `webhook_networks` ("10.0.0.0/8,127.0.0.1/32") are
     networks beside the public ones that webhooks may go to. `memory_limit` ("2 GiB") holds for each worker
     that measures (searches, correlations, evidence, evaluation). The lease must outlive at least two
     heartbeats.
     `isolation` and the `worker_...` limits confine each worker process (docs/executors.md): bytes of memory
     ("": the machine's) and of a file, hours of CPU per unit and thread, processes and threads; 0 is no limit.
+    `worker_closed` are files and folders that workers cannot open, separated like PATH; the files that
+    settings were read from are always among them.
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
@@ -44,11 +53,16 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="BITPLAN_", frozen=True, extra="forbid", protected_namespaces=()
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        hide_input_in_errors=True,
     )
 
     data_dir: Path = Field(default_factory=default_data_dir)
-    database_url: str = ""
+    database_url: str = Field(default="", repr=False)
+    database_password: str = Field(default="", repr=False)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     workers: int = Field(default_factory=default_workers, ge=1, le=256)
@@ -69,6 +83,7 @@ class Settings(BaseSettings):
     worker_file: str = "1 TiB"
     worker_cpu_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     worker_processes: int = Field(default=1024, ge=0)
+    worker_closed: Annotated[tuple[Path, ...], NoDecode] = ()
     access: Literal["auto", "keys", "open"] = "auto"
     rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     rate_burst: int = Field(default=200, ge=1)
@@ -84,12 +99,24 @@ class Settings(BaseSettings):
     least_free_bytes: int = Field(default=256 * 2**20, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win; then files, then the environment, which never have both."""
+        return init_settings, SecretFiles(settings_cls, PREFIX), env_settings
+
     @field_validator("data_dir")
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
-    @field_validator("model_folders", mode="before")
+    @field_validator("model_folders", "worker_closed", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
@@ -126,6 +153,13 @@ class Settings(BaseSettings):
     def _complete(self) -> "Settings":
         if not self.database_url:
             object.__setattr__(self, "database_url", f"sqlite:///{self.data_dir / 'bitplan.db'}")
+        if self.database_password:
+            url = _with_password(self.database_url, self.database_password)
+            object.__setattr__(self, "database_url", url)
+            object.__setattr__(self, "database_password", "")
+        files = named_files((_variable(name) for name in type(self).model_fields), os.environ).values()
+        closed = dict.fromkeys((*self.worker_closed, *(file.absolute() for file in files)))
+        object.__setattr__(self, "worker_closed", tuple(closed))
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError(
                 "heartbeat_seconds must be at most half of lease_seconds. "
@@ -140,8 +174,39 @@ class Settings(BaseSettings):
         return {"jobs": self.quota_jobs, "bytes": kept, "running": self.quota_running}
 
     def as_environment(self) -> dict[str, str]:
-        """The environment variables that give another process these same settings."""
+        """The environment variables that give another process these same settings; those that name files are
+        emptied.
+        """
         values = {name: getattr(self, name) for name in type(self).model_fields}
-        values["model_folders"] = os.pathsep.join(str(folder) for folder in self.model_folders)
+        for name in ("model_folders", "worker_closed"):
+            values[name] = os.pathsep.join(str(place) for place in values[name])
         values["webhook_networks"] = ",".join(self.webhook_networks)
-        return {f"BITPLAN_{name.upper()}": str(value) for name, value in values.items()}
+        given = {_variable(name): str(value) for name, value in values.items()}
+        return given | {f"{name}_FILE": "" for name in named_files(given, os.environ)}
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _with_password(url: str, password: str) -> str:
+    """The URL of a PostgreSQL database with its password. Raises ValueError, which repeats neither."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    if parsed is None or not parsed.drivername.startswith("postgres"):
+        raise ValueError(
+            "database_url must be that of a PostgreSQL database where database_password is given. Got "
+            f"{'no URL' if parsed is None else parsed.drivername}. Set BITPLAN_DATABASE_URL to "
+            "postgresql://user@host/database."
+        )
+    if parsed.password:
+        raise ValueError(
+            "database_url must have no password where database_password is given. Got one in both. "
+            "Leave it out of BITPLAN_DATABASE_URL."
+        )
+    return parsed.set(password=password).render_as_string(hide_password=False)
