@@ -17,6 +17,12 @@ def default_data_dir() -> Path:
     return Path(home) / "bitplan"
 
 
+def default_ray_cache() -> Path:
+    """Where a node of a Ray cluster keeps models unless told otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "bitplan" / "ray"
+
+
 def default_workers() -> int:
     """One worker per usable core, at most four."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -33,6 +39,9 @@ class Settings(BaseSettings):
     heartbeats.
     `isolation` and the `worker_...` limits confine each worker process (docs/executors.md): bytes of memory
     ("": the machine's) and of a file, hours of CPU per unit and thread, processes and threads; 0 is no limit.
+    The `ray_...` fields are for the executor "ray" (docs/executors.md): `ray_address` (host:port of its
+    head), `ray_auth`, `ray_token_file`, `ray_gpus_per_worker`, `ray_shared_store` and `ray_patience_seconds`
+    of the runner, `ray_cache` and `ray_cache_limit` ("200 GiB"; "": until the disk is full) of each node.
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
@@ -69,6 +78,14 @@ class Settings(BaseSettings):
     worker_file: str = "1 TiB"
     worker_cpu_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     worker_processes: int = Field(default=1024, ge=0)
+    ray_address: str = ""
+    ray_auth: Literal["token", "disabled"] = "token"
+    ray_token_file: str = ""
+    ray_gpus_per_worker: float = Field(default=1.0, gt=0, le=8, allow_inf_nan=False)
+    ray_shared_store: bool = False
+    ray_patience_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    ray_cache: Path = Field(default_factory=default_ray_cache)
+    ray_cache_limit: str = ""
     access: Literal["auto", "keys", "open"] = "auto"
     rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     rate_burst: int = Field(default=200, ge=1)
@@ -84,7 +101,7 @@ class Settings(BaseSettings):
     least_free_bytes: int = Field(default=256 * 2**20, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "ray_cache")
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
@@ -110,7 +127,7 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)
         return value
 
-    @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes")
+    @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes", "ray_cache_limit")
     @classmethod
     def _amount(cls, value: str) -> str:
         if value:

@@ -52,9 +52,12 @@ def for_session(isolation: Isolation, spec: SessionSpec, own: Path) -> Isolation
 
 
 def _memory(settings: Settings) -> int | None:
-    """The operator's limit, or this machine's memory; no limit of ours beside a GPU."""
-    if settings.worker_memory:
-        return parse_bytes(settings.worker_memory)
+    """The operator's limit, or this machine's memory."""
+    return parse_bytes(settings.worker_memory) if settings.worker_memory else memory_of_machine()
+
+
+def memory_of_machine() -> int | None:
+    """The memory of this machine; None beside a GPU."""
     if any(os.path.exists(file) for file in GPU_FILES):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
