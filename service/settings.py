@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from search.budget import parse_bytes
+from service.webhooks.guard import parse_destination
 
 
 def default_data_dir() -> Path:
@@ -21,6 +22,20 @@ def default_workers() -> int:
     """One worker per usable core, at most four."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, 4)
+
+
+HUB_ENDPOINT = "https://huggingface.co"
+
+
+def default_hub_endpoint() -> str:
+    """Where the libraries of the hub look too."""
+    return os.environ.get("HF_ENDPOINT") or HUB_ENDPOINT
+
+
+def hub_is_offline() -> bool:
+    """Whether the environment forbids the hub, with the variables and values that its libraries know."""
+    yes = ("1", "on", "yes", "true")
+    return any(os.environ.get(name, "").lower() in yes for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
 class Settings(BaseSettings):
@@ -36,6 +51,10 @@ class Settings(BaseSettings):
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
+
+    `hub` opens models of a hub by pinned commit (docs/ingest.md): at `hub_endpoint`, whose files may lie at
+    `hub_hosts`, with `hub_token` or that in `hub_token_file`, each within `hub_hours`; never while
+    `hub_offline`.
 
     Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
     workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
@@ -63,6 +82,13 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
     webhook_networks: Annotated[tuple[str, ...], NoDecode] = ()
+    hub: bool = False
+    hub_endpoint: str = Field(default_factory=default_hub_endpoint)
+    hub_hosts: Annotated[tuple[str, ...], NoDecode] = ("*.hf.co", "*.huggingface.co")
+    hub_token: SecretStr = SecretStr("")
+    hub_token_file: str = ""
+    hub_offline: bool = Field(default_factory=hub_is_offline)
+    hub_hours: float = Field(default=24.0, gt=0, allow_inf_nan=False)
     memory_limit: str = ""
     isolation: Literal["require", "prefer", "off"] = "prefer"
     worker_memory: str = ""
@@ -94,7 +120,7 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("webhook_networks", mode="before")
+    @field_validator("webhook_networks", "hub_hosts", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return (
@@ -109,6 +135,12 @@ class Settings(BaseSettings):
         for network in value:
             ipaddress.ip_network(network)
         return value
+
+    @field_validator("hub_endpoint")
+    @classmethod
+    def _is_endpoint(cls, value: str) -> str:
+        parse_destination(value)
+        return value.rstrip("/")
 
     @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes")
     @classmethod
@@ -144,4 +176,6 @@ class Settings(BaseSettings):
         values = {name: getattr(self, name) for name in type(self).model_fields}
         values["model_folders"] = os.pathsep.join(str(folder) for folder in self.model_folders)
         values["webhook_networks"] = ",".join(self.webhook_networks)
+        values["hub_hosts"] = ",".join(self.hub_hosts)
+        values["hub_token"] = self.hub_token.get_secret_value()
         return {f"BITPLAN_{name.upper()}": str(value) for name, value in values.items()}
