@@ -1,15 +1,21 @@
-"""Settings of every Bitplan process: defaults, then environment variables that start with BITPLAN_."""
+"""Settings of every Bitplan process: defaults, then environment variables that start with BITPLAN_, or the
+files that variables name.
+"""
 
 import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from search.budget import parse_bytes
+from service.secret_files import SecretFiles, named_files
 from service.webhooks.guard import parse_destination
+
+PREFIX = "BITPLAN_"
+HUB_ENDPOINT = "https://huggingface.co"
 
 
 def default_data_dir() -> Path:
@@ -22,9 +28,6 @@ def default_workers() -> int:
     """One worker per usable core, at most four."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, 4)
-
-
-HUB_ENDPOINT = "https://huggingface.co"
 
 
 def default_hub_endpoint() -> str:
@@ -41,20 +44,23 @@ def hub_is_offline() -> bool:
 class Settings(BaseSettings):
     """What an operator may choose.
 
-    ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name.
+    ``BITPLAN_DATA_DIR``, ``BITPLAN_DATABASE_URL`` and so on set the fields of the same name;
+    ``BITPLAN_DATABASE_URL_FILE`` names a file that holds the value (docs/deployment.md). `database_password`
+    becomes part of `database_url`.
     `model_folders` is an allow-list, separated like PATH. `webhook_networks` ("10.0.0.0/8,127.0.0.1/32") are
     networks beside the public ones that webhooks may go to. `memory_limit` ("2 GiB") holds for each worker
     that measures (searches, correlations, evidence, evaluation). The lease must outlive at least two
     heartbeats.
     `isolation` and the `worker_...` limits confine each worker process (docs/executors.md): bytes of memory
     ("": the machine's) and of a file, hours of CPU per unit and thread, processes and threads; 0 is no limit.
+    `worker_closed` are files and folders that workers cannot open, separated like PATH; the files that
+    settings were read from are always among them.
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
 
     `hub` opens models of a hub by pinned commit (docs/ingest.md): at `hub_endpoint`, whose files may lie at
-    `hub_hosts`, with `hub_token` or that in `hub_token_file`, each within `hub_hours`; never while
-    `hub_offline`.
+    `hub_hosts`, with `hub_token`, each within `hub_hours`; never while `hub_offline`.
 
     Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
     workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
@@ -63,11 +69,16 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="BITPLAN_", frozen=True, extra="forbid", protected_namespaces=()
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        hide_input_in_errors=True,
     )
 
     data_dir: Path = Field(default_factory=default_data_dir)
-    database_url: str = ""
+    database_url: str = Field(default="", repr=False)
+    database_password: str = Field(default="", repr=False)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     workers: int = Field(default_factory=default_workers, ge=1, le=256)
@@ -85,8 +96,7 @@ class Settings(BaseSettings):
     hub: bool = False
     hub_endpoint: str = Field(default_factory=default_hub_endpoint)
     hub_hosts: Annotated[tuple[str, ...], NoDecode] = ("*.hf.co", "*.huggingface.co")
-    hub_token: SecretStr = SecretStr("")
-    hub_token_file: str = ""
+    hub_token: str = Field(default="", repr=False)
     hub_offline: bool = Field(default_factory=hub_is_offline)
     hub_hours: float = Field(default=24.0, gt=0, allow_inf_nan=False)
     memory_limit: str = ""
@@ -95,6 +105,7 @@ class Settings(BaseSettings):
     worker_file: str = "1 TiB"
     worker_cpu_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     worker_processes: int = Field(default=1024, ge=0)
+    worker_closed: Annotated[tuple[Path, ...], NoDecode] = ()
     access: Literal["auto", "keys", "open"] = "auto"
     rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     rate_burst: int = Field(default=200, ge=1)
@@ -110,12 +121,24 @@ class Settings(BaseSettings):
     least_free_bytes: int = Field(default=256 * 2**20, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win; then files, then the environment, which never have both."""
+        return init_settings, SecretFiles(settings_cls, PREFIX), env_settings
+
     @field_validator("data_dir")
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
-    @field_validator("model_folders", mode="before")
+    @field_validator("model_folders", "worker_closed", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
@@ -158,6 +181,13 @@ class Settings(BaseSettings):
     def _complete(self) -> "Settings":
         if not self.database_url:
             object.__setattr__(self, "database_url", f"sqlite:///{self.data_dir / 'bitplan.db'}")
+        if self.database_password:
+            url = _with_password(self.database_url, self.database_password)
+            object.__setattr__(self, "database_url", url)
+            object.__setattr__(self, "database_password", "")
+        files = named_files((_variable(name) for name in type(self).model_fields), os.environ).values()
+        closed = dict.fromkeys((*self.worker_closed, *(file.absolute() for file in files)))
+        object.__setattr__(self, "worker_closed", tuple(closed))
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError(
                 "heartbeat_seconds must be at most half of lease_seconds. "
@@ -172,10 +202,40 @@ class Settings(BaseSettings):
         return {"jobs": self.quota_jobs, "bytes": kept, "running": self.quota_running}
 
     def as_environment(self) -> dict[str, str]:
-        """The environment variables that give another process these same settings."""
+        """The environment variables that give another process these same settings; those that name files are
+        emptied.
+        """
         values = {name: getattr(self, name) for name in type(self).model_fields}
-        values["model_folders"] = os.pathsep.join(str(folder) for folder in self.model_folders)
+        for name in ("model_folders", "worker_closed"):
+            values[name] = os.pathsep.join(str(place) for place in values[name])
         values["webhook_networks"] = ",".join(self.webhook_networks)
         values["hub_hosts"] = ",".join(self.hub_hosts)
-        values["hub_token"] = self.hub_token.get_secret_value()
-        return {f"BITPLAN_{name.upper()}": str(value) for name, value in values.items()}
+        given = {_variable(name): str(value) for name, value in values.items()}
+        return given | {f"{name}_FILE": "" for name in named_files(given, os.environ)}
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _with_password(url: str, password: str) -> str:
+    """The URL of a PostgreSQL database with its password. Raises ValueError, which repeats neither."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    if parsed is None or not parsed.drivername.startswith("postgres"):
+        raise ValueError(
+            "database_url must be that of a PostgreSQL database where database_password is given. Got "
+            f"{'no URL' if parsed is None else parsed.drivername}. Set BITPLAN_DATABASE_URL to "
+            "postgresql://user@host/database."
+        )
+    if parsed.password:
+        raise ValueError(
+            "database_url must have no password where database_password is given. Got one in both. "
+            "Leave it out of BITPLAN_DATABASE_URL."
+        )
+    return parsed.set(password=password).render_as_string(hide_password=False)

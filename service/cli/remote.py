@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from service.client import Client
     from service.remote.handles import JobHandle, PlanHandle
 
+SECRET = "BITPLAN_WEBHOOK_SECRET"  # noqa: S105 - the name of a variable
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `bitplan jobs` lists it.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay, show progress, and print the plans at the end.")]
 WebhookUrl = Annotated[
@@ -32,9 +34,10 @@ WebhookSecret = Annotated[
     str | None,
     typer.Option(
         "--webhook-secret",
-        envvar="BITPLAN_WEBHOOK_SECRET",
+        envvar=SECRET,
         show_envvar=True,
-        help="Signs the message: whsec_ and 24 to 64 random bytes in base64. Better in the variable.",
+        help="Signs the message: whsec_ and 24 to 64 random bytes in base64. Better in the variable, or in "
+        "the file that BITPLAN_WEBHOOK_SECRET_FILE names.",
     ),
 ]
 SHORT_TRIES = 2
@@ -269,9 +272,12 @@ def _receiver(url: str | None, secret: str | None) -> dict[str, str] | None:
     """The webhook of a request. Raises ValueError for one without a secret."""
     if url is None:
         return None
+    from service.secret_files import named_files, read_value
+
+    secret = secret or next((read_value(*named) for named in named_files([SECRET], os.environ).items()), None)
     if not secret:
         raise ValueError(
-            "--webhook must come with a secret. Got none. Set BITPLAN_WEBHOOK_SECRET; make one with"
+            f"--webhook must come with a secret. Got none. Set {SECRET} or {SECRET}_FILE; make one with"
             ' python -c "from service.webhooks.signing import new_secret; print(new_secret())".'
         )
     return {"url": url, "secret": secret}

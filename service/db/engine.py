@@ -49,7 +49,8 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise DatabaseUrlError(f"database_url must be a database URL. Got {url!r}. {hint}") from None
+        said = f"Got {len(url)} characters that are none"
+        raise DatabaseUrlError(f"database_url must be a database URL. {said}. {hint}") from None
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "sqlite" and parsed.database and parsed.database != ":memory:":

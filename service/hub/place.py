@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from service.errors import Unprocessable
 from service.settings import HUB_ENDPOINT, Settings
@@ -57,9 +56,7 @@ class HubPlace:
 
 
 def place_of(settings: Settings) -> HubPlace:
-    """The hub of the settings. Raises Unprocessable `hub-offline` where the environment forbids it, and
-    ValueError for a file of the token that cannot be read.
-    """
+    """The hub of the settings. Raises Unprocessable `hub-offline` where the environment forbids it."""
     if settings.hub_offline:
         raise Unprocessable(
             "hub-offline",
@@ -67,10 +64,7 @@ def place_of(settings: Settings) -> HubPlace:
             "TRANSFORMERS_OFFLINE. Unset them where Bitplan starts, or send the files.",
             pointer="/hub",
         )
-    token = settings.hub_token.get_secret_value()
-    if settings.hub_token_file:
-        token = Path(settings.hub_token_file).read_text(encoding="utf-8").strip()
-    return HubPlace(settings.hub_endpoint, settings.hub_hosts, token)
+    return HubPlace(settings.hub_endpoint, settings.hub_hosts, settings.hub_token)
 
 
 def require_offered(settings: Settings) -> None:

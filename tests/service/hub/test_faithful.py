@@ -49,4 +49,6 @@ def test_the_hubs_own_client_takes_it_for_a_hub(hub: Hub, tmp_path: Path) -> Non
     assert told["files"]["config.json"][2] is None
     for name, path in told["paths"].items():
         assert Path(path).read_bytes() == hub.files[name]
-    assert Path(told["paths"]["model.safetensors"]).resolve().name == large, "the client named it after X-Linked-Etag"
+    assert Path(told["paths"]["model.safetensors"]).resolve().name == large, (
+        "the client named it after X-Linked-Etag"
+    )
