@@ -156,6 +156,21 @@ class StandingRecord:
 
 
 @dataclass(frozen=True)
+class VersionRecord:
+    """What decides whether a job has changed for somebody, and whose it is."""
+
+    id: str
+    tenant: str
+    state: JobState
+    version: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True)
 class WebhookRecord:
     """Who is told of a job's end, and how far that has come; `secret` is None once it is not needed any more.
 

@@ -175,6 +175,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
         "log_level": settings.log_level,
         "timeout_graceful_shutdown": int(settings.grace_seconds),
         "server_header": False,
+        "access_log": False,
     }
 
 
