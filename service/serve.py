@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import structlog
 
@@ -165,15 +166,20 @@ def _run_api(settings: Settings) -> None:
 
     logs.configure(settings.log_level)
     logs.adopt_libraries(settings.log_level)
-    uvicorn.run(
-        "service.app:app",
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        log_level=settings.log_level,
-        timeout_graceful_shutdown=int(settings.grace_seconds),
-        server_header=False,
-    )
+    uvicorn.run("service.app:app", **server_options(settings))
+
+
+def server_options(settings: Settings) -> dict[str, Any]:
+    """How uvicorn is to serve, for `uvicorn.run`."""
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "log_config": None,
+        "log_level": settings.log_level,
+        "timeout_graceful_shutdown": int(settings.grace_seconds),
+        "server_header": False,
+        "access_log": False,
+    }
 
 
 def _stop_with_supervisor() -> None:

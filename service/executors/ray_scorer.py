@@ -66,9 +66,8 @@ class Scorer:
         self._own = _own_folder(self._cache.folder / "workers")
         self._log = self._cache.folder / "logs" / f"worker-{os.getpid()}-{os.urandom(3).hex()}.log"
         self._factory = factory
-        self._isolation = _here(
-            Isolation.from_json(isolation), memory_bytes, shared_store, self._cache.folder
-        )
+        closed = (*map(str, settings.worker_closed), str(self._cache.folder), *_places_of_ray())
+        self._isolation = _here(Isolation.from_json(isolation), memory_bytes, shared_store, closed)
         self._arrival: Arrival | None = None
         self._keeper: LocalKeeper | None = None
         self._gaps: tuple[str, ...] = ()
@@ -178,12 +177,12 @@ def _held(digest: str, cache: NodeCache) -> Path | None:
     return cache.path(digest) if cache.holds(digest) else None
 
 
-def _here(given: Isolation, memory_bytes: int | None, shared_store: bool, cache: Path) -> Isolation:
-    """The runner's choice as it holds on this node: the cache, Ray's own files and its token are closed too.
+def _here(given: Isolation, memory_bytes: int | None, shared_store: bool, closed: Sequence[str]) -> Isolation:
+    """The runner's choice as it holds on this node, where these places are `closed` too.
 
     A node may be the runner's own machine, so what is closed there is closed here.
     """
-    own = tuple(os.path.realpath(place) for place in (str(cache), *_places_of_ray()) if os.path.exists(place))
+    own = tuple(os.path.realpath(place) for place in closed if os.path.exists(place))
     return replace(
         given,
         memory_bytes=memory_bytes or memory_of_machine(),
