@@ -140,9 +140,10 @@ def _load(path: Path, kind: str) -> dict[str, Tensor]:
     if kind == "npz":
         return {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
     try:
-        return load_file(path)
+        found: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise BadCalibration(f"calibration data must be a readable safetensors file. Got {error}.") from error
+    return found
 
 
 def _token_or_value(name: str, tensor: Tensor, whole: Sequence[str]) -> Tensor:

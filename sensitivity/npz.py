@@ -97,7 +97,7 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive, its directory judged. Whatever is broken in it is a BadCalibration."""
     try:
-        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:  # type: ignore[arg-type]
+        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
             _require_sound(path, archive.infolist())
             yield archive
     except (
