@@ -12,8 +12,10 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from search.budget import parse_bytes
 from service.secret_files import SecretFiles, named_files
+from service.webhooks.guard import parse_destination
 
 PREFIX = "BITPLAN_"
+HUB_ENDPOINT = "https://huggingface.co"
 
 
 def default_data_dir() -> Path:
@@ -22,10 +24,27 @@ def default_data_dir() -> Path:
     return Path(home) / "bitplan"
 
 
+def default_ray_cache() -> Path:
+    """Where a node of a Ray cluster keeps models unless told otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "bitplan" / "ray"
+
+
 def default_workers() -> int:
     """One worker per usable core, at most four."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, 4)
+
+
+def default_hub_endpoint() -> str:
+    """Where the libraries of the hub look too."""
+    return os.environ.get("HF_ENDPOINT") or HUB_ENDPOINT
+
+
+def hub_is_offline() -> bool:
+    """Whether the environment forbids the hub, with the variables and values that its libraries know."""
+    yes = ("1", "on", "yes", "true")
+    return any(os.environ.get(name, "").lower() in yes for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
 class Settings(BaseSettings):
@@ -42,9 +61,15 @@ class Settings(BaseSettings):
     ("": the machine's) and of a file, hours of CPU per unit and thread, processes and threads; 0 is no limit.
     `worker_closed` are files and folders that workers cannot open, separated like PATH; the files that
     settings were read from are always among them.
+    The `ray_...` fields are for the executor "ray" (docs/executors.md): `ray_address` (host:port of its
+    head), `ray_auth`, `ray_token_file`, `ray_gpus_per_worker`, `ray_shared_store` and `ray_patience_seconds`
+    of the runner, `ray_cache` and `ray_cache_limit` ("200 GiB"; "": until the disk is full) of each node.
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
+
+    `hub` opens models of a hub by pinned commit (docs/ingest.md): at `hub_endpoint`, whose files may lie at
+    `hub_hosts`, with `hub_token`, each within `hub_hours`; never while `hub_offline`.
 
     Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
     workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
@@ -77,6 +102,12 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=64 * 2**30, gt=0)
     model_folders: Annotated[tuple[Path, ...], NoDecode] = ()
     webhook_networks: Annotated[tuple[str, ...], NoDecode] = ()
+    hub: bool = False
+    hub_endpoint: str = Field(default_factory=default_hub_endpoint)
+    hub_hosts: Annotated[tuple[str, ...], NoDecode] = ("*.hf.co", "*.huggingface.co")
+    hub_token: str = Field(default="", repr=False)
+    hub_offline: bool = Field(default_factory=hub_is_offline)
+    hub_hours: float = Field(default=24.0, gt=0, allow_inf_nan=False)
     memory_limit: str = ""
     isolation: Literal["require", "prefer", "off"] = "prefer"
     worker_memory: str = ""
@@ -84,6 +115,14 @@ class Settings(BaseSettings):
     worker_cpu_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     worker_processes: int = Field(default=1024, ge=0)
     worker_closed: Annotated[tuple[Path, ...], NoDecode] = ()
+    ray_address: str = ""
+    ray_auth: Literal["token", "disabled"] = "token"
+    ray_token_file: str = ""
+    ray_gpus_per_worker: float = Field(default=1.0, gt=0, le=8, allow_inf_nan=False)
+    ray_shared_store: bool = False
+    ray_patience_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    ray_cache: Path = Field(default_factory=default_ray_cache)
+    ray_cache_limit: str = ""
     access: Literal["auto", "keys", "open"] = "auto"
     rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     rate_burst: int = Field(default=200, ge=1)
@@ -111,7 +150,7 @@ class Settings(BaseSettings):
         """Arguments win; then files, then the environment, which never have both."""
         return init_settings, SecretFiles(settings_cls, PREFIX), env_settings
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "ray_cache")
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
@@ -121,7 +160,7 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("webhook_networks", mode="before")
+    @field_validator("webhook_networks", "hub_hosts", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return (
@@ -137,7 +176,13 @@ class Settings(BaseSettings):
             ipaddress.ip_network(network)
         return value
 
-    @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes")
+    @field_validator("hub_endpoint")
+    @classmethod
+    def _is_endpoint(cls, value: str) -> str:
+        parse_destination(value)
+        return value.rstrip("/")
+
+    @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes", "ray_cache_limit")
     @classmethod
     def _amount(cls, value: str) -> str:
         if value:
@@ -181,6 +226,7 @@ class Settings(BaseSettings):
         for name in ("model_folders", "worker_closed"):
             values[name] = os.pathsep.join(str(place) for place in values[name])
         values["webhook_networks"] = ",".join(self.webhook_networks)
+        values["hub_hosts"] = ",".join(self.hub_hosts)
         given = {_variable(name): str(value) for name, value in values.items()}
         return given | {f"{name}_FILE": "" for name in named_files(given, os.environ)}
 

@@ -128,6 +128,7 @@ def _inputs(
         corrections=tuple(request.get("corrections", ())),
         deciding=deciding,
         caches=caches,
+        origin=_origin(context, session, job),
     )
     return inputs if refined is None or refined not in wanted else with_calibrated(inputs, cheap, refined)
 
@@ -208,6 +209,11 @@ def _facts(session: Session, job: JobRecord) -> Mapping[str, Any]:
             headers={"Retry-After": "2"},
         )
     return stored
+
+
+def _origin(context: Context, session: Session, job: JobRecord) -> Mapping[str, Any] | None:
+    model = models.get(session, job.request["model"], context.tenant)
+    return None if model is None else model.origin
 
 
 def _digests(context: Context, session: Session, job: JobRecord) -> Digests:

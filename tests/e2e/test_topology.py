@@ -9,9 +9,11 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -26,6 +28,7 @@ from tests.e2e.topology import Topology
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 ROLES = ("api", "api-2", "runner", "runner-2")
+CLUSTER = ("ray-head", "ray-worker", "ray-worker-2", "api", "api-2", "runner-cluster", "runner-cluster-2")
 SCHEMES, METRICS = ("w2", "w4"), ("output_kl", "fisher")
 SEARCH = {"schemes": SCHEMES, "metrics": METRICS, "batch_size": 4, "evaluations": 1}
 BUDGETS = ("3 bpw", "uniform w4")
@@ -35,10 +38,18 @@ PATIENCE_SECONDS = 120
 
 @pytest.fixture(scope="module")
 def topology(tmp_path_factory) -> Iterator[Topology]:
+    with running(tmp_path_factory.mktemp("topology"), ROLES) as topology:
+        yield topology
+
+
+@contextmanager
+def running(folder: Path, roles: Sequence[str]) -> Iterator[Topology]:
+    """These roles on a database of their own, supervised; their logs are shown when a test fails."""
     with empty_postgres() as url:
-        topology = Topology(tmp_path_factory.mktemp("topology"), url, roles=ROLES)
+        topology = Topology(folder, url, roles=roles)
         try:
-            yield topology.start().supervise()  # type: ignore[misc]
+            topology.start().supervise()
+            yield topology
         finally:
             topology.stop()
             for role in topology.started:
@@ -80,8 +91,13 @@ def until(condition: Any, what: str) -> None:
         time.sleep(0.05)
 
 
-def check_complete(topology: Topology, jobs: list[JobHandle], layers: dict[str, list[str]]) -> None:
+def check_complete(topology: Topology, jobs: list[JobHandle]) -> None:
     """Every score once, none doubted; one terminal event, the last."""
+    transport = topology.client_of("api").transport
+    layers = {
+        name: [layer["name"] for layer in transport.get(f"/v1/models/{name}/layers")["layers"]]
+        for name in {job.resource["request"]["model"] for job in jobs}
+    }
     with topology.database() as database, database.read() as session:
         for job in jobs:
             resource = job.resource
@@ -116,14 +132,15 @@ def test_jobs_outlive_runners_and_apis(topology, resnet, llama) -> None:
     ended = [two.job(job.id).wait(timeout=JOB_SECONDS) for job in jobs]
     assert [job.state for job in ended] == ["succeeded"] * len(jobs)
     assert topology.deaths == {"runner": 1, "api": 1, "api-2": 1}
-    layers = {
-        name: [layer["name"] for layer in one.transport.get(f"/v1/models/{name}/layers")["layers"]]
-        for name in {job.resource["request"]["model"] for job in ended}
-    }
-    check_complete(topology, ended, layers)
-    for follower, job in zip(followers, ended, strict=True):
+    check_complete(topology, ended)
+    check_streams(followers, ended)
+
+
+def check_streams(followers: list[Follower], jobs: list[JobHandle]) -> None:
+    """Who followed a job saw each of its events once, in order."""
+    for follower, job in zip(followers, jobs, strict=True):
         follower.join(PATIENCE_SECONDS)
-        assert follower.seen == one.job(job.id).events()
+        assert follower.seen == job.events()
         assert [event["seq"] for event in follower.seen] == list(range(1, len(follower.seen) + 1))
 
 
@@ -259,3 +276,30 @@ def test_no_process_shows_the_password(topology) -> None:
         assert "service" in shown.stdout
         assert f":{password}@" not in shown.stdout
         assert f":{password}@" not in topology.log(role)
+
+
+def test_a_cluster_loses_a_node_and_no_score(tmp_path, resnet, llama) -> None:
+    """The profile `cluster`: a head and two nodes, two APIs and two runners. A node and a runner die while jobs run."""
+    with running(tmp_path / "cluster", CLUSTER) as cluster:
+        one, two = cluster.client_of("api"), cluster.client_of("api-2")
+        jobs = [
+            one.submit(resnet.folder, resnet.calibration, BUDGETS, samples=8, **SEARCH),
+            one.submit(llama.folder, llama.calibration, BUDGETS, samples=8, sequence_length=12, **SEARCH),
+        ]
+        followers = [Follower(two.job(job.id)) for job in jobs]
+        for follower in followers:
+            follower.start()
+        runners = ("runner-cluster", "runner-cluster-2")
+        until(
+            lambda: all(len(cluster.logged("dispatch.unit", role)) >= 3 for role in runners),
+            "both runners must measure",
+        )
+        assert cluster.kill("ray-worker")
+        assert cluster.kill("runner-cluster")
+        ended = [two.job(job.id).wait(timeout=JOB_SECONDS) for job in jobs]
+        assert [job.state for job in ended] == ["succeeded"] * len(jobs)
+        assert cluster.deaths == {"ray-worker": 1, "runner-cluster": 1}
+        check_complete(cluster, ended)
+        check_streams(followers, ended)
+        for role in ("ray-head", "ray-worker", "ray-worker-2", *runners):
+            cluster.wait_until_healthy(role)

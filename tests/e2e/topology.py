@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,12 +21,13 @@ from sqlalchemy import make_url
 
 from service.client import Client
 from tests.deployment.rules import ROOT, SECRETS, load
-from tests.fork_server import children_of
 from tests.processes import QUICK, Service, free_port
+from tests.ray_nodes import STORE_BYTES, own_address
 
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 MODULES = {"bitplan": "service.cli.main", "uvicorn": "uvicorn", "ray": "ray.scripts.scripts"}
 HEAD = "ray-head:6379"
+MARK = "BITPLAN_TEST_ROLE"
 HEALTHY_SECONDS = 120
 CHECK_SECONDS = 60
 
@@ -41,7 +44,8 @@ class Topology(Service):
         super().__post_init__()
         self._services: dict[str, Any] = load(TEXT)["services"]
         self.ports = {role: free_port() for role in self.roles if self.name_of(role) == "api"}
-        self.head = f"127.0.0.1:{free_port()}"
+        self.head = f"{own_address()}:{free_port()}"
+        self._short = Path(tempfile.mkdtemp(prefix="bt-"))  # paths of Ray's sockets must be short
         url = make_url(self.database_url)
         self._address = url._replace(password=None).render_as_string()
         self._secrets = {"postgres_password": url.password or "", "ray_token": os.urandom(32).hex()}
@@ -63,6 +67,8 @@ class Topology(Service):
         self.once("migrate", self._services["migrate"]["command"])
         for role in self.roles:
             self.start_role(role)
+            if role == "ray-head":
+                self.wait_until_healthy(role)
         file = self.folder / "key"
         self.once("api", ["bitplan", "keys", "create", "--scope", "submit", "-o", str(file)])
         self.key = file.read_text().strip()
@@ -72,6 +78,8 @@ class Topology(Service):
 
     def start_role(self, role: str) -> None:
         command = self._here(self._services[self.name_of(role)]["command"], role)
+        if self.name_of(role).startswith("ray"):
+            command += self._smaller(role)
         self._processes[role] = self.launch(
             command, self.environment_of(role), self.folder / f"{role}.log", self.folder
         )
@@ -96,13 +104,13 @@ class Topology(Service):
             own["BITPLAN_DATABASE_URL"] = self._address
         if not self._secrets["postgres_password"]:
             own.pop("BITPLAN_DATABASE_PASSWORD_FILE", None)
-        programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return {
             **QUICK,
             **own,
-            "PATH": programs,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "BITPLAN_WORKERS": "1",
+            MARK: f"{self.folder}/{role}",
             **self.variables,
         }
 
@@ -153,20 +161,41 @@ class Topology(Service):
         pid = self.pid(role)
         if pid is None:
             return False
-        doomed = [pid, *below(pid)] if self.name_of(role).startswith("ray") else [pid]
+        doomed = self._marked(role) if self.name_of(role).startswith("ray") else [pid]
         for each in doomed:
             with suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
         return True
 
     def stop(self) -> None:
-        doomed = [
-            each for role in self._processes if (pid := self.pid(role)) is not None for each in below(pid)
-        ]
         super().stop()
-        for each in doomed:
-            with suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+        for role in self.started:
+            for each in self._marked(role):
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+        shutil.rmtree(self._short, ignore_errors=True)
+
+    def _marked(self, role: str) -> list[int]:
+        """Every process of a role, whoever started it; workers have another environment, and leave by themselves."""
+        mark = f"{MARK}={self.folder}/{role}\0".encode()
+        found = []
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with suppress(OSError):
+                if mark in Path(f"/proc/{pid}/environ").read_bytes() + b"\0":
+                    found.append(pid)
+        return found
+
+    def _smaller(self, role: str) -> list[str]:
+        """What makes a node of one machine: one CPU of it, little memory, and files of its own."""
+        place = self._short / role
+        place.mkdir(exist_ok=True)
+        cpus = ["--num-cpus=1"] if self.name_of(role) == "ray-worker" else []
+        return [
+            f"--temp-dir={place}",
+            f"--object-store-memory={STORE_BYTES}",
+            "--include-log-monitor=false",
+            *cpus,
+        ]
 
     def _here(self, words: Sequence[str], role: str) -> list[str]:
         """The words of a container's command for this machine; the first is a module, or python."""
@@ -186,11 +215,3 @@ class Topology(Service):
                 for word in rest
             ),
         ]
-
-
-def below(pid: int) -> list[int]:
-    """Every process that a process started, and those that these started."""
-    found: list[int] = []
-    for child in children_of(pid):
-        found += [child, *below(child)]
-    return found

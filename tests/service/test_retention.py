@@ -347,6 +347,7 @@ def test_one_process_collects_at_a_time(database: Database, settings: Settings) 
 PUBLISHERS = {
     "api/intake.py": "models that are copied from folders",
     "backup.py": "whatever a backup holds",
+    "hub/fetching.py": "models of a hub, from the list on; those of this machine at their end",
     "interactions.py": "the summary of a search, at its end",
     "local.py": "calibration sets of this machine",
     "runner/calibration_job.py": "calibration sets that were made",

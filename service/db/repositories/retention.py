@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, func, select, text
+from sqlalchemy import delete, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from service.db.tables import (
@@ -26,6 +26,7 @@ from service.db.tables import (
     UnitRow,
     UploadRow,
 )
+from service.records import HUB
 from service.states import TERMINAL, InputState, UploadState
 
 RETENTION_LOCK = 0x6269_7470_6C61_6E01
@@ -177,7 +178,7 @@ def needed_blobs(
 
 def promised_blobs(session: Session) -> Iterator[Blob]:
     """Every blob that some row says is there."""
-    yield from _sources(session, frozenset())
+    yield from _sources(session, frozenset(), arrived=True)
     yield from _faulty(session)
     for _, tenant, summary in _summaries(session):
         told = (summary.get("sha256"), (summary.get("interactions") or {}).get("factor"))
@@ -204,12 +205,19 @@ def _named(session: Session, jobs: frozenset[str], uploads: frozenset[str]) -> I
             yield from ((tenant, digest) for digest in _digests_in(summary))
 
 
-def _sources(session: Session, uploads: frozenset[str]) -> Iterator[Blob]:
-    """The files of models, of calibration sets, and of uploads that are open."""
+def _sources(session: Session, uploads: frozenset[str], *, arrived: bool = False) -> Iterator[Blob]:
+    """The files of models, of calibration sets, and of uploads that are open; with `arrived` without those
+    that are still on their way.
+    """
     for table in (ModelRow, CalibrationRow):
         query = select(table.tenant, table.source).where(table.state != InputState.DELETED.value)
+        if arrived:
+            fetched = table.source["kind"].as_string() != HUB
+            query = query.where(or_(fetched, table.summary.is_not(None)))
         for tenant, source in session.execute(query):
             yield from ((tenant, file["sha256"]) for file in source.get("files", ()))
+    if arrived:
+        return
     opened = select(UploadRow.id, UploadRow.tenant, UploadRow.manifest).where(
         UploadRow.state == UploadState.OPEN.value
     )

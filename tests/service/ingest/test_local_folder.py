@@ -19,7 +19,9 @@ def root(tmp_path, sound_model):
 
 def test_a_folder_inside_the_allow_list_is_found(root):
     assert allowed_folder(str(root / "good"), [root]) == root / "good"
-    assert [path.name for path in model_files_in(root / "good")] == ["config.json", "model.safetensors"]
+    paths, left_out = model_files_in(root / "good")
+    assert [path.name for path in paths] == ["config.json", "model.safetensors"]
+    assert left_out == ()
 
 
 @pytest.mark.parametrize("folder", ["/etc", "relative", "{root}/../..", "{root}x", "{root}/link"])
