@@ -44,9 +44,15 @@ def topology(tmp_path_factory) -> Iterator[Topology]:
 
 @contextmanager
 def running(folder: Path, roles: Sequence[str]) -> Iterator[Topology]:
-    """These roles on a database of their own, supervised; their logs are shown when a test fails."""
+    """These roles on a database of their own, supervised; their logs are shown when a test fails.
+
+    The first runner that has stored four results dies of it.
+    """
+    once = folder / "once"
+    once.mkdir(parents=True)
+    dying = {"BITPLAN_FAILPOINTS": "runner.after_store:4=kill", "BITPLAN_FAILPOINTS_ONCE": str(once)}
     with empty_postgres() as url:
-        topology = Topology(folder, url, roles=roles)
+        topology = Topology(folder, url, dying, roles=roles)
         try:
             topology.start().supervise()
             yield topology
@@ -122,16 +128,15 @@ def test_jobs_outlive_runners_and_apis(topology, resnet, llama) -> None:
     followers = [Follower(two.job(job.id)) for job in jobs]
     for follower in followers:
         follower.start()
-    until(lambda: len(topology.logged("dispatch.unit", "runner")) >= 3, "the runner must measure")
-    assert topology.kill("runner")
-    until(lambda: len(topology.logged("dispatch.unit", "runner-2")) >= 3, "the second runner must measure")
+    until((topology.folder / "once" / "runner.after_store.4.kill").exists, "a runner must measure, and die")
     for role in ("api", "api-2"):
         assert topology.kill(role)
         until(lambda role=role: topology.deaths[role] == 1, "what died must be seen")
         topology.wait_until_healthy(role)
     ended = [two.job(job.id).wait(timeout=JOB_SECONDS) for job in jobs]
     assert [job.state for job in ended] == ["succeeded"] * len(jobs)
-    assert topology.deaths == {"runner": 1, "api": 1, "api-2": 1}
+    assert topology.deaths.total() == 3
+    assert topology.deaths["runner"] + topology.deaths["runner-2"] == 1
     check_complete(topology, ended)
     check_streams(followers, ended)
 
@@ -279,7 +284,7 @@ def test_no_process_shows_the_password(topology) -> None:
 
 
 def test_a_cluster_loses_a_node_and_no_score(tmp_path, resnet, llama) -> None:
-    """The profile `cluster`: a head and two nodes, two APIs and two runners. A node and a runner die while jobs run."""
+    """The profile `cluster`: a head and two nodes, two APIs and two runners. A runner and a node die while a job runs."""
     with running(tmp_path / "cluster", CLUSTER) as cluster:
         one, two = cluster.client_of("api"), cluster.client_of("api-2")
         jobs = [
@@ -289,17 +294,16 @@ def test_a_cluster_loses_a_node_and_no_score(tmp_path, resnet, llama) -> None:
         followers = [Follower(two.job(job.id)) for job in jobs]
         for follower in followers:
             follower.start()
-        runners = ("runner-cluster", "runner-cluster-2")
         until(
-            lambda: all(len(cluster.logged("dispatch.unit", role)) >= 3 for role in runners),
-            "both runners must measure",
+            (cluster.folder / "once" / "runner.after_store.4.kill").exists, "a runner must measure, and die"
         )
         assert cluster.kill("ray-worker")
-        assert cluster.kill("runner-cluster")
         ended = [two.job(job.id).wait(timeout=JOB_SECONDS) for job in jobs]
         assert [job.state for job in ended] == ["succeeded"] * len(jobs)
-        assert cluster.deaths == {"ray-worker": 1, "runner-cluster": 1}
+        assert cluster.deaths["ray-worker"] == 1
+        assert cluster.deaths["runner-cluster"] + cluster.deaths["runner-cluster-2"] == 1
+        assert any(cluster.logged("ray.sent", role) for role in CLUSTER if role.startswith("runner"))
         check_complete(cluster, ended)
         check_streams(followers, ended)
-        for role in ("ray-head", "ray-worker", "ray-worker-2", *runners):
+        for role in CLUSTER:
             cluster.wait_until_healthy(role)
