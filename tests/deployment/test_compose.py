@@ -46,12 +46,13 @@ def test_nothing_is_wrong(compose: Compose, image: Image) -> None:
 
 def test_variables_choose(image: Image) -> None:
     chosen = load(
-        TEXT, {"API_PORT": "8000-8001", "TORCH_BACKEND": "cu130", "RUNNER_MEMORY": "64g", "RAY_WORKERS": "8"}
+        TEXT, {"API_PORT": "9000", "TORCH_BACKEND": "cu130", "RUNNER_MEMORY": "64g", "RAY_WORKERS": "8"}
     )
     assert faults(chosen, image) == []
-    assert chosen["services"]["api"]["ports"] == ["127.0.0.1:8000-8001:8000"]
+    assert chosen["services"]["api"]["ports"] == ["127.0.0.1:9000:8000"]
     assert chosen["services"]["runner"]["build"]["args"]["TORCH_BACKEND"] == "cu130"
     assert chosen["services"]["ray-worker"]["deploy"]["replicas"] == 8
+    assert load(TEXT, {"API_PORT": "8000-8001"})["services"]["api"]["ports"] == ["127.0.0.1:8000-8001:8000"]
 
 
 def test_gpus_go_to_whoever_measures(compose: Compose) -> None:
