@@ -63,6 +63,11 @@ def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord |
     return record_of_job(row) if row is not None and tenant in (None, row.tenant) else None
 
 
+def inventory(session: Session, job_id: str) -> Mapping[str, Any] | None:
+    """The inventory that the job planned with, as JSON; None until it has ended."""
+    return session.scalar(select(JobRow.inventory).where(JobRow.id == job_id))
+
+
 def list_page(
     session: Session,
     *,
