@@ -9,6 +9,8 @@ import secrets
 from dataclasses import dataclass
 from enum import StrEnum
 
+KEY_MARK = "bitplan_"
+"""How every key begins."""
 TOKEN = re.compile(r"bitplan_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _LIKELY = re.compile(r"(bitplan_[0-9a-f]{12}_)[A-Za-z0-9_-]+")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 import structlog
@@ -36,6 +37,7 @@ from service.api import (
 from service.api.context import Context
 from service.api.cursors import Cursors, load_secret
 from service.api.gate import Gate
+from service.api.gathered import Gathered
 from service.api.requests import Requests
 from service.api.scopes import with_security
 from service.api.security import Secured
@@ -44,6 +46,8 @@ from service.api.stopping import calling_at_stop
 from service.api.watcher import Watcher
 from service.db import migrate
 from service.db.engine import Database
+from service.db.repositories.jobs import versions
+from service.records import VersionRecord
 from service.settings import Settings
 from service.store.blobs import BlobStore
 
@@ -60,6 +64,7 @@ Errors are `application/problem+json` (RFC 9457). Where the server has keys, eac
 `Authorization: Bearer bitplan_...`.
 """
 ROUTERS = (
+    jobs.polls,
     uploads.router,
     models.router,
     calibrations.router,
@@ -99,6 +104,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 yield
         finally:
             await context.watcher.end()
+            context.versions.close()
             context.database.close()
 
     app = FastAPIOffline(
@@ -139,8 +145,19 @@ def open_context(settings: Settings) -> Context:
         raise
     slots = Slots(settings.max_streams, settings.max_streams_per_client)
     return Context(
-        settings, database, BlobStore(settings.data_dir), cursors, watcher=Watcher(database), slots=slots
+        settings,
+        database,
+        BlobStore(settings.data_dir),
+        cursors,
+        watcher=Watcher(database),
+        slots=slots,
+        versions=Gathered(partial(_versions, database)),
     )
+
+
+def _versions(database: Database, job_ids: Sequence[str]) -> dict[str, VersionRecord]:
+    with database.read() as session:
+        return versions(session, job_ids)
 
 
 def _to_docs() -> RedirectResponse:

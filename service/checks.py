@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.db import migrate
 from service.db.engine import Database
 from service.db.repositories import runners
+from service.runner.identity import host_name, is_dead
 from service.settings import Settings
 from service.store.durable import temporary_file
 
@@ -40,6 +41,15 @@ def readiness(settings: Settings, database: Database) -> tuple[Check, ...]:
         _guarded("store", lambda: _store(settings)),
         _guarded("runner", lambda: _runner(settings, database)),
     )
+
+
+def runner_here(settings: Settings) -> Check:
+    """Whether a runner of this host (of this container) lives and has said so within a lease."""
+    database = Database(settings.database_url)
+    try:
+        return _guarded("runner", lambda: _runner_here(settings, database))
+    finally:
+        database.close()
 
 
 def alive_seconds(settings: Settings) -> float:
@@ -105,3 +115,17 @@ def _runner(settings: Settings, database: Database) -> Check:
         else "none is known"
     )
     return Check("runner", "warning", f"{said}: jobs wait until `bitplan runner` is started")
+
+
+def _runner_here(settings: Settings, database: Database) -> Check:
+    with database.read() as session:
+        known = [runner for runner in runners.list_all(session) if runner.host == host_name()]
+    living = [runner for runner in known if not is_dead(runner.pid, runner.process)]
+    seen = min((runner.seconds_ago for runner in living), default=None)
+    if seen is None:
+        return Check("runner", "failed", "A runner must live on this host. Got none. Start `bitplan runner`.")
+    least = alive_seconds(settings)
+    if seen > least:
+        said = f"A runner must say within {least:g} s that it lives. Got one that last did {seen:.0f} s ago."
+        return Check("runner", "failed", f"{said} See its log, and whether the database answers.")
+    return Check("runner", "ok", f"{len(living)} on this host, seen {seen:.0f} s ago")

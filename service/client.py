@@ -16,12 +16,16 @@ from typing import Any
 
 import httpx2
 
+from service.hub.reference import parse_reference
 from service.remote.handles import JobHandle, PlanHandle
 from service.remote.key import find_key
-from service.remote.transport import Transport
+from service.remote.transport import ProblemError, Transport
 from service.remote.upload import OnBytes, local_file, model_files, upload
+from service.states import InputState
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+POLL_SECONDS = 1.0
+OnState = Callable[[Mapping[str, Any]], None]
 
 
 class Client:
@@ -63,12 +67,31 @@ class Client:
         """
         return upload(self.transport, "model", model_files(Path(folder)), on_bytes)
 
+    def hub_model(self, reference: str, on_state: OnState | None = None) -> dict[str, Any]:
+        """Have the server fetch a hub's repository, OWNER/NAME@COMMIT or OWNER/NAME@COMMIT:FOLDER, and wait
+        until it is ready. Returns the model's JSON; its id is what `submit` takes. `on_state` is told the
+        model's JSON each time it is asked for.
+
+        Raises ProblemError where the server does not take it, or the model is rejected; BadReference.
+        """
+        wanted = parse_reference(reference)
+        model = dict(self.transport.post("/v1/models", {"hub": wanted.as_json()}))
+        while model["state"] == InputState.VERIFYING:
+            if on_state is not None:
+                on_state(model)
+            self.transport.pause(POLL_SECONDS)
+            model = self.model(str(model["id"]))
+        if model["state"] != InputState.READY:
+            problem = model.get("problem") or {"detail": f"model {model['id']} is {model['state']}"}
+            raise ProblemError(int(problem.get("status", 409)), problem)
+        return model
+
     def upload_calibration(self, file: str | Path, on_bytes: OnBytes | None = None) -> dict[str, Any]:
-        """Send a calibration file (.safetensors, .txt, .jsonl). Returns the calibration set's JSON."""
+        """Send a calibration file (.safetensors, .npz, .txt, .jsonl). Returns the calibration set's JSON."""
         path = Path(file)
         if not path.is_file():
             raise FileNotFoundError(
-                f"Calibration must be a .safetensors, .txt or .jsonl file, or an id. Got {file}."
+                f"Calibration must be a .safetensors, .npz, .txt or .jsonl file, or an id. Got {file}."
             )
         return upload(self.transport, "calibration", (local_file(path),), on_bytes)
 

@@ -1,9 +1,10 @@
 """Named places where a test may kill, stop or slow a process, to prove that a restart loses nothing.
 
 BITPLAN_FAILPOINTS is a comma-separated list of ``name=action`` or ``name:nth=action``; the nth pass of this
-process through the place takes the action: ``kill`` (SIGKILL to itself), ``exit`` (at once, status 70),
-``raise`` (`FailpointReached`) or ``sleep:SECONDS``. With BITPLAN_FAILPOINTS_ONCE=FOLDER each entry fires
-once over all processes that share the folder, so that the process that takes over gets through.
+process through the place takes the action: ``kill`` (SIGKILL to itself), ``stop`` (SIGSTOP to itself, until
+somebody sends SIGCONT), ``exit`` (at once, status 70), ``raise`` (`FailpointReached`) or ``sleep:SECONDS``.
+With BITPLAN_FAILPOINTS_ONCE=FOLDER each entry fires once over all processes that share the folder, so that
+the process that takes over gets through.
 """
 
 # ruff: noqa: N818 - an error is named after what went wrong
@@ -27,6 +28,9 @@ FAILPOINTS: Mapping[str, str] = {
     "api.before_commit": "the rows of a POST are written, not committed",
     "api.after_commit": "the rows of a POST are committed, the answer is not sent",
     "runner.after_claim": "a job is claimed, its handler has not begun",
+    "runner.hub_announced": "the files of a hub model are listed and its small ones stored, no row says so",
+    "runner.hub_fetching": "a piece of a large file of a hub model has been written",
+    "runner.hub_arrived": "every file of a hub model is in the store, no row says so",
     "runner.before_store": "a unit's result has come back, nothing is written",
     "runner.artifact_written": "a unit's arrays are in the store, its rows are not committed",
     "runner.after_store": "a unit's rows are committed",
@@ -42,7 +46,7 @@ FAILPOINTS: Mapping[str, str] = {
     "worker.after_unit": "a worker has a result that it has not sent",
 }
 
-_ENTRY = re.compile(r"([a-z_.]+)(?::([1-9][0-9]*))?=(kill|exit|raise|sleep:[0-9.]+)")
+_ENTRY = re.compile(r"([a-z_.]+)(?::([1-9][0-9]*))?=(kill|stop|exit|raise|sleep:[0-9.]+)")
 _passes: Counter[str] = Counter()
 
 
@@ -75,7 +79,7 @@ def parse_failpoints(text: str) -> tuple[Action, ...]:
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise FailpointError(
-                f"A failpoint must be name[:nth]=kill|exit|raise|sleep:SECONDS. Got {entry!r}."
+                f"A failpoint must be name[:nth]=kill|stop|exit|raise|sleep:SECONDS. Got {entry!r}."
             )
         _check_name(match[1])
         actions.append(Action(match[1], int(match[2] or 1), match[3]))
@@ -114,6 +118,8 @@ def _first_time(action: Action) -> bool:
 def _act(action: Action) -> None:
     if action.verb == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif action.verb == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif action.verb == "exit":
         os._exit(EXIT_STATUS)
     elif action.verb == "raise":

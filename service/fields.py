@@ -27,6 +27,7 @@ from sensitivity.catalog import AUTO, SCORERS, TASKS
 from sensitivity.contexts import without_context
 from sensitivity.scorers.metric_decoupled import ROLES
 from service.consumers import consumer_fault
+from service.hub.reference import BadReference, check_commit, check_folder, check_repository
 from service.webhooks.guard import DestinationRefused, parse_destination
 from service.webhooks.signing import key_of
 
@@ -50,6 +51,29 @@ def _scheme(text: str) -> str:
         return parse_scheme(text).name
     except ValueError as error:
         raise refusal("unknown-scheme", str(error)) from None
+
+
+def hub_repository(text: str) -> str:
+    """The text, if it is owner/name."""
+    return _hub(check_repository, text)
+
+
+def hub_commit(text: str) -> str:
+    """The text, if it is a whole commit id."""
+    return _hub(check_commit, text)
+
+
+def hub_folder(text: str) -> str:
+    """The text, if it is a folder inside a repository, or ""."""
+    return _hub(check_folder, text)
+
+
+def _hub(check: Callable[[str], str], text: str) -> str:
+    try:
+        return check(text)
+    except BadReference as error:
+        slug = "moving-revision" if error.member == "commit" else "invalid-hub-id"
+        raise refusal(slug, str(error)) from None
 
 
 def _webhook_url(text: str) -> str:

@@ -12,19 +12,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quant.digest import digest
+from quant.digest import digest, manifest_digest
 from sensitivity.spec import ModelSource
 from service import logs
 from service.api.job_resources import Job, Plan
 from service.db import migrate
 from service.db.engine import Database
-from service.db.repositories import calibrations, jobs, models, plans
+from service.db.repositories import calibrations, jobs, models, plans, uploads
+from service.hub.connection import HubConnection
+from service.hub.fetching import Patience, announced, fetch
+from service.hub.place import place_of
+from service.hub.reference import HubReference
+from service.ingest.model_folder import check_model
 from service.local_inputs import LocalData
-from service.records import CalibrationRecord, JobRecord, ModelRecord
+from service.records import HUB, CalibrationRecord, JobRecord, ModelRecord
 from service.runner.catalog import load_handlers
+from service.runner.inputs import model_source
 from service.runner.loop import Runner
 from service.settings import Settings
-from service.states import PENDING, InputState, JobKind
+from service.states import PENDING, InputState, JobKind, Stage
 from service.store.blobs import BlobStore
 from service.wire import CorrelationJob, LocalJobRequest
 
@@ -51,14 +57,47 @@ class Local:
 
     def model(self, source: ModelSource) -> ModelRecord:
         """The row of a model of this machine: a folder, or a factory."""
+        fetched = str(self.store.view(source.digest)) if source.kind == "folder" else ""
         place = {"kind": "local", "folder": source.location}
         if source.kind == "factory":
             place = {"kind": "factory", "factory": source.location}
         with self.database.write() as session:
             for known in models.list_by_digest(session, source.digest):
-                if known.source == place:
+                if known.source == place or (known.source["kind"] == HUB and source.location == fetched):
                     return known
             return models.create(session, source=place, digest=source.digest, state=InputState.READY)
+
+    def hub_model(self, wanted: HubReference, on_job: OnJob = lambda job: None) -> ModelSource:
+        """The model of a hub's repository at one commit, fetched unless it is here already; what broke off
+        goes on. Raises ServiceError.
+        """
+        with self.database.read() as session:
+            known = models.find_by_source(session, HUB, wanted.as_json())
+        if known is None:
+            known = self._fetched(wanted, on_job)
+        return model_source(known, self.store)
+
+    def _fetched(self, wanted: HubReference, on_job: OnJob) -> ModelRecord:
+        patience, most = Patience(seconds=self.settings.hub_hours * 3600), self.settings.max_upload_bytes
+
+        def tell(done: int, total: int) -> None:
+            on_job({"stage": str(Stage.FETCHING), "progress": {"done": done, "total": total}})
+
+        with HubConnection(place_of(self.settings)) as connection:
+            found = announced(connection, self.store, wanted, most, patience)
+            fetch(connection, self.store, wanted, found.files, patience, tell)
+        facts = check_model({file["path"]: self.store.path(file["sha256"]) for file in found.files})
+        members = {"files": list(found.files), "left_out": list(found.left_out)}
+        with self.database.write() as session:
+            for file in found.files:
+                uploads.record_blob(session, file["sha256"], file["size"])
+            return models.create(
+                session,
+                source={"kind": HUB, **wanted.as_json(), **members},
+                digest=manifest_digest(found.files),
+                state=InputState.READY,
+                summary=facts.as_json(),
+            )
 
     def calibration(self, data: LocalData) -> CalibrationRecord:
         """The row of a calibration file, which is copied into the store."""

@@ -8,12 +8,15 @@ import sys
 import structlog
 from structlog.typing import EventDict
 
-from service.access import redacted
+from service.access import KEY_MARK, redacted
 
 
 def _without_keys(_: object, __: str, event: EventDict) -> EventDict:
     """No key gets into a log, wherever it was sent."""
-    return {name: redacted(value) if isinstance(value, str) else value for name, value in event.items()}
+    for name, value in event.items():
+        if isinstance(value, str) and KEY_MARK in value:
+            event[name] = redacted(value)
+    return event
 
 
 SHARED = (

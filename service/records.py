@@ -12,6 +12,8 @@ from service.access import Scope
 from service.states import TERMINAL, InputState, JobKind, JobState, Stage, UploadState, WebhookState
 
 Json = Mapping[str, Any]
+HUB = "hub"
+"""The kind of source of models that come from a hub."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,22 @@ class ModelRecord:
     summary: Json | None
     created_at: datetime
 
+    @property
+    def arrived(self) -> bool:
+        """Whether its files are there: those of a hub are not until its runner has fetched them."""
+        return self.source.get("kind") != HUB or self.summary is not None
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """The repository, commit and folder that a model of a hub came from; None for others."""
+        if self.source.get("kind") != HUB:
+            return None
+        return {name: self.source[name] for name in ("repository", "commit", "folder")}
+
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """A calibration set that was sent; `kind` is safetensors, text or jsonl."""
+    """A calibration set that was sent; `kind` is safetensors, npz, text or jsonl."""
 
     id: str
     tenant: str
@@ -134,6 +148,21 @@ class StandingRecord:
     eta_seconds: float | None
     version: int
     seq: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """What decides whether a job has changed for somebody, and whose it is."""
+
+    id: str
+    tenant: str
+    state: JobState
+    version: int
 
     @property
     def finished(self) -> bool:

@@ -21,6 +21,7 @@ class JobState(StrEnum):
 class Stage(StrEnum):
     """What a running job is doing."""
 
+    FETCHING = "fetching"
     LOADING = "loading"
     GENERATING = "generating"
     SCORING = "scoring"

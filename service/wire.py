@@ -74,6 +74,9 @@ from service.fields import (
     any_scheme,
     checkpoint_consumer,
     distinct,
+    hub_commit,
+    hub_folder,
+    hub_repository,
     objective_fault,
     one_of,
     refusal,
@@ -108,18 +111,32 @@ class UploadRequest(WireModel):
     )
 
 
+class HubModel(WireModel):
+    """A repository of a hub at one commit."""
+
+    repository: Annotated[Text, AfterValidator(hub_repository)] = Field(description="owner/name.")
+    commit: Annotated[Text, AfterValidator(hub_commit)] = Field(
+        description="All 40 hexadecimal digits; branches and tags move and are refused."
+    )
+    folder: Annotated[str, AfterValidator(hub_folder)] = Field(
+        "", max_length=2000, description="Where config.json is, for example unet; empty for the root."
+    )
+
+
 class ModelRequest(WireModel):
     """Where a model comes from: exactly one of the members."""
 
     upload: Name | None = Field(None, description="Id of an upload whose blobs have all arrived.")
     folder: Text | None = Field(None, description="A folder of the server inside BITPLAN_MODEL_FOLDERS.")
+    hub: HubModel | None = Field(None, description="A repository of a hub, where BITPLAN_HUB allows it.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRequest:
-        if (self.upload is None) == (self.folder is None):
+        given = [source for source in (self.upload, self.folder, self.hub) if source is not None]
+        if len(given) != 1:
             raise refusal(
                 "invalid-source",
-                "A model must come from either upload or folder. Got both or none. Name one of them.",
+                f"A model must come from one of upload, folder and hub. Got {len(given)} of them. Name one.",
             )
         return self
 

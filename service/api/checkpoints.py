@@ -20,9 +20,10 @@ from service.api.exports import deployment_of
 from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_resources import Job
-from service.api.jobs import RETRY_SECONDS, accepted, queued_once
+from service.api.jobs import accepted, queued_once
 from service.api.lookup import find_job, find_plan
 from service.api.plans import PlanId
+from service.api.polled import RETRY_SECONDS
 from service.api.resources import items_of
 from service.checkpoints import request_of, require_calibration, require_model
 from service.db.repositories import jobs

@@ -9,10 +9,12 @@ from fastapi import Depends, Query, Request
 
 from service.access import Access
 from service.api.cursors import Cursors
+from service.api.gathered import Gathered
 from service.api.kept_inputs import KeptInputs
 from service.api.slots import Slots
 from service.api.watcher import Watcher
 from service.db.engine import Database
+from service.records import VersionRecord
 from service.settings import Settings
 from service.store.blobs import BlobStore
 
@@ -23,8 +25,8 @@ CONTEXT = "bitplan.context"
 @dataclass(frozen=True)
 class Context:
     """One request's view of the service; `access` says whose it is, and its tenant limits every statement and
-    owns the blobs of `store`. Requests share `kept` planning inputs, the `watcher` of jobs and the `slots` of
-    streams.
+    owns the blobs of `store`. Requests share `kept` planning inputs, the `watcher` of jobs, the `slots` of
+    streams and the `versions` of jobs, which are of all tenants.
     """
 
     settings: Settings
@@ -33,6 +35,7 @@ class Context:
     cursors: Cursors
     watcher: Watcher
     slots: Slots
+    versions: Gathered[VersionRecord]
     access: Access = field(default_factory=Access)
     kept: KeptInputs = field(default_factory=KeptInputs)
 

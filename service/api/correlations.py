@@ -18,8 +18,9 @@ from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
 from service.api.job_inputs import search_job
 from service.api.job_resources import Job
-from service.api.jobs import RETRY_SECONDS, JobId, accepted, queued_once
+from service.api.jobs import JobId, accepted, queued_once
 from service.api.lookup import find_job
+from service.api.polled import RETRY_SECONDS
 from service.api.resources import Json, Resource
 from service.db.repositories import jobs
 from service.errors import Conflict, NotFound

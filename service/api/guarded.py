@@ -34,7 +34,7 @@ class Guarded(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler behind the gate."""
-        handler, name, needed = super().get_route_handler(), self.name, scope_of(self.name)
+        handler, name, needed = self.operation(), self.name, scope_of(self.name)
 
         async def guarded(request: Request) -> Response:
             if needed is None:
@@ -52,6 +52,10 @@ class Guarded(APIRoute):
             return await _audited(context, request, name, allowed)
 
         return guarded
+
+    def operation(self) -> Handler:
+        """What runs behind the gate."""
+        return super().get_route_handler()
 
 
 def _own(context: Context, request: Request) -> bool:

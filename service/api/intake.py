@@ -18,10 +18,11 @@ from service.api.lookup import find_upload
 from service.api.quotas import require_bytes, require_job
 from service.db.repositories import calibrations, jobs, models, uploads
 from service.errors import Conflict, Unprocessable
+from service.hub.reference import HubReference
 from service.ingest.kinds import calibration_kind
 from service.ingest.local_folder import allowed_folder, model_files_in, open_plain
 from service.ingest.model_folder import check_model
-from service.records import CalibrationRecord, ModelRecord, UploadRecord
+from service.records import HUB, CalibrationRecord, ModelRecord, UploadRecord
 from service.states import InputState, JobKind
 from service.store.blobs import CHUNK_BYTES
 
@@ -74,11 +75,11 @@ def check_uploaded_model(context: Context, upload_id: str) -> CheckedModel:
 def check_folder_model(context: Context, folder: str) -> CheckedModel:
     """Copy a server-side folder into the store and check the copies, which nobody can change afterwards."""
     place = allowed_folder(folder, context.settings.model_folders)
-    paths = model_files_in(place)
+    paths, left_out = model_files_in(place)
     check_model({path.name: path for path in paths})
     files = tuple(_copied(context, path) for path in paths)
     facts = check_model({file["path"]: context.store.path(file["sha256"]) for file in files})
-    source = {"kind": "folder", "folder": str(place), "files": list(files)}
+    source = {"kind": "folder", "folder": str(place), "files": list(files), "left_out": list(left_out)}
     return CheckedModel(source, files, facts.as_json(), None)
 
 
@@ -97,7 +98,37 @@ def store_model(context: Context, session: Session, checked: CheckedModel) -> Mo
     model = models.create(
         session, source=checked.source, digest=checked.digest, summary=checked.summary, tenant=context.tenant
     )
-    request = {"model": model.id}
+    _queue_verification(context, session, {"model": model.id})
+    return model
+
+
+def store_hub_model(context: Context, session: Session, wanted: HubReference) -> ModelRecord:
+    """The model of this commit: the one that is there, or a new one with a job that fetches and verifies it.
+
+    A model whose job ended without a word about it (cancelled) gets another job.
+    """
+    known = models.find_by_source(session, HUB, wanted.as_json(), context.tenant)
+    model = known or models.create(
+        session,
+        source={"kind": HUB, **wanted.as_json()},
+        digest=digest(wanted.as_json()),
+        tenant=context.tenant,
+    )
+    request = {"model": model.id, "quota": context.access.key_id is not None}
+    if model.state == InputState.VERIFYING and not _is_on_its_way(context, session, model):
+        require_job(context, session)
+        _queue_verification(context, session, request)
+    return model
+
+
+def _is_on_its_way(context: Context, session: Session, model: ModelRecord) -> bool:
+    return any(
+        job.kind == JobKind.VERIFY_MODEL and job.request["model"] == model.id
+        for job in jobs.unfinished(session, tenant=context.tenant)
+    )
+
+
+def _queue_verification(context: Context, session: Session, request: Mapping[str, Any]) -> None:
     job = jobs.create(
         session,
         kind=JobKind.VERIFY_MODEL,
@@ -106,7 +137,6 @@ def store_model(context: Context, session: Session, checked: CheckedModel) -> Mo
         tenant=context.tenant,
     )
     log.info("job.accepted", job=job.id, kind=str(job.kind), state=str(job.state))
-    return model
 
 
 def check_uploaded_calibration(context: Context, upload_id: str) -> CheckedCalibration:

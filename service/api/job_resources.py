@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pydantic import ConfigDict, Field
 
-from service.api.resources import Json, Resource, as_json, links_of, without_inventory
+from service.api.resources import Json, Resource, as_json, links_of
 from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord, StandingRecord
 from service.states import JobKind
 
@@ -27,7 +27,9 @@ class Job(Resource):
     name: str | None = Field(description="As the request has it.")
     labels: dict[str, str]
     state: str = Field(description="queued, running, cancelling, succeeded, failed, cancelled, expired")
-    stage: str | None = Field(description="loading, generating, scoring, solving, measuring, packaging")
+    stage: str | None = Field(
+        description="fetching, loading, generating, scoring, solving, measuring, packaging"
+    )
     progress: Progress
     request: Json
     summary: Json | None
@@ -52,7 +54,7 @@ class Job(Resource):
             stage=record.stage,
             progress=Progress(done=record.done, total=record.total, eta_seconds=record.eta_seconds),
             request=dict(record.request),
-            summary=without_inventory(record.summary),
+            summary=as_json(record.summary),
             problem=as_json(record.problem),
             score_set=record.score_set,
             predecessor=record.predecessor,
@@ -204,6 +206,9 @@ class Plan(Resource):
     score_sources: Json | None = Field(
         None,
         description="Where a refining metric was measured only near decisions: by layer, what stands there.",
+    )
+    model: Json | None = Field(
+        None, description="For a model of a hub: the repository, commit and folder that it came from."
     )
     digest: str | None = Field(None, description="SHA-256 of the plan document.")
     document: Json | None = Field(None, description="The plan; null when nothing fits.")

@@ -21,6 +21,7 @@ from service.api.job_checks import check_job
 from service.api.job_resources import Event, Job
 from service.api.lookup import find_job
 from service.api.pages import page_of, position
+from service.api.polled import Polled, etag_of, retry_headers
 from service.api.quotas import UNKNOWN, require_bytes, require_job
 from service.api.resources import Page
 from service.api.webhooks import attach, identity_of
@@ -30,8 +31,8 @@ from service.records import JobRecord
 from service.states import PENDING, IllegalTransition, JobKind, JobState
 from service.wire import LocalJobRequest, ResumeRequest, SubmitRequest
 
+polls = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Polled)
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Guarded)
-RETRY_SECONDS = "1"
 ALIVE = PENDING | {JobState.SUCCEEDED}
 
 log = structlog.get_logger()
@@ -80,7 +81,7 @@ def list_jobs(
     return page_of(context.cursors, "jobs", rows, limit, Job.of)
 
 
-@router.get("/{job_id}", response_model=Job, responses={304: {"description": "Nothing changed."}})
+@polls.get("/{job_id}", response_model=Job, responses={304: {"description": "Nothing changed."}})
 async def get_job(
     job_id: JobId, context: Ctx, if_none_match: IfNoneMatch = None, prefer: Prefer = None
 ) -> Response:
@@ -91,8 +92,8 @@ async def get_job(
     if seconds := wait_seconds(prefer):
         job = await _awaited(context, job, if_none_match, seconds)
     if matches(etag_of(job), if_none_match):
-        return not_modified(etag_of(job), _retry_headers(job))
-    headers = {"ETag": etag_of(job), **_retry_headers(job)}
+        return not_modified(etag_of(job), retry_headers(job))
+    headers = {"ETag": etag_of(job), **retry_headers(job)}
     return Response(Job.of(job).model_dump_json(), headers=headers, media_type="application/json")
 
 
@@ -183,7 +184,7 @@ def list_events(
 def accepted(job: JobRecord) -> Answer:
     """202 with where to ask and when; the log tells which request the job came from."""
     log.info("job.accepted", job=job.id, kind=str(job.kind), state=str(job.state))
-    headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **_retry_headers(job)}
+    headers = {"Location": f"/v1/jobs/{job.id}", "ETag": etag_of(job), **retry_headers(job)}
     return Answer(202, Job.of(job), headers)
 
 
@@ -215,15 +216,6 @@ def _file_of_none(context: Context, session: Session, job: JobRecord) -> str | N
     digest = str(job.summary["sha256"])
     others = jobs.list_kind(session, job.kind, context.tenant)
     return None if any((other.summary or {}).get("sha256") == digest for other in others) else digest
-
-
-def etag_of(job: JobRecord) -> str:
-    """Changes with every visible change of the job."""
-    return f'"{job.id}-{job.version}"'
-
-
-def _retry_headers(job: JobRecord) -> dict[str, str]:
-    return {} if job.finished else {"Retry-After": RETRY_SECONDS}
 
 
 async def _awaited(context: Context, job: JobRecord, if_none_match: str | None, seconds: float) -> JobRecord:

@@ -64,6 +64,14 @@ def usable(kind: str, record: ModelRecord | CalibrationRecord | None, ident: str
             f"/v1/{kind}s.",
             pointer=pointer,
         )
+    if isinstance(record, ModelRecord) and record.state == InputState.VERIFYING and not record.arrived:
+        raise Conflict(
+            "model-not-ready",
+            f"model must have been fetched from its hub before it is used. Got {ident}, which is on its way. "
+            f"Ask again when GET /v1/models/{ident} says ready.",
+            pointer=pointer,
+            headers={"Retry-After": "5"},
+        )
     if record.state == InputState.REJECTED:
         reason = (record.problem or {}).get("detail", "no reason was kept")
         raise Conflict(

@@ -1,4 +1,4 @@
-"""Models: from an upload or a server-side folder, verified by the runner before they are ready."""
+"""Models: from an upload, a server-side folder or a hub, verified by the runner before they are ready."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from service.api.context import After, Context, Ctx, Limit
 from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
-from service.api.intake import check_folder_model, check_uploaded_model, store_model
+from service.api.intake import check_folder_model, check_uploaded_model, store_hub_model, store_model
 from service.api.lookup import find_model, stored_inventory
 from service.api.pages import page_of, position
 from service.api.resources import Layers, Model, Page
@@ -19,6 +19,8 @@ from service.api.usage import refuse_in_use
 from service.costing import geometry_in
 from service.db.repositories import models
 from service.errors import Conflict, NotFound
+from service.hub.place import require_offered
+from service.hub.reference import HubReference
 from service.records import ModelRecord
 from service.states import InputState
 from service.wire import ModelRequest
@@ -29,8 +31,20 @@ ModelId = Annotated[str, Path(max_length=100)]
 
 @router.post("", status_code=201, response_model=Model)
 def create_model(body: ModelRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
-    """Make a model from an upload or a folder of the server; the same files give the same model."""
-
+    """Make a model from an upload, a folder of the server, or a hub's repository at one commit, which a
+    runner fetches; the same files, or commit, give the same model.
+    """
+    asked = body.model_dump(mode="json")
+    if body.hub is not None:
+        require_offered(context.settings)
+        wanted = HubReference(**body.hub.model_dump())
+        return once(
+            context,
+            key,
+            "POST /v1/models",
+            asked,
+            lambda session: model_answer(store_hub_model(context, session, wanted)),
+        )
     checked = (
         check_uploaded_model(context, body.upload)
         if body.upload is not None
@@ -40,7 +54,7 @@ def create_model(body: ModelRequest, context: Ctx, key: IdempotencyKey = None) -
     def create(session: Session) -> Answer:
         return model_answer(store_model(context, session, checked))
 
-    return once(context, key, "POST /v1/models", body.model_dump(mode="json"), create)
+    return once(context, key, "POST /v1/models", asked, create)
 
 
 @router.get("")

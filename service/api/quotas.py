@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from service.api.context import Context
 from service.db.repositories import tenants
-from service.errors import InsufficientStorage, TooMany
+from service.errors import TooMany
+from service.quotas import limit_of, require_room
 
 UNKNOWN = ""
 """The digest of a content that is not made yet."""
@@ -22,7 +23,7 @@ def require_job(context: Context, session: Session) -> None:
     """Raise TooMany `too-many-jobs` unless the tenant may queue one more job."""
     if context.access.key_id is None:
         return
-    most = _limit(context, session, "jobs")
+    most = limit_of(session, context.tenant, context.settings.quotas, "jobs")
     used = tenants.unfinished_jobs(session, context.tenant)
     if most and used >= most:
         raise TooMany(
@@ -40,18 +41,7 @@ def require_bytes(context: Context, session: Session, sizes: Mapping[str, int]) 
     """
     if context.access.key_id is None:
         return
-    most = _limit(context, session, "bytes")
-    if not most:
-        return
-    kept = tenants.blobs_in_use(session, context.tenant)
-    used, new = sum(kept.values()), sum(size for digest, size in sizes.items() if digest not in kept)
-    if new and used + new > most:
-        raise InsufficientStorage(
-            "too-many-bytes",
-            f"A tenant must keep at most {most} bytes. Got {new} more, beside {used} in use. Delete models, "
-            "calibration sets, checkpoint jobs or open uploads, or ask whoever runs the server for more.",
-            extra={"quota": {"name": "bytes", "limit": most, "used": used, "asked": new}},
-        )
+    require_room(session, context.tenant, context.settings.quotas, sizes)
 
 
 def usage(context: Context, session: Session) -> dict[str, dict[str, int | None]] | None:
@@ -59,11 +49,3 @@ def usage(context: Context, session: Session) -> dict[str, dict[str, int | None]
     if context.access.key_id is None:
         return None
     return tenants.usage(session, context.tenant, context.settings.quotas)
-
-
-def _limit(context: Context, session: Session, quota: str) -> int:
-    """The tenant's limit, with the tenant locked until the transaction ends: two requests cannot both take
-    what is left.
-    """
-    tenants.ensure(session, context.tenant)
-    return tenants.limits(session, context.tenant, context.settings.quotas)[quota]

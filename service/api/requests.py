@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from uuid import uuid4
+from functools import cache
+from random import getrandbits
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
 
 HEADER = "X-Request-ID"
+_HEADER = HEADER.lower().encode()
 SCOPE_KEY = "bitplan.request_id"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})
 """Paths that monitoring asks for every few seconds: logged at debug."""
@@ -45,7 +48,7 @@ class Requests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = ident
+                message["headers"] = [*message.get("headers", ()), (_HEADER, ident.encode())]
             await send(message)
 
         scope[SCOPE_KEY] = ident
@@ -65,7 +68,7 @@ def request_id(given: str | None) -> str:
     >>> request_id("abc-1"), len(request_id("two words")), len(request_id(None))
     ('abc-1', 32, 32)
     """
-    return given if given is not None and _PLAIN.fullmatch(given) else uuid4().hex
+    return given if given is not None and _PLAIN.fullmatch(given) else f"{getrandbits(128):032x}"
 
 
 def _tell(scope: Scope, status: int, seconds: float) -> None:
@@ -80,8 +83,15 @@ def _tell(scope: Scope, status: int, seconds: float) -> None:
         milliseconds=round(seconds * 1000, 1),
     )
     known = method if method in METHODS else "other"
-    metrics.REQUESTS.labels(known, route, str(status)).inc()
-    metrics.REQUEST_SECONDS.labels(known, route).observe(seconds)
+    count, duration = _series(known, route, status)
+    count.inc()
+    duration.observe(seconds)
+
+
+@cache
+def _series(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+    """The series of these labels, which are few."""
+    return metrics.REQUESTS.labels(method, route, str(status)), metrics.REQUEST_SECONDS.labels(method, route)
 
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -33,6 +33,7 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="New file, .safetensors.")],
     model: options.ModelDir = None,
     factory: options.Factory = None,
+    hub: options.Hub = None,
     samples: Samples = 192,
     sequence_length: options.SequenceLength = 512,
     shape: Shape = None,
@@ -60,7 +61,7 @@ def calibrate(
         )
         settings = local_settings()
         require_size(request, settings.max_upload_bytes)
-        source = own_model(model, factory, settings)
+        source = own_model(model, factory, hub, settings, as_json=as_json)
         _make(settings, source, request, device, output, as_json=as_json)
         facts: dict[str, Any] = {"output": str(output), **request.model_dump(mode="json")}
         if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -16,6 +16,10 @@ from service.cli.output import JobProgress, console, print_json
 from service.cli.request import SearchOptions
 from service.cli.run import AGAIN, own_model, require_success
 from service.cli.spread import spread
+
+if TYPE_CHECKING:
+    from sensitivity.spec import ModelSource
+    from service.settings import Settings
 
 SHOWN = ("random", "near")
 """Kinds of plans that have columns of their own; --json has all."""
@@ -34,7 +38,7 @@ Target = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--calibration", "-c", help="Calibration data, with MODEL_DIR: .safetensors, .txt or .jsonl."
+        "--calibration", "-c", help="Calibration data, with MODEL_DIR: .safetensors, .npz, .txt or .jsonl."
     ),
 ]
 Plans = Annotated[
@@ -49,6 +53,7 @@ def correlate(
     model: Target = None,
     calibration: Data = None,
     factory: options.Factory = None,
+    hub: options.Hub = None,
     user_metric: options.UserMetric = None,
     plans: Plans = 60,
     data_dir: options.DataDir = None,
@@ -61,11 +66,17 @@ def correlate(
     Every stored metric is judged, or those of --metric, which are measured if need be.
     """
     with exits(as_json=as_json, interrupted=AGAIN):
+        from service.local import local_settings
+
         if model is not None and str(model).startswith("job_") and not model.exists():
             _refuse_others(context)
             found = _remote(str(model), search, plans, server, key_file, as_json=as_json)
         else:
-            found = _local(model, calibration, factory, user_metric, search, plans, data_dir, as_json=as_json)
+            if calibration is None:
+                raise ValueError("Calibration data must come with a model. Got none. Add --calibration FILE.")
+            settings = local_settings(data_dir)
+            source = own_model(model, factory, hub, settings, as_json=as_json)
+            found = _local(settings, source, calibration, user_metric, search, plans, as_json=as_json)
         if as_json:
             print_json(found)
         else:
@@ -76,27 +87,23 @@ def correlate(
 
 
 def _local(
-    model: Path | None,
-    calibration: Path | None,
-    factory: str | None,
+    settings: Settings,
+    source: ModelSource,
+    calibration: Path,
     user_metric: str | None,
     search: SearchOptions,
     plans: int,
-    data_dir: Path | None,
     *,
     as_json: bool,
 ) -> dict[str, Any]:
-    from service.local import Local, local_settings
+    from service.local import Local
     from service.local_inputs import file_data
     from service.wire import CorrelationJob
 
     parameters = {**search.parameters(), "user_metric": user_metric}
-    if calibration is None:
-        raise ValueError("Calibration data must come with a model. Got none. Add --calibration FILE.")
-    settings, data = local_settings(data_dir), file_data(calibration)
-    found = own_model(model, factory, settings)
+    data = file_data(calibration)
     with Local(settings) as local:
-        request = local.request(local.model(found), local.calibration(data), parameters)
+        request = local.request(local.model(source), local.calibration(data), parameters)
         asked = CorrelationJob(search=request, plans=plans, every_stored=not search.metrics)
         with JobProgress(quiet=as_json) as bar:
             job = local.correlate(asked, bar)

@@ -35,10 +35,11 @@ CacheTypes = Annotated[
 def evaluate(
     plan: Annotated[Path, typer.Option("--plan", help="A plan file.")],
     data: Annotated[
-        Path, typer.Option("--data", help="Data: .safetensors, .txt or .jsonl, all of it is used.")
+        Path, typer.Option("--data", help="Data: .safetensors, .npz, .txt or .jsonl, all of it is used.")
     ],
     model: options.ModelDir = None,
     factory: options.Factory = None,
+    hub: options.Hub = None,
     task: options.Task = "auto",
     sequence_length: options.SequenceLength = 512,
     samples: Annotated[int, typer.Option("--samples", min=8, help="At most this many samples.")] = 100_000,
@@ -60,7 +61,7 @@ def evaluate(
         from service.one_off import measure
 
         settings, read = local_settings(), file_data(data)
-        found = own_model(model, factory, settings)
+        found = own_model(model, factory, hub, settings, as_json=as_json)
         _require_same_model(wanted, found, force=force)
         chosen = {
             "task": task,

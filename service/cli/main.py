@@ -17,6 +17,7 @@ from service.cli.evaluate import evaluate
 from service.cli.exits import Exit, refuse
 from service.cli.explain import explain
 from service.cli.export import export
+from service.cli.fetch import fetch
 from service.cli.frontier import frontier
 from service.cli.keys import audit, keys, quotas
 from service.cli.lint import lint
@@ -34,6 +35,7 @@ PANELS = {
         correlate,
         calibrate,
         convert,
+        fetch,
         apply,
         checkpoint,
         evaluate,

@@ -25,6 +25,14 @@ Factory = Annotated[
         help="Instead of MODEL_DIR: package.module:function of your own that returns an nn.Module.",
     ),
 ]
+Hub = Annotated[
+    str | None,
+    typer.Option(
+        "--hub",
+        metavar="OWNER/NAME@COMMIT",
+        help="Instead of MODEL_DIR: a hub's repository at one commit, all 40 digits, and :FOLDER for a part.",
+    ),
+]
 UserMetric = Annotated[
     str | None,
     typer.Option(
@@ -34,7 +42,7 @@ UserMetric = Annotated[
     ),
 ]
 Calibration = Annotated[
-    Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .txt or .jsonl.")
+    Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .npz, .txt or .jsonl.")
 ]
 PlanCalibration = Annotated[
     Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +16,14 @@ from service.cli.exits import exits, leave_with, plan_exit
 from service.cli.output import JobProgress, console, print_json, show_plans, show_warnings, show_work
 from service.cli.plan_files import check_output, file_of, title_of
 from service.cli.request import CostOptions, SearchOptions, required, several_plans
-from service.cli.run import show_preview
+from service.cli.run import own_model, show_preview
 from service.cli.spread import spread
 
 if TYPE_CHECKING:
     from service.client import Client
     from service.remote.handles import JobHandle, PlanHandle
 
+SECRET = "BITPLAN_WEBHOOK_SECRET"  # noqa: S105 - the name of a variable
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `bitplan jobs` lists it.")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay, show progress, and print the plans at the end.")]
 WebhookUrl = Annotated[
@@ -32,9 +34,10 @@ WebhookSecret = Annotated[
     str | None,
     typer.Option(
         "--webhook-secret",
-        envvar="BITPLAN_WEBHOOK_SECRET",
+        envvar=SECRET,
         show_envvar=True,
-        help="Signs the message: whsec_ and 24 to 64 random bytes in base64. Better in the variable.",
+        help="Signs the message: whsec_ and 24 to 64 random bytes in base64. Better in the variable, or in "
+        "the file that BITPLAN_WEBHOOK_SECRET_FILE names.",
     ),
 ]
 SHORT_TRIES = 2
@@ -46,17 +49,18 @@ GOES_ON = (
 
 @spread
 def submit(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A Hugging Face folder, or the id of a model the server has."),
-    ],
     calibration: Annotated[
         str,
         typer.Option(
-            "--calibration", "-c", help="A .safetensors, .txt or .jsonl file, or an id of the server's."
+            "--calibration", "-c", help="A .safetensors, .npz, .txt or .jsonl file, or an id of the server's."
         ),
     ],
     search: SearchOptions,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A Hugging Face folder, or the id of a model the server has."),
+    ] = None,
+    hub: options.Hub = None,
     output: options.Output = None,
     watch: Watch = False,
     webhook: WebhookUrl = None,
@@ -72,12 +76,13 @@ def submit(
         told = _receiver(webhook, webhook_secret)
         check_output(output, several=several_plans(parameters))
         if dry_run:
-            _preview(Path(model), Path(calibration), parameters, as_json=as_json)
+            _preview(model, hub, Path(calibration), parameters, as_json=as_json)
             return
+        given = _one_model(model, hub)
         with client_of(server, key_file, patient=True) as client:
             with JobProgress(quiet=as_json) as bar:
                 job = client.submit(
-                    model=model,
+                    model=given if hub is None else client.hub_model(given)["id"],
                     calibration=calibration,
                     webhook=told,
                     on_bytes=lambda done, total: bar(_sending(done, total)),
@@ -267,20 +272,35 @@ def _receiver(url: str | None, secret: str | None) -> dict[str, str] | None:
     """The webhook of a request. Raises ValueError for one without a secret."""
     if url is None:
         return None
+    from service.secret_files import named_files, read_value
+
+    secret = secret or next((read_value(*named) for named in named_files([SECRET], os.environ).items()), None)
     if not secret:
         raise ValueError(
-            "--webhook must come with a secret. Got none. Set BITPLAN_WEBHOOK_SECRET; make one with"
+            f"--webhook must come with a secret. Got none. Set {SECRET} or {SECRET}_FILE; make one with"
             ' python -c "from service.webhooks.signing import new_secret; print(new_secret())".'
         )
     return {"url": url, "secret": secret}
 
 
-def _preview(model: Path, calibration: Path, parameters: Mapping[str, Any], *, as_json: bool) -> None:
-    """What would be measured, estimated on this machine from the files that would be sent."""
-    from service.local import local_settings
-    from service.local_inputs import file_data, folder_source
+def _one_model(model: str | None, hub: str | None) -> str:
+    """Whichever of the two is given. Raises ValueError."""
+    if (model is None) == (hub is None):
+        got = "none" if model is None else "both"
+        raise ValueError(f"A model must be given as MODEL or as --hub. Got {got}. Name one of them.")
+    return model or hub or ""
 
-    show_preview(local_settings(), folder_source(model), file_data(calibration), parameters, as_json=as_json)
+
+def _preview(
+    model: str | None, hub: str | None, calibration: Path, parameters: Mapping[str, Any], *, as_json: bool
+) -> None:
+    """What would be measured, estimated on this machine from the files that the server would have."""
+    from service.local import local_settings
+    from service.local_inputs import file_data
+
+    settings = local_settings()
+    source = own_model(None if model is None else Path(model), None, hub, settings, as_json=as_json)
+    show_preview(settings, source, file_data(calibration), parameters, as_json=as_json)
 
 
 def _measured(plan: PlanHandle) -> PlanHandle:

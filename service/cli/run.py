@@ -39,6 +39,7 @@ def run(
     search: SearchOptions,
     model: options.ModelDir = None,
     factory: options.Factory = None,
+    hub: options.Hub = None,
     user_metric: options.UserMetric = None,
     output: options.Output = None,
     data_dir: options.DataDir = None,
@@ -53,7 +54,7 @@ def run(
         parameters = {**search.parameters(), "user_metric": user_metric}
         check_output(output, several=several_plans(parameters))
         settings, data = local_settings(data_dir), file_data(calibration)
-        found = own_model(model, factory, settings)
+        found = own_model(model, factory, hub, settings, as_json=as_json)
         if dry_run:
             show_preview(settings, found, data, parameters, as_json=as_json)
             return
@@ -65,16 +66,33 @@ def run(
         leave_with(plan_exit([plan["status"] for plan in plans]))
 
 
-def own_model(model: Path | None, factory: str | None, settings: Settings) -> ModelSource:
-    """The model of a folder or of a factory, whichever is given. Raises ValueError or ServiceError."""
+def own_model(
+    model: Path | None, factory: str | None, hub: str | None, settings: Settings, *, as_json: bool
+) -> ModelSource:
+    """The model of a folder, a factory or a hub, whichever is given. Raises ValueError or ServiceError."""
     from service.local_inputs import factory_source, folder_source
 
-    if factory is not None and model is None:
+    given = sum(source is not None for source in (model, factory, hub))
+    if given != 1:
+        raise ValueError(
+            f"A model must be given as MODEL_DIR, as --factory or as --hub. Got {given} of them. Name one."
+        )
+    if factory is not None:
         return factory_source(factory, settings)
-    if model is not None and factory is None:
-        return folder_source(model)
-    got = "none" if model is None else "both"
-    raise ValueError(f"A model must be given as MODEL_DIR or as --factory. Got {got}. Name one of them.")
+    if hub is not None:
+        return fetched(hub, settings, as_json=as_json)
+    assert model is not None
+    return folder_source(model)
+
+
+def fetched(hub: str, settings: Settings, *, as_json: bool) -> ModelSource:
+    """The model of a hub, in the data directory; with a bar. Raises BadReference, ServiceError."""
+    from service.hub.reference import parse_reference
+    from service.local import Local
+
+    wanted = parse_reference(hub)
+    with Local(settings) as local, JobProgress(quiet=as_json) as bar:
+        return local.hub_model(wanted, bar)
 
 
 def _run(

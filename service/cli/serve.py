@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli import options
-from service.cli.exits import exits
+from service.cli.exits import CommandError, exits
 from service.cli.output import console, print_json
 
 if TYPE_CHECKING:
@@ -55,13 +55,32 @@ def serve(
 
 
 def runner(
-    data_dir: options.DataDir = None, database_url: DatabaseUrl = None, workers: Workers = None
+    data_dir: options.DataDir = None,
+    database_url: DatabaseUrl = None,
+    workers: Workers = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Start none; exit with 1 unless one of this host says that it lives."),
+    ] = False,
 ) -> None:
     """Start a runner alone: it claims jobs from the database and measures them."""
     with exits(interrupted="the runner gave its job back"):
+        settings = settings_of(data_dir=data_dir, database_url=database_url, workers=workers)
+        if check:
+            _check_runner(settings)
+            return
         from service.runner import process
 
-        process.run(settings_of(data_dir=data_dir, database_url=database_url, workers=workers))
+        process.run(settings)
+
+
+def _check_runner(settings: Settings) -> None:
+    from service.checks import runner_here
+
+    found = runner_here(settings)
+    if found.state != "ok":
+        raise CommandError(found.detail)
+    console().print(found.detail)
 
 
 def migrate(

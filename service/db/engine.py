@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
 from sqlalchemy import URL, Connection, Double, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.compiler import compiles
@@ -15,6 +16,8 @@ from sqlalchemy.sql.functions import FunctionElement
 
 BUSY_TIMEOUT_MILLISECONDS = 30_000
 WRITE = "bitplan_write"
+MOST_CONNECTIONS = 15
+"""Of a process. All are kept: making one costs more than most requests."""
 
 
 class DatabaseUrlError(ValueError):
@@ -49,7 +52,8 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise DatabaseUrlError(f"database_url must be a database URL. Got {url!r}. {hint}") from None
+        said = f"Got {len(url)} characters that are none"
+        raise DatabaseUrlError(f"database_url must be a database URL. {said}. {hint}") from None
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "sqlite" and parsed.database and parsed.database != ":memory:":
@@ -74,7 +78,11 @@ def make_engine(url: str) -> Engine:
     engine = create_engine(
         parsed,
         json_serializer=strict_json,
-        pool_pre_ping=True,
+        json_deserializer=from_json,
+        pool_pre_ping=parsed.drivername != "sqlite",
+        pool_size=MOST_CONNECTIONS,
+        max_overflow=0,
+        pool_use_lifo=True,
         connect_args={} if parsed.drivername == "sqlite" else {"connect_timeout": 10},
     )
     if parsed.drivername == "sqlite":

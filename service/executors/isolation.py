@@ -15,12 +15,15 @@ from service.settings import Settings
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
 """Drivers of GPUs reserve far more addresses than they use."""
+CONTAINER_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container reads how much memory it may have, by versions 2 and 1 of cgroups."""
 
 
 def isolation_of(settings: Settings) -> Isolation:
-    """What the operator chose; the data directory and an SQLite database are closed."""
+    """What the operator chose; the data directory, an SQLite database and files of secrets are closed."""
     url = parse_url(settings.database_url)
     files = [f"{url.database}{end}" for end in ("", "-wal", "-shm")] if url.drivername == "sqlite" else []
+    files += [settings.ray_token_file] if settings.ray_token_file else []
     hours = settings.worker_cpu_hours
     return Isolation(
         mode=settings.isolation,
@@ -28,7 +31,10 @@ def isolation_of(settings: Settings) -> Isolation:
         cpu_seconds=max(1, int(hours * 3600)) if hours else None,
         file_bytes=parse_bytes(settings.worker_file) if settings.worker_file else None,
         processes=settings.worker_processes or None,
-        closed=tuple(os.path.realpath(place) for place in (str(settings.data_dir), *files)),
+        closed=tuple(
+            os.path.realpath(place)
+            for place in map(str, (settings.data_dir, *files, *settings.worker_closed))
+        ),
     )
 
 
@@ -52,12 +58,24 @@ def for_session(isolation: Isolation, spec: SessionSpec, own: Path) -> Isolation
 
 
 def _memory(settings: Settings) -> int | None:
-    """The operator's limit, or this machine's memory; no limit of ours beside a GPU."""
-    if settings.worker_memory:
-        return parse_bytes(settings.worker_memory)
+    """The operator's limit, or this machine's memory."""
+    return parse_bytes(settings.worker_memory) if settings.worker_memory else memory_of_machine()
+
+
+def memory_of_machine() -> int | None:
+    """The memory of this machine or container; None beside a GPU."""
     if any(os.path.exists(file) for file in GPU_FILES):
         return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(most for file in CONTAINER_FILES if (most := _number_in(file)))])
+
+
+def _number_in(file: str) -> int | None:
+    """The number that a file of the kernel holds; None for none, or "max"."""
+    try:
+        return int(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _real(place: str) -> tuple[str, ...]:

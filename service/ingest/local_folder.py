@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from service.errors import NotFound, ServiceError, Unprocessable
 from service.ingest.kinds import is_model_file, refusal
+from service.ingest.weights import LARGEST_INDEX, choose
 
 
 def allowed_folder(folder: str, allowed: Sequence[Path]) -> Path:
@@ -42,8 +43,10 @@ def allowed_folder(folder: str, allowed: Sequence[Path]) -> Path:
     return path
 
 
-def model_files_in(folder: Path) -> tuple[Path, ...]:
-    """The files that take part; links, pipes and programs are refused, other plain files are passed over."""
+def model_files_in(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The files that take part, and names of weights that do not, where an index or a single file covers the
+    model without them; links, pipes and programs are refused, other plain files are passed over.
+    """
     found = sorted(folder.iterdir())
     for path in found:
         if not is_model_file(path.name):
@@ -51,7 +54,15 @@ def model_files_in(folder: Path) -> tuple[Path, ...]:
                 raise refusal(path.name, "/folder", "those of a safetensors checkpoint")
             continue
         _require_plain(path.name, path.lstat())
-    return tuple(path for path in found if is_model_file(path.name))
+    chosen = choose(
+        [path.name for path in found if is_model_file(path.name)], lambda name: _read(folder / name)
+    )
+    return tuple(folder / name for name in chosen.kept), chosen.left_out
+
+
+def _read(path: Path) -> bytes:
+    with open_plain(path) as file:
+        return file.read(LARGEST_INDEX + 1)
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -48,12 +48,7 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
     fault.
     """
     check_model_files(sorted(files))
-    config = parse_object(
-        _read(files["config.json"], LARGEST_CONFIG, "config.json"), what="config.json", slug="invalid-config"
-    )
-    model_type = check_config(config)
-    for name in sorted(files):
-        check_companion(name, files[name])
+    model_type, config = check_small_files(files)
     shards = {name: _header(name, files[name]) for name in sorted(files) if name.endswith(".safetensors")}
     _check_shards(files, shards)
     entries = [entry for tensors in shards.values() for entry in tensors]
@@ -66,6 +61,19 @@ def check_model(files: Mapping[str, Path]) -> ModelFacts:
         parameters=sum(prod(entry.shape) for entry in entries if entry.dtype in FLOATING),
         weight_bytes=sum(entry.bytes for entry in entries),
     )
+
+
+def check_small_files(files: Mapping[str, Path]) -> tuple[str, dict[str, Any]]:
+    """Check config.json and the files of tokenizer and processor alone, before weights are looked at; gives
+    the model_type and the configuration.
+    """
+    config = parse_object(
+        _read(files["config.json"], LARGEST_CONFIG, "config.json"), what="config.json", slug="invalid-config"
+    )
+    model_type = check_config(config)
+    for name in sorted(files):
+        check_companion(name, files[name])
+    return model_type, config
 
 
 def _header(name: str, path: Path) -> tuple[TensorEntry, ...]:

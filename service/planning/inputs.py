@@ -36,7 +36,8 @@ class PlanningInputs:
     `corrections` what plans change beside weights, `deciding` what the scores are, `caches` the attention
     layers that are decided too; their schemes are in `menu` after those of weights; `calibrated` a metric
     that was measured only near decisions -> the one that stands for it elsewhere; `unpaired` (layers,
-    schemes) what has no interactions though the table has some, None where that is nothing.
+    schemes) what has no interactions though the table has some, None where that is nothing; `origin` the
+    repository, commit and folder of a hub's model.
     """
 
     inventory: Inventory
@@ -50,6 +51,7 @@ class PlanningInputs:
     caches: Caches | None = None
     calibrated: Mapping[str, str] = field(default_factory=dict)
     unpaired: NDArray[np.bool_] | None = None
+    origin: Mapping[str, Any] | None = None
 
     @property
     def cache_layers(self) -> tuple[str, ...]:

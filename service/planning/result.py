@@ -123,6 +123,7 @@ def plan_result(
         "why": solution.why,
         "seconds": solution.seconds,
         "ask": ask.as_request(compiled.metric),
+        "model": None if inputs.origin is None else dict(inputs.origin),
     }
 
 

@@ -141,6 +141,9 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
     timings = _timings(context, lab, inventory, request, geometry_in(inspection))
     costs = _costs(inventory, request, inspection, timings)
 
+    model = context.read(lambda session: models.get(session, request.model, context.job.tenant))
+    origin = None if model is None else model.origin
+
     def gathered() -> PlanningInputs:
         schemes, named = table_schemes(request.schemes, request.pins), deciding.table_metrics
         named += deciding.compared(deciding_metric(request.model_dump(mode="json")))
@@ -157,6 +160,7 @@ def scored(context: JobContext, lab: Lab, request: JobRequest) -> Search:
             corrections=tuple(request.corrections),
             deciding=deciding,
             caches=caches,
+            origin=origin,
         )
 
     inputs = _refined(lab, request, gathered, samples) if request.refine_metric else gathered()

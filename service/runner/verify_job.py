@@ -10,8 +10,11 @@ from typing import Any
 from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import InspectUnit
 from service.db.repositories import models
+from service.errors import ServiceError
+from service.records import ModelRecord
 from service.runner.context import JobContext
 from service.runner.dispatch import run_alone
+from service.runner.hub_model import arrived, forget
 from service.runner.inputs import model_source
 from service.runner.problems import problem_of_failure
 from service.states import InputState
@@ -26,16 +29,30 @@ def run_verification(context: JobContext) -> Mapping[str, Any]:
         model = models.get(session, model_id, context.job.tenant)
     if model is None or model.state != InputState.VERIFYING:
         return {"model": model_id, "state": "gone" if model is None else str(model.state)}
+    model = _arrived(context, model)
     spec = SessionSpec(model=model_source(model, context.store), calibration=NO_DATA)
     outcome = run_alone(context, spec, InspectUnit(), session_factory=MODEL_CHECK)
     if outcome.failure is not None:
         rejected = problem_of_failure(outcome.failure, {})
-        problem = rejected.as_json()
-        context.write(
-            lambda session: models.set_state(session, model_id, InputState.REJECTED, problem=problem)
-        )
+        _reject(context, model, rejected)
         raise rejected
     assert outcome.result is not None
     summary = {**(model.summary or {}), **outcome.result.facts}
     context.write(lambda session: models.set_state(session, model_id, InputState.READY, summary=summary))
     return {"model": model_id, "state": str(InputState.READY)}
+
+
+def _arrived(context: JobContext, model: ModelRecord) -> ModelRecord:
+    """The model with its files; one of a hub is fetched, or rejected with the reason."""
+    try:
+        return arrived(context, model)
+    except ServiceError as rejected:
+        if not model.arrived:
+            forget(context, model, pieces=rejected.status < 500)
+        _reject(context, model, rejected)
+        raise
+
+
+def _reject(context: JobContext, model: ModelRecord, why: ServiceError) -> None:
+    problem = why.as_json()
+    context.write(lambda session: models.set_state(session, model.id, InputState.REJECTED, problem=problem))

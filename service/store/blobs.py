@@ -145,7 +145,7 @@ class BlobStore:
         Files are hard links to the blobs (copies where the file system has none), never symbolic links.
         Raises `BlobMissing` and `UnsafePath`.
         """
-        folder = self.data_dir / "views" / self.tenant / self.path(digest).name
+        folder = self.view(digest)
         with shared(self.lock):
             if folder.is_dir():
                 touch(folder)
@@ -155,7 +155,11 @@ class BlobStore:
 
     def drop_view(self, digest: str) -> None:
         """Remove a materialized folder; the blobs stay."""
-        views.remove(self.data_dir / "views" / self.tenant / self.path(digest).name)
+        views.remove(self.view(digest))
+
+    def view(self, digest: str) -> Path:
+        """Where `materialize` makes the folder of this content."""
+        return self.data_dir / "views" / self.tenant / self.path(digest).name
 
     def _partials(self, upload_id: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_]{1,100}", upload_id):

@@ -55,8 +55,8 @@ class Destination:
     target: str
 
 
-def parse_destination(url: str) -> Destination:
-    """The parts of an http or https URL. Raises `DestinationRefused`."""
+def parse_destination(url: str, longest: int = LONGEST_URL) -> Destination:
+    """The parts of an http or https URL of at most `longest` characters. Raises `DestinationRefused`."""
     import httpx2
 
     try:
@@ -66,7 +66,7 @@ def parse_destination(url: str) -> Destination:
         port = (443 if tls else 80) if parsed.port is None else parsed.port
     except (httpx2.InvalidURL, UnicodeError, TypeError, ValueError):
         raise _no_url("something that is no URL") from None
-    if len(url) > LONGEST_URL:
+    if len(url) > longest:
         raise _no_url(f"one of {len(url)} characters")
     if parsed.scheme not in ("http", "https") or not HOST.fullmatch(host) or not 0 < port < 2**16:
         raise _no_url(f"scheme {parsed.scheme[:20]!r}, host {host[:80]!r} and port {port}")

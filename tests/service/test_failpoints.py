@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 import subprocess
@@ -69,3 +70,14 @@ def test_every_place_of_the_catalog_stands_in_the_code() -> None:
     named = set(re.findall(r'failpoint\("([a-z_.]+)"\)', source))
     built = {"runner.scoring", "runner.choosing", "runner.reporting"}
     assert named | built == set(FAILPOINTS)
+
+
+def test_a_stopped_process_goes_on_when_it_is_told_to() -> None:
+    code = f"from service.failpoints import failpoint; failpoint({NAME!r}); print('went on')"
+    variables = {failpoints.VARIABLE: f"{NAME}=stop", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=30)[0] == b"went on\n"
+    assert process.returncode == 0

@@ -62,6 +62,9 @@ def test_another_process_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch,
         model_folders=(Path("/a"), Path("/b")),
         webhook_networks=("10.0.0.0/8", "::1/128"),
         workers=3,
+        hub=True,
+        hub_hosts=("*.hf.co", "files.internal:9000"),
+        hub_token="hf_secret",
     )
     for name, value in settings.as_environment().items():
         monkeypatch.setenv(name, value)

@@ -14,11 +14,11 @@ from service.db.repositories import events, webhooks
 from service.db.repositories.rows import chunks, page, record_of
 from service.db.tables import EventRow, JobRow, now
 from service.ids import new_id
-from service.records import Cursor, JobRecord, StandingRecord
+from service.records import Cursor, JobRecord, StandingRecord, VersionRecord
 from service.states import TERMINAL, JobKind, JobState, Stage, check_transition
 
 PER_QUERY = 500
-"""Jobs per statement of `standings`."""
+"""Jobs per statement of `standings` and `versions`."""
 
 
 class JobNotFinished(ValueError):
@@ -61,6 +61,11 @@ def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord |
     """The job, or None; with `tenant`, only when it is that tenant's."""
     row = session.get(JobRow, job_id)
     return record_of_job(row) if row is not None and tenant in (None, row.tenant) else None
+
+
+def inventory(session: Session, job_id: str) -> Mapping[str, Any] | None:
+    """The inventory that the job planned with, as JSON; None until it has ended."""
+    return session.scalar(select(JobRow.inventory).where(JobRow.id == job_id))
 
 
 def list_page(
@@ -136,6 +141,16 @@ def standings(session: Session, job_ids: Collection[str]) -> dict[str, StandingR
             named = None if stage is None else Stage(stage)
             found[job_id] = StandingRecord(job_id, JobState(state), named, *rest)
     return found
+
+
+def versions(session: Session, job_ids: Collection[str]) -> dict[str, VersionRecord]:
+    """The versions of jobs, of whatever tenant, by id; without those that do not exist."""
+    query = select(JobRow.id, JobRow.tenant, JobRow.state, JobRow.version)
+    return {
+        job_id: VersionRecord(job_id, tenant, JobState(state), version)
+        for some in chunks(job_ids, PER_QUERY)
+        for job_id, tenant, state, version in session.execute(query.where(JobRow.id.in_(some)))
+    }
 
 
 def locked(session: Session, job_id: str) -> JobRow:

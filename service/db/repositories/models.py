@@ -73,6 +73,34 @@ def list_by_digest(session: Session, digest: str, tenant: str = "default") -> tu
     return tuple(_record(row) for row in session.scalars(query.order_by(ModelRow.created_at, ModelRow.id)))
 
 
+def find_by_source(
+    session: Session, kind: str, members: Mapping[str, str], tenant: str = "default"
+) -> ModelRecord | None:
+    """The tenant's oldest ready or verifying model of this kind whose source has these members, or None."""
+    usable = (InputState.READY.value, InputState.VERIFYING.value)
+    query = select(ModelRow).where(ModelRow.tenant == tenant, ModelRow.state.in_(usable))
+    for name, value in {"kind": kind, **members}.items():
+        query = query.where(ModelRow.source[name].as_string() == value)
+    row = session.scalars(query.order_by(ModelRow.created_at, ModelRow.id).limit(1)).first()
+    return None if row is None else _record(row)
+
+
+def set_source(session: Session, ident: str, source: Mapping[str, Any]) -> ModelRecord:
+    """Write which files a model will have. Raises LookupError when there is none."""
+    row = _locked(session, ident)
+    row.source = dict(source)
+    session.flush()
+    return _record(row)
+
+
+def set_arrived(session: Session, ident: str, digest: str, summary: Mapping[str, Any]) -> ModelRecord:
+    """Write that all files of a model are there, and what they say. Raises LookupError when there is none."""
+    row = _locked(session, ident)
+    row.digest, row.summary = digest, dict(summary)
+    session.flush()
+    return _record(row)
+
+
 def set_state(
     session: Session,
     ident: str,
@@ -82,12 +110,17 @@ def set_state(
     summary: Mapping[str, Any] | None = None,
 ) -> ModelRecord:
     """Write what verification found; a deleted one stays deleted. Raises LookupError when there is none."""
-    row = session.get(ModelRow, ident, with_for_update=True)
-    if row is None:
-        raise LookupError(f"Model must exist. Got {ident}.")
+    row = _locked(session, ident)
     if row.state != InputState.DELETED.value:
         row.state = state.value
         row.problem = None if problem is None else dict(problem)
         row.summary = row.summary if summary is None else dict(summary)
     session.flush()
     return _record(row)
+
+
+def _locked(session: Session, ident: str) -> ModelRow:
+    row = session.get(ModelRow, ident, with_for_update=True)
+    if row is None:
+        raise LookupError(f"Model must exist. Got {ident}.")
+    return row

@@ -7,7 +7,7 @@ from dataclasses import fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, literal_column, or_, select
+from sqlalchemy import ColumnElement, literal, literal_column, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
@@ -42,8 +42,8 @@ def page(
         raise ValueError(f"limit must be between 1 and {MAXIMUM_PAGE}. Got {limit}.")
     query = select(table).where(table.tenant == tenant, *conditions)
     if after is not None:
-        older = table.created_at < after.created_at
-        query = query.where(or_(older, and_(table.created_at == after.created_at, table.id < after.id)))
+        last = tuple_(literal(after.created_at, table.created_at.type), literal(after.id, table.id.type))
+        query = query.where(tuple_(table.created_at, table.id) < last)
     return list(session.scalars(query.order_by(table.created_at.desc(), table.id.desc()).limit(limit)))
 
 

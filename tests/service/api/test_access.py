@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,7 @@ class House:
         """A gate that has seen nothing yet, with other settings."""
         context = self.context
         changed = context.settings.model_copy(update=changes)
-        self.http.app.state.context = type(context)(  # type: ignore[attr-defined]
-            changed, context.database, context.store, context.cursors, context.watcher, context.slots
-        )
+        self.http.app.state.context = replace(context, settings=changed)  # type: ignore[attr-defined]
         self.http.app.state.gate = Gate(self.http.app.state.context, self.clock)  # type: ignore[attr-defined]
 
     def key(self, tenant: str, scope: Scope, **more: Any) -> tuple[str, str]:

@@ -34,7 +34,8 @@ def test_migrate_refuses_what_is_no_database(bitplan: Callable[..., Result], tmp
     assert "PostgreSQL" in result.stderr
 
 
-def test_a_runner_alone_starts_and_stops_cleanly(tmp_path: Path) -> None:
+def test_a_runner_alone_starts_and_stops_cleanly(bitplan: Callable[..., Result], tmp_path: Path) -> None:
+    check = ("runner", "--check", "--data-dir", tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "service.cli.main", "runner", "--data-dir", str(tmp_path), "--workers", "1"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -44,6 +45,8 @@ def test_a_runner_alone_starts_and_stops_cleanly(tmp_path: Path) -> None:
     assert process.stderr is not None
     try:
         assert "runner.started" in process.stderr.readline()
+        told = bitplan(*check)
+        assert (told.exit_code, told.stdout[:14]) == (0, "1 on this host")
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=60)[1]
     finally:
@@ -51,3 +54,8 @@ def test_a_runner_alone_starts_and_stops_cleanly(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert "runner.stopped" in rest
     assert (tmp_path / "bitplan.db").exists()
+    told = bitplan(*check)
+    assert (told.exit_code, told.stderr) == (
+        1,
+        "bitplan: A runner must live on this host. Got none. Start `bitplan runner`.\n",
+    )

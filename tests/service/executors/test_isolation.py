@@ -63,15 +63,15 @@ def start(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.syspath_prepend(str(FAKES))
     data, started = tmp_path / "data", []
     spec = SessionSpec(ModelSource("folder", str(model), "aa"), DataSource("", "text", ""))
-    settings = Settings(
-        data_dir=data,
-        worker_memory="1 GiB",
-        worker_file="1 MiB",
-        worker_cpu_hours=0.0001,
-        worker_processes=64,
-    )
 
     def make(**changes: object) -> Asking:
+        settings = Settings(
+            data_dir=data,
+            worker_memory="1 GiB",
+            worker_file="1 MiB",
+            worker_cpu_hours=0.0001,
+            worker_processes=64,
+        )
         started.append(Asking(data, replace(isolation_of(settings), **changes), spec))
         return started[-1]
 
@@ -90,6 +90,9 @@ def test_a_curious_model_finds_nothing_and_the_worker_goes_on(
 ) -> None:
     monkeypatch.setenv("BITPLAN_DATABASE_URL", "postgresql://user:password@db/bitplan")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    secret = tmp_path / "log_level"
+    secret.write_text("info")
+    monkeypatch.setenv("BITPLAN_LOG_LEVEL_FILE", str(secret))
     ask = start()
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = ask(f"connect:{server.getsockname()[1]}")
@@ -112,6 +115,7 @@ def test_a_curious_model_finds_nothing_and_the_worker_goes_on(
         assert "Permission denied" in failed(ask(f"force:{model / 'weights'}"))
         for verb in ("read", "write"):
             assert "Permission denied" in failed(ask(f"{verb}:{tmp_path / 'data' / 'bitplan.db'}"))
+            assert "Permission denied" in failed(ask(f"{verb}:{secret}"))
         assert "Permission denied" in failed(ask("parent"))
         if landlock.abi() >= landlock.SIGNALS_ABI:
             assert "not permitted" in failed(ask(f"kill:{os.getpid()}"))
@@ -175,6 +179,7 @@ def test_all_but_what_is_closed_stays_open(tmp_path: Path) -> None:
 
 def test_limits_come_from_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "GPU_FILES", ())
+    monkeypatch.setattr(isolation, "CONTAINER_FILES", ())
     data = tmp_path / "data"
     chosen = isolation_of(Settings(data_dir=data, isolation="require"))
     assert chosen.mode == "require"
@@ -185,6 +190,18 @@ def test_limits_come_from_the_settings(tmp_path: Path, monkeypatch: pytest.Monke
     open_ = Settings(data_dir=data, worker_file="", worker_cpu_hours=0, worker_processes=0)
     none = isolation_of(open_)
     assert (none.file_bytes, none.cpu_seconds, none.processes) == (None, None, None)
+
+
+def test_the_memory_of_a_container_is_what_it_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "GPU_FILES", ())
+    file = tmp_path / "memory.max"
+    monkeypatch.setattr(isolation, "CONTAINER_FILES", (str(tmp_path / "none"), str(file)))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for content, expected in (("max\n", machine), (f"{GIB}\n", GIB), (f"{2**63}\n", machine)):
+        file.write_text(content)
+        assert isolation_of(Settings(data_dir=tmp_path)).memory_bytes == expected
 
 
 def test_beside_a_gpu_memory_is_limited_on_request_only(
