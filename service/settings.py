@@ -72,9 +72,10 @@ class Settings(BaseSettings):
     `hub_hosts`, with `hub_token`, each within `hub_hours`; never while `hub_offline`.
 
     Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
-    workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
-    `unreferenced_hours`; runners collect every `gc_interval_hours` (0: only ``bitplan gc`` does). With less
-    than `least_free_bytes` on the disk of the store the service says that it is not ready.
+    workers, uploads that stand still and idempotency keys after theirs, rows of complete uploads and deleted
+    inputs after `keep_done_days`, the audit log after `keep_audit_days` (0: never, both), files that nothing
+    refers to after `unreferenced_hours`; runners collect every `gc_interval_hours` (0: only ``bitplan gc``
+    does). With less than `least_free_bytes` on the disk of the store the service says that it is not ready.
     """
 
     model_config = SettingsConfigDict(
@@ -133,6 +134,8 @@ class Settings(BaseSettings):
     keep_logs_days: float = Field(default=14.0, ge=1)
     keep_uploads_days: float = Field(default=7.0, ge=1)
     keep_keys_days: float = Field(default=7.0, ge=1)
+    keep_done_days: float = Field(default=30.0, ge=0)
+    keep_audit_days: float = Field(default=0.0, ge=0)
     unreferenced_hours: float = Field(default=24.0, ge=1)
     gc_interval_hours: float = Field(default=1.0, ge=0)
     least_free_bytes: int = Field(default=256 * 2**20, ge=0)

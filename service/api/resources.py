@@ -108,7 +108,7 @@ class Calibration(Resource):
 
     id: str
     state: str = Field(description="verifying, ready, rejected, deleted")
-    kind: str = Field(description="safetensors, text, jsonl")
+    kind: str = Field(description="safetensors, npz, text, jsonl")
     digest: str
     source: Json
     summary: Json | None
