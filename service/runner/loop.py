@@ -17,8 +17,9 @@ from service.errors import NotFound, slug_of
 from service.executors.catalog import make_executor
 from service.executors.protocol import Executor, ExecutorSettings
 from service.failpoints import failpoint
+from service.passing import passing
 from service.records import JobRecord
-from service.runner.context import JobContext, MakeExecutor, Progress, passing
+from service.runner.context import JobContext, MakeExecutor, Progress
 from service.runner.heartbeat import beating
 from service.runner.identity import is_dead, this_process
 from service.runner.problems import JobFailed, problem_of
@@ -69,7 +70,7 @@ class Runner:
         self._wake.set()
 
     def run(self) -> None:
-        """Serve until `stop`; a database that is away is waited for."""
+        """Serve until `stop`; a database that is away, or a disk that is full, is waited for."""
         pause = self.settings.poll_seconds
         while not self._stop.is_set():
             try:
@@ -77,10 +78,10 @@ class Runner:
                 if self.run_one():
                     pause = self.settings.poll_seconds
                     continue
-            except DBAPIError as error:
+            except (DBAPIError, OSError) as error:
                 if not passing(error):
                     raise
-                log.warning("runner.database_away", error=str(error.orig))
+                log.warning("runner.waits", error=str(getattr(error, "orig", error)))
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             self._wake.wait(pause)
             self._wake.clear()
@@ -163,7 +164,7 @@ class Runner:
             self._release(context)
         except LeaseLost:
             raise
-        except DBAPIError as error:
+        except (DBAPIError, OSError) as error:
             if not passing(error):
                 self._finish(context, JobState.FAILED, problem=problem_of(error))
                 return
