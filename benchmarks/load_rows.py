@@ -137,7 +137,7 @@ def _small_things(
 
 JOB_COLUMNS = (
     "id", "tenant", "kind", "state", "stage", "done", "total", "request", "request_digest", "score_set",
-    "summary", "epoch", "cancel_requested", "version", "created_at", "started_at", "finished_at",
+    "summary", "epoch", "cancel_requested", "version", "created_at", "started_at", "finished_at", "inventory",
     "lease_owner", "lease_expires_at",
 )  # fmt: skip
 
@@ -149,14 +149,15 @@ def _job_rows(
     request: dict[str, Any],
     found: dict[str, Any],
 ) -> Iterable[tuple[Any, ...]]:
-    asked, told = json.dumps(request), json.dumps({"inventory": found, "units": ROWS_PER_SET, "faults": 0})
+    asked, told, layers = json.dumps(request), json.dumps({"task": "causal_lm"}), json.dumps(found)
     for number, job in enumerate(targets):
         runs, at = job.state == JobState.RUNNING, _time(connection, job.created_at)
         yield (
             job.id, TENANT, JobKind.SEARCH.value, job.state.value, "scoring", 500 if runs else ROWS_PER_SET,
             ROWS_PER_SET, asked, f"{number:064x}", sets[number % len(sets)],
-            told if job.state == JobState.SUCCEEDED else None, 1, False, VERSION, at, at,
-            None if runs else at, "benchmark" if runs else None, 1e11 if runs else None,
+            told if job.succeeded else None, 1, False, VERSION, at, at,
+            None if runs else at, layers if job.succeeded else None,
+            "benchmark" if runs else None, 1e11 if runs else None,
         )  # fmt: skip
 
 

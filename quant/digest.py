@@ -88,9 +88,13 @@ def folder_digest(path: Path | str) -> tuple[str, tuple[ManifestEntry, ...]]:
     Raises FolderError when config.json or safetensors weights are missing.
     """
     folder = Path(path)
-    names = sorted({*weight_files(folder), *_companions(folder)})
-    manifest = tuple(_entry(folder, name) for name in names)
+    manifest = tuple(_entry(folder, name) for name in model_files(folder))
     return manifest_digest(manifest), manifest
+
+
+def model_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files that `folder_digest` is about, sorted. Raises FolderError as it does."""
+    return tuple(sorted({*weight_files(folder), *_companions(folder)}))
 
 
 def manifest_digest(manifest: Iterable[Mapping[str, Any]]) -> str:

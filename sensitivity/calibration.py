@@ -14,8 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sensitivity.calibration_check import CONTEXT, EXTRAS, LABELS, check_calibration, require_enough_samples
+from sensitivity.calibration_check import (
+    CONTEXT,
+    EXTRAS,
+    LABELS,
+    TENSOR_KINDS,
+    check_calibration,
+    require_enough_samples,
+)
 from sensitivity.errors import BadCalibration
+from sensitivity.npz import load_arrays
 from sensitivity.spec import ALL, PARTS, DataSource, SessionSpec
 from sensitivity.tasks.task import Batch
 from sensitivity.text import tokenized_samples
@@ -82,7 +90,7 @@ def _placed(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 def load_samples(spec: SessionSpec, task: str, model: nn.Module) -> Samples:
     """The samples of `spec.calibration` for `model`. Raises BadCalibration naming the row or the tensor."""
     source = spec.calibration
-    from_file = source.kind == "safetensors"
+    from_file = source.kind in TENSOR_KINDS
     tensors, contexts = (
         (_read_tensors(source, task), None) if from_file else tokenized_samples(spec, task, model)
     )
@@ -123,12 +131,19 @@ def split_parts(count: int, most: int, seed: int) -> dict[str, NDArray[np.int64]
 
 def _read_tensors(source: DataSource, task: str) -> dict[str, Tensor]:
     check_calibration(source.path, source.kind)
-    try:
-        tensors = load_file(Path(source.path))
-    except (SafetensorError, OSError) as error:
-        raise BadCalibration(f"calibration data must be a readable safetensors file. Got {error}.") from error
+    tensors = _load(Path(source.path), source.kind)
     whole = (_TOKEN_INPUT,) if task == "diffusion" else (_TOKEN_INPUT, LABELS)
     return {name: _token_or_value(name, tensor, whole) for name, tensor in tensors.items()}
+
+
+def _load(path: Path, kind: str) -> dict[str, Tensor]:
+    if kind == "npz":
+        return {name: torch.from_numpy(array) for name, array in load_arrays(path).items()}
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadCalibration(f"calibration data must be a readable safetensors file. Got {error}.") from error
+    return found
 
 
 def _token_or_value(name: str, tensor: Tensor, whole: Sequence[str]) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.safetensors_header import DTYPE_BYTES, HeaderError, TensorEntry, read_header
+from sensitivity import npz
 from sensitivity.errors import BadCalibration
 from sensitivity.spec import PARTS, Json
 from sensitivity.text_rows import iterate_rows, refuse_foreign
@@ -27,7 +28,9 @@ EXTRAS = (SIGNAL, CONTEXT)
 """Tensors that describe the samples to the task, unless the model has an input of that name."""
 LEAST_SAMPLES = 2 * len(PARTS)
 """Two samples in each of the three parts: less has no standard error."""
-SUFFIXES = {".safetensors": "safetensors", ".txt": "text", ".jsonl": "jsonl"}
+SUFFIXES = {".safetensors": "safetensors", ".npz": "npz", ".txt": "text", ".jsonl": "jsonl"}
+TENSOR_KINDS = ("safetensors", "npz")
+"""Kinds of files that hold the model's inputs themselves; the others hold text."""
 DTYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
 _CHUNK = 2**22
 _EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
@@ -42,12 +45,12 @@ def check_calibration(path: str | Path, kind: str) -> dict[str, Json]:
     file = Path(path)
     if not file.is_file():
         raise BadCalibration(f"calibration data must be a file. Got {file.name!r}, which is not one.")
-    if kind == "safetensors":
-        return _safetensors_facts(file)
+    if kind in TENSOR_KINDS:
+        return _tensor_facts(file, kind)
     if kind in ("text", "jsonl"):
         rows = sum(1 for _ in iterate_rows(file, kind))
         return {"kind": kind, "rows": rows, "tensors": {}, "has_labels": False}
-    raise BadCalibration(f"kind must be safetensors, text or jsonl. Got {kind!r}.")
+    raise BadCalibration(f"kind must be one of {', '.join(SUFFIXES.values())}. Got {kind!r}.")
 
 
 def detect_kind(path: str | Path) -> str:
@@ -63,16 +66,16 @@ def detect_kind(path: str | Path) -> str:
     return SUFFIXES[suffix]
 
 
-def _safetensors_facts(file: Path) -> dict[str, Json]:
-    tensors = read_tensors(file)
+def _tensor_facts(file: Path, kind: str) -> dict[str, Json]:
+    tensors = npz.read_entries(file) if kind == "npz" else read_tensors(file)
     rows = _common_rows(tensors)
     for name, entry in tensors.items():
-        _require_finite(file, name, entry)
+        _require_finite(file, name, entry, kind)
     _require_classes(tensors.get(CONTEXT))
     if set(tensors) <= {LABELS, *EXTRAS}:
         raise BadCalibration(f"calibration data must hold the model's inputs. Got only {', '.join(tensors)}.")
     described = {name: {"dtype": entry.dtype, "shape": list(entry.shape)} for name, entry in tensors.items()}
-    return {"kind": "safetensors", "rows": rows, "tensors": described, "has_labels": LABELS in tensors}
+    return {"kind": kind, "rows": rows, "tensors": described, "has_labels": LABELS in tensors}
 
 
 def _require_classes(entry: TensorEntry | None) -> None:
@@ -138,10 +141,13 @@ def require_enough_samples(count: int, hint: str = "Send more data.") -> None:
         )
 
 
-def _require_finite(file: Path, name: str, entry: TensorEntry) -> None:
-    if entry.dtype not in _EXPONENT:
+def _require_finite(file: Path, name: str, entry: TensorEntry, kind: str) -> None:
+    if kind == "npz":
+        row = npz.first_row_not_finite(file, name)
+    elif entry.dtype in _EXPONENT:
+        row = next(_rows_not_finite(file, entry), None)
+    else:
         return
-    row = next(_rows_not_finite(file, entry), None)
     if row is not None:
         raise BadCalibration(f"values of tensor {name!r} must be finite. Got NaN or infinity in row {row}.")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from quant.catalog import QUANTIZERS
 from sensitivity.catalog import SCORERS, TASKS
@@ -23,7 +23,7 @@ ALL = "all"
 
 Part = Literal["scoring", "choosing", "reporting"]
 Precision = Literal["stored", "float32"]
-DataKind = Literal["safetensors", "text", "jsonl"]
+DataKind = Literal["safetensors", "npz", "text", "jsonl"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class DataSource:
     digest: str
 
     def __post_init__(self) -> None:
-        if self.kind not in ("safetensors", "text", "jsonl"):
-            raise ValueError(f"calibration data must be safetensors, text or jsonl. Got {self.kind!r}.")
+        if self.kind not in get_args(DataKind):
+            kinds = ", ".join(get_args(DataKind))
+            raise ValueError(f"kind of calibration data must be one of {kinds}. Got {self.kind!r}.")
 
 
 NO_DATA = DataSource("", "text", "")

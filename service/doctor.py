@@ -6,16 +6,21 @@ import os
 import platform
 import re
 import stat
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import select
 
 from service.checks import Check, readiness
 from service.db.engine import Database, database_clock, parse_url
-from service.executors.catalog import EXECUTORS
+from service.executors.catalog import EXECUTORS, require_usable
+from service.executors.ray_cluster import probe
+from service.executors.ray_scorer import versions
+from service.executors.ray_settings import ray_lacks, ray_of
 from service.executors.worker_process import gaps_here
 from service.settings import Settings
 
@@ -32,7 +37,7 @@ def examine(settings: Settings) -> tuple[Check, ...]:
         _guarded("solvers", _solvers),
         *_extras(),
         _executor(settings),
-        _guarded("isolation", lambda: _isolation(settings)),
+        *_workers(settings),
         _permissions(settings),
         *_service(settings),
     )
@@ -101,11 +106,60 @@ def _version(package: str) -> str | None:
 
 
 def _executor(settings: Settings) -> Check:
-    if settings.executor not in EXECUTORS:
-        names = ", ".join(EXECUTORS)
-        said = f"BITPLAN_EXECUTOR must be one of {names}. Got {settings.executor}."
-        return Check("executor", "failed", said)
+    try:
+        require_usable(settings)
+    except ValueError as error:
+        return Check("executor", "failed", str(error))
     return Check("executor", "ok", f"{settings.executor}, {settings.workers} workers")
+
+
+def _workers(settings: Settings) -> Iterator[Check]:
+    """What stands between a stranger's model and the machine that it runs on."""
+    if settings.executor == "ray" and ray_lacks(settings) is None:
+        yield from _cluster(settings)
+    else:
+        yield _guarded("isolation", lambda: _isolation(settings))
+
+
+def _cluster(settings: Settings) -> Iterator[Check]:
+    """The nodes of the Ray cluster: that they answer, are alike, and keep workers apart."""
+    try:
+        found = probe(ray_of(settings))
+    except subprocess.CalledProcessError as error:
+        why = next(reversed(str(error.stderr).strip().splitlines()), "no reason")
+        found = {"away": f"The Ray cluster at {settings.ray_address} must answer. Got: {why}"}
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        found = {"away": f"The Ray cluster at {settings.ray_address} must answer. Got: {error}"}
+    if "away" in found:
+        yield Check("ray", "failed", found["away"])
+        return
+    nodes = found["nodes"]
+    counted = {name: sum(node[name] for node in nodes) for name in ("CPU", "GPU")}
+    said = f"{len(nodes)} nodes with {counted['CPU']:g} CPUs and {counted['GPU']:g} GPUs"
+    if settings.ray_auth == "disabled":
+        yield Check("ray", "warning", f"{said}; BITPLAN_RAY_AUTH=disabled: who connects may run code")
+    elif not counted["CPU"]:
+        yield Check("ray", "warning", f"{said}: jobs wait until a node with CPUs joins")
+    else:
+        yield Check("ray", "ok", said)
+    for node in nodes:
+        if node["CPU"]:
+            yield _node(settings, node)
+
+
+def _node(settings: Settings, node: Mapping[str, Any]) -> Check:
+    name = f"node {node['host']}"
+    if "error" in node:
+        return Check(name, "failed", f"A node must answer. Got {node['error']}")
+    ours = versions()
+    if node["versions"] != ours:
+        differing = [key for key in ours if node["versions"].get(key) != ours[key]]
+        return Check(name, "failed", f"other versions than here: {', '.join(differing)}. Install the same.")
+    said = f"cache {node['cache']}, {node['free'] / 2**30:.1f} GiB are free"
+    gaps = "" if settings.isolation == "off" else "; ".join(node["gaps"])
+    if gaps:
+        return Check(name, "failed" if settings.isolation == "require" else "warning", f"{said}; {gaps}")
+    return Check(name, "ok", said)
 
 
 def _isolation(settings: Settings) -> Check:

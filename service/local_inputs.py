@@ -41,12 +41,12 @@ def factory_source(name: str, settings: Settings) -> ModelSource:
 
 
 def file_data(path: Path) -> LocalData:
-    """The samples of a safetensors, txt or jsonl file. Raises ServiceError, or ValueError naming the row."""
+    """The samples of a calibration file. Raises ServiceError, or ValueError naming the row."""
     if not path.is_file():
         raise Unprocessable(
             "calibration-not-found",
-            f"Calibration data must be a .safetensors, .txt or .jsonl file. Got {str(path)!r}, which is no "
-            "file. Check the path.",
+            f"Calibration data must be a .safetensors, .npz, .txt or .jsonl file. Got {str(path)!r}, which "
+            "is no file. Check the path.",
         )
     kind = calibration_kind([path.name])
     summary = check_calibration(path, kind)

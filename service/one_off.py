@@ -15,6 +15,7 @@ from sensitivity.units import InspectUnit, MeasureUnit, Unit, UnitResult
 from service.executors.catalog import make_executor
 from service.executors.isolation import isolation_of
 from service.executors.protocol import ExecutorSettings, Outcome
+from service.executors.ray_settings import ray_of
 from service.runner.problems import problem_of_failure
 from service.settings import Settings
 
@@ -55,7 +56,8 @@ def run_units(
     with tempfile.TemporaryDirectory(prefix="bitplan-", ignore_cleanup_errors=True) as folder:
         log = Path(folder)
         factory = session_factory or settings.session_factory
-        executor = make_executor(settings.executor, ExecutorSettings(1, log, factory, isolation_of(settings)))
+        chosen = ExecutorSettings(1, log, factory, isolation_of(settings), ray=ray_of(settings))
+        executor = make_executor(settings.executor, chosen)
         executor.start(spec)
         try:
             for unit in units:

@@ -74,7 +74,7 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """A calibration set that was sent; `kind` is safetensors, text or jsonl."""
+    """A calibration set that was sent; `kind` is safetensors, npz, text or jsonl."""
 
     id: str
     tenant: str

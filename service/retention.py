@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from service.db.engine import Database
-from service.db.repositories import jobs, retention, runners
+from service.db.repositories import audit, jobs, retention, runners
 from service.db.repositories.retention import Blob
 from service.runner.identity import start_of
 from service.settings import Settings
@@ -28,6 +29,7 @@ from service.store import sweep
 from service.store.sweep import Old
 
 BATCH = 200
+AUDIT_BATCH = 2000
 FORGET_RUNNERS_SECONDS = 24 * 3600.0
 """A runner that died without a word is shown for a day."""
 
@@ -91,6 +93,10 @@ class _Collection:
             ("jobs", self._expire_jobs),
             ("score sets", self._drop_score_sets),
             ("uploads", self._drop_uploads),
+            ("complete uploads", self._drop_complete_uploads),
+            ("deleted models", partial(self._drop_tombstones, "model")),
+            ("deleted calibration sets", partial(self._drop_tombstones, "calibration")),
+            ("audit rows", self._drop_audit),
             ("idempotency keys", self._drop_keys),
             ("runners", self._forget_runners),
             ("folders of models", self._drop_views),
@@ -140,6 +146,37 @@ class _Collection:
             idle, lambda session, some: retention.delete_uploads(session, before, some)
         )
         self._counts[what] += len(self._uploads)
+
+    def _drop_complete_uploads(self, what: str) -> None:
+        if not self._settings.keep_done_days:
+            return
+        before = self._days_ago(self._settings.keep_done_days)
+        found = self._read(lambda session: retention.complete_uploads(session, before))
+        self._counts[what] += len(self._delete(found, retention.delete_complete_uploads))
+
+    def _drop_tombstones(self, kind: retention.Inputs, what: str) -> None:
+        if not self._settings.keep_done_days:
+            return
+        before, left_out = self._days_ago(self._settings.keep_done_days), self._jobs
+        found = self._read(lambda session: retention.tombstones(session, kind, before, left_out))
+        gone = self._delete(
+            found, lambda session, some: retention.delete_tombstones(session, kind, before, some)
+        )
+        self._counts[what] += len(gone)
+
+    def _drop_audit(self, what: str) -> None:
+        if not self._settings.keep_audit_days:
+            return
+        before = self._days_ago(self._settings.keep_audit_days)
+        if self._dry:
+            self._counts[what] += self._read(lambda session: audit.count_before(session, before))
+            return
+        while not self._stopping():
+            with self._database.write() as session:
+                gone = audit.delete_before(session, before, AUDIT_BATCH)
+            self._counts[what] += gone
+            if gone < AUDIT_BATCH:
+                return
 
     def _drop_keys(self, what: str) -> None:
         before = self._days_ago(self._settings.keep_keys_days)

@@ -21,6 +21,7 @@ from service.access import is_local_host
 from service.db import migrate
 from service.db.engine import Database
 from service.db.repositories import keys
+from service.executors.catalog import require_usable
 from service.settings import Settings
 
 SETTLED_SECONDS = 5.0
@@ -58,10 +59,12 @@ def serve(settings: Settings) -> int:
     """Migrate the database, then run API and runner until SIGINT or SIGTERM; the exit code to leave with.
 
     A runner that dies is started again. An API that dies is too, unless it dies at once (its port is taken,
-    for example). Raises `BindRefused` and `DatabaseTooNew`.
+    for example). Raises `BindRefused`, `DatabaseTooNew`, and ValueError for an
+    executor that cannot be used.
     """
     logs.configure(settings.log_level)
     require_safe_bind(settings)
+    require_usable(settings)
     migrate.upgrade(settings.database_url)
     supervisor = Supervisor(settings)
     _stop_on_signals(supervisor)

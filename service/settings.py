@@ -24,6 +24,12 @@ def default_data_dir() -> Path:
     return Path(home) / "bitplan"
 
 
+def default_ray_cache() -> Path:
+    """Where a node of a Ray cluster keeps models unless told otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "bitplan" / "ray"
+
+
 def default_workers() -> int:
     """One worker per usable core, at most four."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -55,6 +61,9 @@ class Settings(BaseSettings):
     ("": the machine's) and of a file, hours of CPU per unit and thread, processes and threads; 0 is no limit.
     `worker_closed` are files and folders that workers cannot open, separated like PATH; the files that
     settings were read from are always among them.
+    The `ray_...` fields are for the executor "ray" (docs/executors.md): `ray_address` (host:port of its
+    head), `ray_auth`, `ray_token_file`, `ray_gpus_per_worker`, `ray_shared_store` and `ray_patience_seconds`
+    of the runner, `ray_cache` and `ray_cache_limit` ("200 GiB"; "": until the disk is full) of each node.
     `access`: "auto" asks for keys as soon as one was made, "keys" always, "open" never. Rates and quotas hold
     for requests with a key, `rate_limit` in requests per second and key; 0 is no limit. A tenant may have
     quotas of its own instead.
@@ -63,9 +72,10 @@ class Settings(BaseSettings):
     `hub_hosts`, with `hub_token`, each within `hub_hours`; never while `hub_offline`.
 
     Retention (docs/operations.md): finished jobs go after `keep_jobs_days` without use (0: never), logs of
-    workers, uploads that stand still and idempotency keys after theirs, files that nothing refers to after
-    `unreferenced_hours`; runners collect every `gc_interval_hours` (0: only ``bitplan gc`` does). With less
-    than `least_free_bytes` on the disk of the store the service says that it is not ready.
+    workers, uploads that stand still and idempotency keys after theirs, rows of complete uploads and deleted
+    inputs after `keep_done_days`, the audit log after `keep_audit_days` (0: never, both), files that nothing
+    refers to after `unreferenced_hours`; runners collect every `gc_interval_hours` (0: only ``bitplan gc``
+    does). With less than `least_free_bytes` on the disk of the store the service says that it is not ready.
     """
 
     model_config = SettingsConfigDict(
@@ -106,6 +116,14 @@ class Settings(BaseSettings):
     worker_cpu_hours: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     worker_processes: int = Field(default=1024, ge=0)
     worker_closed: Annotated[tuple[Path, ...], NoDecode] = ()
+    ray_address: str = ""
+    ray_auth: Literal["token", "disabled"] = "token"
+    ray_token_file: str = ""
+    ray_gpus_per_worker: float = Field(default=1.0, gt=0, le=8, allow_inf_nan=False)
+    ray_shared_store: bool = False
+    ray_patience_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    ray_cache: Path = Field(default_factory=default_ray_cache)
+    ray_cache_limit: str = ""
     access: Literal["auto", "keys", "open"] = "auto"
     rate_limit: float = Field(default=100.0, ge=0, allow_inf_nan=False)
     rate_burst: int = Field(default=200, ge=1)
@@ -116,6 +134,8 @@ class Settings(BaseSettings):
     keep_logs_days: float = Field(default=14.0, ge=1)
     keep_uploads_days: float = Field(default=7.0, ge=1)
     keep_keys_days: float = Field(default=7.0, ge=1)
+    keep_done_days: float = Field(default=30.0, ge=0)
+    keep_audit_days: float = Field(default=0.0, ge=0)
     unreferenced_hours: float = Field(default=24.0, ge=1)
     gc_interval_hours: float = Field(default=1.0, ge=0)
     least_free_bytes: int = Field(default=256 * 2**20, ge=0)
@@ -133,7 +153,7 @@ class Settings(BaseSettings):
         """Arguments win; then files, then the environment, which never have both."""
         return init_settings, SecretFiles(settings_cls, PREFIX), env_settings
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "ray_cache")
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
@@ -165,7 +185,7 @@ class Settings(BaseSettings):
         parse_destination(value)
         return value.rstrip("/")
 
-    @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes")
+    @field_validator("memory_limit", "worker_memory", "worker_file", "quota_bytes", "ray_cache_limit")
     @classmethod
     def _amount(cls, value: str) -> str:
         if value:

@@ -27,6 +27,7 @@ from service.api.lookup import find_job, find_model, find_plan, stored_inventory
 from service.api.plans import PlanId
 from service.api.resources import items_of
 from service.consumers import consumer_fault
+from service.db.repositories import jobs
 from service.errors import Conflict, NotFound, Unprocessable
 from service.records import ModelRecord
 
@@ -116,7 +117,7 @@ def _model_facts(context: Context, session: Session, job_id: str, model_id: str 
     if model_id is not None:
         return _other_facts(context, find_model(context, session, model_id))
     model = find_model(context, session, str(job.request["model"]))
-    inventory = (job.summary or {}).get("inventory") or stored_inventory(model)
+    inventory = jobs.inventory(session, job.id) or stored_inventory(model)
     if inventory is None:
         raise Conflict(
             "job-not-finished",

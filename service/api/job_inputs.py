@@ -26,7 +26,7 @@ from sensitivity.units import InspectUnit
 from service.api.context import Context
 from service.cascade import with_calibrated
 from service.costing import LatencyMissing, cost_request, costs_of, geometry_in, timings_from_json
-from service.db.repositories import calibrations, models, scores, units
+from service.db.repositories import calibrations, jobs, models, scores, units
 from service.deciding import EACH, Deciding, deciding_of, with_roles
 from service.errors import Conflict, ServiceError, Unprocessable
 from service.interactions import paired
@@ -192,11 +192,14 @@ def search_job(job: JobRecord) -> JobRecord:
 
 
 def _facts(session: Session, job: JobRecord) -> Mapping[str, Any]:
-    """Inventory and geometry of this job's model: from its summary, or while it runs from its own
+    """Inventory and geometry of this job's model: as it planned with them, or while it runs from its own
     inspection.
     """
-    stored: Mapping[str, Any] | None = job.summary
-    if stored is None or stored.get("inventory") is None:
+    inventory = jobs.inventory(session, job.id)
+    stored: Mapping[str, Any] | None = (
+        None if inventory is None else {**(job.summary or {}), "inventory": inventory}
+    )
+    if stored is None:
         request = LocalJobRequest.model_validate(dict(job.request))
         unit = InspectUnit(request.takes_part, tuple(request.exclude))
         inspection = units.get(session, str(job.score_set), unit.key)

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pydantic import ConfigDict, Field
 
-from service.api.resources import Json, Resource, as_json, links_of, without_inventory
+from service.api.resources import Json, Resource, as_json, links_of
 from service.records import EventRecord, JobRecord, PlanRecord, ScoreRecord, StandingRecord
 from service.states import JobKind
 
@@ -54,7 +54,7 @@ class Job(Resource):
             stage=record.stage,
             progress=Progress(done=record.done, total=record.total, eta_seconds=record.eta_seconds),
             request=dict(record.request),
-            summary=without_inventory(record.summary),
+            summary=as_json(record.summary),
             problem=as_json(record.problem),
             score_set=record.score_set,
             predecessor=record.predecessor,

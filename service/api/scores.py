@@ -20,7 +20,7 @@ from service.api.job_inputs import job_deciding, search_job
 from service.api.job_resources import Score
 from service.api.jobs import JobId
 from service.api.lookup import find_job
-from service.api.resources import Page
+from service.api.resources import Page, as_response
 from service.db.repositories import scores, units
 from service.db.repositories.scores import ScoreKey
 from service.deciding import scored_metrics
@@ -55,7 +55,7 @@ def list_scores(
     metric: MetricName = None,
     against: Against = None,
     form: Format = "json",
-) -> Response | Page[Score]:
+) -> Response:
     """The scores that are stored for the job's schemes and metrics, ordered by layer, scheme and metric."""
     with context.database.read() as session:
         job = search_job(find_job(context, session, job_id))
@@ -69,7 +69,7 @@ def list_scores(
     after = None if cursor is None else tuple(context.cursors.read(kind, cursor))
     rows = _rows(context, job, metrics, limit, after)
     more = context.cursors.make(kind, _key(rows[-1])) if len(rows) == limit else None
-    return Page(items=_scores(context, rows, other), next_cursor=more)
+    return as_response(Page(items=_scores(context, rows, other), next_cursor=more))
 
 
 def _metrics(context: Context, job: JobRecord, metric: str | None) -> list[str]:

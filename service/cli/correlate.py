@@ -38,7 +38,7 @@ Target = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--calibration", "-c", help="Calibration data, with MODEL_DIR: .safetensors, .txt or .jsonl."
+        "--calibration", "-c", help="Calibration data, with MODEL_DIR: .safetensors, .npz, .txt or .jsonl."
     ),
 ]
 Plans = Annotated[

@@ -42,7 +42,7 @@ UserMetric = Annotated[
     ),
 ]
 Calibration = Annotated[
-    Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .txt or .jsonl.")
+    Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .npz, .txt or .jsonl.")
 ]
 PlanCalibration = Annotated[
     Path | None,

@@ -136,13 +136,17 @@ class ScoreSetRow(Base):
 
 
 class JobRow(Base):
-    """Jobs and who runs them; `lease_expires_at` is in seconds of the database's own clock."""
+    """Jobs and who runs them; `lease_expires_at` is in seconds of the database's own clock.
+
+    `inventory` is long and seldom asked for, so it is read only where it is named.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index(None, "tenant", "created_at", "id"),
         Index(None, "state", "created_at", "id"),
-        Index(None, "tenant", "state"),
+        Index(None, "tenant", "kind", "created_at", "id"),
+        Index(None, "tenant", "state", "kind", "created_at", "id"),
+        Index(None, "tenant", "request_digest"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]
@@ -169,6 +173,7 @@ class JobRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    inventory: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
 
 
 class EventRow(Base):
@@ -263,7 +268,10 @@ class PlanRow(Base):
     """What a job answered to a budget."""
 
     __tablename__ = "plans"
-    __table_args__ = (UniqueConstraint("job_id", "budget", "settings_digest"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "budget", "settings_digest"),
+        Index(None, "job_id", "created_at", "id"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))

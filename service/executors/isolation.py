@@ -23,6 +23,7 @@ def isolation_of(settings: Settings) -> Isolation:
     """What the operator chose; the data directory, an SQLite database and files of secrets are closed."""
     url = parse_url(settings.database_url)
     files = [f"{url.database}{end}" for end in ("", "-wal", "-shm")] if url.drivername == "sqlite" else []
+    files += [settings.ray_token_file] if settings.ray_token_file else []
     hours = settings.worker_cpu_hours
     return Isolation(
         mode=settings.isolation,
@@ -57,9 +58,12 @@ def for_session(isolation: Isolation, spec: SessionSpec, own: Path) -> Isolation
 
 
 def _memory(settings: Settings) -> int | None:
-    """The operator's limit, or the memory of this machine or container; no limit of ours beside a GPU."""
-    if settings.worker_memory:
-        return parse_bytes(settings.worker_memory)
+    """The operator's limit, or this machine's memory."""
+    return parse_bytes(settings.worker_memory) if settings.worker_memory else memory_of_machine()
+
+
+def memory_of_machine() -> int | None:
+    """The memory of this machine or container; None beside a GPU."""
     if any(os.path.exists(file) for file in GPU_FILES):
         return None
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from sensitivity.spec import SessionSpec
 from sensitivity.units import Unit, UnitResult
 from service.executors.confine import Isolation
+from service.executors.ray_settings import RaySettings
 
 FailureKind = Literal["worker_crash", "out_of_memory", "bad_input", "unit_error", "not_isolated"]
 DEFAULT_SESSION = "sensitivity.session:Session"
@@ -52,7 +53,7 @@ class ExecutorSettings:
     `session_factory` is "package.module:callable", called with the `SessionSpec` inside the worker; its
     `run(unit)` gives a `UnitResult`. `log_folder` receives what workers print. `on_gaps` is told, in any
     thread, what a worker that has started is not kept from, if there is anything; in the caller's own process
-    nothing is kept from anything.
+    nothing is kept from anything. `ray` is for the executor of that name.
     """
 
     workers: int
@@ -60,6 +61,11 @@ class ExecutorSettings:
     session_factory: str = DEFAULT_SESSION
     isolation: Isolation = field(default_factory=Isolation)
     on_gaps: Callable[[tuple[str, ...]], None] = lambda gaps: None
+    ray: RaySettings = field(default_factory=RaySettings)
+
+
+class ExecutorAway(Exception):  # noqa: N818 - says what happened
+    """The machines that would run units do not answer; the units are not to blame. Says what to do."""
 
 
 class Session(Protocol):
@@ -89,7 +95,11 @@ class Executor(Protocol):
         ...
 
     def wait(self, timeout: float) -> list[Outcome]:
-        """The outcomes that have come, after waiting at most `timeout` seconds for the first one."""
+        """The outcomes that have come, after waiting at most `timeout` seconds for the first one.
+
+        Raises `ExecutorAway` when there is nothing that could run units, for so long that the job should be
+        given back.
+        """
         ...
 
     def close(self, grace_seconds: float = 10.0) -> None:

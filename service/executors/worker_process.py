@@ -131,7 +131,7 @@ class WorkerProcess:
         self.bury()
         code = self._process.returncode
         how = {"signal": signal.Signals(-code).name} if code < 0 else {"exit_code": code}
-        detail = {**how, "log": self._log.name, "log_tail": _tail(self._log)}
+        detail = {**how, "log": self._log.name, "log_tail": tail_of(self._log)}
         if code == -signal.SIGXCPU:
             said = CPU_TIME.format(self._cpu_seconds)
             return Failure("unit_error", said, {**detail, "error": "cpu_time"})
@@ -195,7 +195,8 @@ def gaps_here() -> tuple[str, ...]:
     return tuple(json.loads(done.stdout))
 
 
-def _tail(log: Path) -> str:
+def tail_of(log: Path) -> str:
+    """The end of a log, "" where there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))

@@ -30,6 +30,7 @@ MODEL_FILES: tuple[str, ...] = (
 )
 CALIBRATION_FILES: dict[str, str] = {
     "*.safetensors": "safetensors",
+    "*.npz": "npz",
     "*.txt": "text",
     "*.jsonl": "jsonl",
 }
@@ -62,7 +63,8 @@ INSTEAD: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "a file of another runtime",
         "Send the original Hugging Face folder: config.json and *.safetensors.",
     ),
-    (("*.npz", "*.parquet", "*.csv"), "a table or array file", "Send safetensors, txt or jsonl."),
+    (("*.parquet", "*.csv"), "a table file", "Send safetensors, npz, txt or jsonl."),
+    (("*.npz",), "an array file, which may be calibration data but no model", "Send safetensors."),
 )
 
 
@@ -97,12 +99,12 @@ def check_model_files(names: Sequence[str]) -> None:
 
 
 def calibration_kind(names: Sequence[str]) -> str:
-    """The kind ("safetensors", "text" or "jsonl") of the one file of a calibration set."""
+    """The kind ("safetensors", "npz", "text" or "jsonl") of the one file of a calibration set."""
     if len(names) != 1:
         raise Unprocessable(
             "invalid-manifest",
             f"A calibration set must be exactly one file. Got {len(names)}. "
-            "Put all samples into one safetensors, txt or jsonl file.",
+            "Put all samples into one safetensors, npz, txt or jsonl file.",
             pointer="/files",
         )
     for pattern, kind in CALIBRATION_FILES.items():

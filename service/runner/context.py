@@ -18,6 +18,7 @@ from service.db.repositories import events, jobs, leases, retention, score_sets
 from service.db.repositories.leases import LeaseLost
 from service.executors.isolation import isolation_of
 from service.executors.protocol import Executor, ExecutorSettings
+from service.executors.ray_settings import ray_of
 from service.passing import passing
 from service.records import JobRecord
 from service.runner.problems import JobFailed
@@ -105,6 +106,7 @@ class JobContext:
                 factory,
                 replace(isolation, writable=opened),
                 self._gaps.put,
+                ray_of(settings),
             )
         )
         made.start(spec)

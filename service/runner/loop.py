@@ -15,7 +15,7 @@ from service.db.repositories import jobs, leases
 from service.db.repositories.leases import LeaseLost
 from service.errors import NotFound, slug_of
 from service.executors.catalog import make_executor
-from service.executors.protocol import Executor, ExecutorSettings
+from service.executors.protocol import Executor, ExecutorAway, ExecutorSettings
 from service.failpoints import failpoint
 from service.passing import passing
 from service.records import JobRecord
@@ -70,7 +70,7 @@ class Runner:
         self._wake.set()
 
     def run(self) -> None:
-        """Serve until `stop`; a database that is away, or a disk that is full, is waited for."""
+        """Serve until `stop`; a database, a disk or an executor that is away is waited for."""
         pause = self.settings.poll_seconds
         while not self._stop.is_set():
             try:
@@ -82,6 +82,9 @@ class Runner:
                 if not passing(error):
                     raise
                 log.warning("runner.waits", error=str(getattr(error, "orig", error)))
+                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+            except ExecutorAway as away:
+                log.warning("runner.executor_away", why=str(away))
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             self._wake.wait(pause)
             self._wake.clear()
@@ -102,7 +105,7 @@ class Runner:
         """Run this job in the foreground and give it as it ended; a finished one comes back as it is.
 
         Waits while another runner holds it. Ctrl-C gives the job back to the queue and raises
-        KeyboardInterrupt.
+        KeyboardInterrupt; an executor that is away does so too and raises `ExecutorAway`.
         """
         while True:
             self.take_back()
@@ -164,11 +167,14 @@ class Runner:
             self._release(context)
         except LeaseLost:
             raise
+        except ExecutorAway as away:
+            self._release(context, f"the executor is away: {away}")
+            raise
         except (DBAPIError, OSError) as error:
             if not passing(error):
                 self._finish(context, JobState.FAILED, problem=problem_of(error))
                 return
-            self._release(context)
+            self._release(context, "the database or the disk is away")
             raise
         except Exception as error:
             self._finish(context, JobState.FAILED, problem=problem_of(error))
@@ -202,10 +208,8 @@ class Runner:
         slug = None if job.problem is None else slug_of(job.problem)
         log.info("job.finished", state=job.state, problem=slug)
 
-    def _release(self, context: JobContext) -> None:
-        context.write(
-            lambda session: leases.release(session, context.job.id, context.epoch, "the runner stops")
-        )
+    def _release(self, context: JobContext, why: str = "the runner stops") -> None:
+        context.write(lambda session: leases.release(session, context.job.id, context.epoch, why))
         log.info("job.released")
 
     def _current(self, job_id: str) -> JobRecord:

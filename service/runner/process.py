@@ -8,6 +8,7 @@ import structlog
 from service import logs
 from service.db import migrate
 from service.db.engine import Database
+from service.executors.catalog import require_usable
 from service.runner.catalog import load_handlers
 from service.runner.deliveries import deliveries_of, delivering
 from service.runner.loop import Runner
@@ -21,8 +22,10 @@ def run(settings: Settings) -> None:
     """Serve jobs until SIGTERM or SIGINT, which give the job in progress back to the queue. Meanwhile be
     known as a runner, deliver webhooks, and collect garbage.
 
-    The database is migrated first. Raises `DatabaseTooNew`.
+    The database is migrated first. Raises `DatabaseTooNew`, and ValueError for an executor that cannot be
+    used.
     """
+    require_usable(settings)
     migrate.upgrade(settings.database_url)
     logs.configure(settings.log_level)
     logs.adopt_libraries(settings.log_level)

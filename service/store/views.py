@@ -25,11 +25,16 @@ def materialize(entries: Iterable[tuple[str, Path]], folder: Path) -> Path:
     try:
         for name, source in entries:
             _place(source, growing / plain_path(name))
-        _seal(growing)
-        _publish(growing, folder)
+        publish_folder(growing, folder)
     finally:
         remove(growing)
     return folder
+
+
+def publish_folder(growing: Path, folder: Path) -> None:
+    """Make a folder of ours read-only and durable, and give it its final name; one that is there stays."""
+    _seal(growing)
+    _publish(growing, folder)
 
 
 def plain_path(name: str) -> PurePosixPath:

@@ -3,8 +3,9 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,22 +14,47 @@ from sensitivity.spec import DataSource, ModelSource, SessionSpec
 from sensitivity.units import BlockUnit, InspectUnit, MeasureUnit, ScoreUnit, Unit
 from service.executors.catalog import EXECUTORS, make_executor
 from service.executors.protocol import Executor, ExecutorSettings, Outcome
+from service.executors.ray_settings import RaySettings
+from tests.ray_nodes import RayNodes
 
 FAKES = Path(__file__).parents[1] / "service" / "executors"
-PATIENCE_SECONDS = 20
-ALL = sorted(EXECUTORS)
-ISOLATED = sorted(name for name, kind in EXECUTORS.items() if kind.isolated)
+PATIENCE_SECONDS = 120
+CLUSTERS = {"ray": pytest.mark.slow}
+"""Executors that need other processes than their own; starting those takes seconds."""
+
+
+def listed(names: Iterable[str]) -> list[Any]:
+    """The names as parameters, with their marks."""
+    return [pytest.param(name, marks=CLUSTERS.get(name, ())) for name in sorted(names)]
+
+
+ALL = listed(EXECUTORS)
+ISOLATED = listed(name for name, kind in EXECUTORS.items() if kind.isolated)
 Make = Callable[..., Executor]
 
 
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """A Ray cluster of a head and two nodes with two CPUs each: two executors fit at once."""
+    secret = {"HF_TOKEN": "secret-value"}
+    with RayNodes(tmp_path_factory.mktemp("nodes"), [FAKES], secret) as cluster:
+        cluster.add("one")
+        cluster.add("two")
+        yield cluster
+
+
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Make]:
     """Makes started executors with fake sessions, and closes them."""
     monkeypatch.syspath_prepend(str(FAKES))
     made: list[Executor] = []
 
     def start(name: str, location: str = "fine", workers: int = 2, factory: str = "FakeSession") -> Executor:
-        settings = ExecutorSettings(workers, tmp_path / "logs", f"fake_session:{factory}")
+        ray = RaySettings()
+        if name == "ray":
+            cluster = request.getfixturevalue("nodes")
+            ray = RaySettings(cluster.address, token_file=str(cluster.token_file))
+        settings = ExecutorSettings(workers, tmp_path / "logs", f"fake_session:{factory}", ray=ray)
         executor = make_executor(name, settings)
         executor.start(spec(tmp_path, location))
         made.append(executor)
@@ -252,7 +278,10 @@ def test_closing_while_busy_kills_the_workers(name: str, make: Make) -> None:
     result = run(executor, score("a"))[score("a").key].result
     assert result is not None
     executor.close(0)
-    assert not alive(result.facts["pid"])
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while alive(result.facts["pid"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
     busy = make(name, workers=2)
     run(busy, score("warm"))

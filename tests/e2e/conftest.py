@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,26 @@ def show(service: Service) -> None:
         print(f"--- {role}: the last of {len(lines)} lines", *lines[-60:], sep="\n")
 
 
-@pytest.fixture
-def postgres_url() -> Iterator[str]:
-    """An empty PostgreSQL database of this test alone, migrated by `bitplan migrate`."""
+@contextmanager
+def empty_postgres() -> Iterator[str]:
+    """A new PostgreSQL database without a schema, for as long as the block lasts."""
     if not POSTGRES:
         pytest.skip("BITPLAN_TEST_POSTGRES_URL is not set")
     name = f"bitplan_test_{uuid.uuid4().hex}"
     administer(f'CREATE DATABASE "{name}"')
-    url = make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
-    migrate = [sys.executable, "-m", "service.cli.main", "migrate", "--database-url", url]
-    subprocess.run(migrate, check=True, capture_output=True, cwd=ROOT)
-    yield url
-    administer(f'DROP DATABASE "{name}" WITH (FORCE)')
+    try:
+        yield make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+    finally:
+        administer(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """An empty PostgreSQL database of this test alone, migrated by `bitplan migrate`."""
+    with empty_postgres() as url:
+        migrate = [sys.executable, "-m", "service.cli.main", "migrate", "--database-url", url]
+        subprocess.run(migrate, check=True, capture_output=True, cwd=ROOT)
+        yield url
 
 
 def administer(statement: str) -> None:

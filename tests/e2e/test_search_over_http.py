@@ -305,7 +305,7 @@ def additive_optimum(service, job: JobHandle, budget: str) -> float:
     with service.database() as database, database.read() as session:
         record = jobs.get(session, job.id)
         rows = scores.list_all(session, record.score_set, ["output_kl"])
-    inventory = inventory_of({"inventory": record.summary["inventory"]})
+        inventory = inventory_of({"inventory": jobs.inventory(session, job.id)})
     table = score_table(inventory, SCHEMES, rows, ["output_kl"])
     compiled = compile_ask(PlanningInputs(inventory, table, SCHEMES), Ask(budget))
     return solve(compiled.problem, solver="cbc", gap=0.0).objective

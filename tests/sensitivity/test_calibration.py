@@ -196,3 +196,19 @@ def test_micro_batches_cover_a_part_in_order(tiny: Any) -> None:
     assert [batch.size for batch in batches] == [4, 2]
     joined = torch.cat([batch.inputs["pixel_values"] for batch in batches])
     torch.testing.assert_close(joined, samples.tensors["pixel_values"][samples.parts["choosing"]])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_gives_the_samples_that_safetensors_give(tiny: Any, tmp_path: Path, save: Any) -> None:
+    from safetensors.numpy import load_file
+
+    model = tiny("resnet")
+    save(tmp_path / "images.npz", **load_file(model.data))
+    own, spec = model.spec(), with_data(model.spec(), tmp_path / "images.npz", "npz")
+    wanted = load_samples(own, "image_classification", model_of(own))
+    found = load_samples(spec, "image_classification", model_of(own))
+    assert found.tensors.keys() == wanted.tensors.keys()
+    assert all(torch.equal(found.tensors[name], wanted.tensors[name]) for name in wanted.tensors)
+    assert found.labels is not None
+    assert wanted.labels is not None
+    assert torch.equal(found.labels, wanted.labels)

@@ -203,8 +203,8 @@ def test_bad_text(tmp_path: Path, content: bytes, words: str) -> None:
 def test_missing_files_and_unknown_kinds(tmp_path: Path) -> None:
     with pytest.raises(BadCalibration, match=r"must be a file. Got 'nowhere.txt'"):
         check_calibration(tmp_path / "nowhere.txt", "text")
-    (tmp_path / "x.npz").write_bytes(b"PK")
-    with pytest.raises(BadCalibration, match=r"must end in one of .safetensors, .txt, .jsonl. Got 'x.npz'"):
-        detect_kind(tmp_path / "x.npz")
-    with pytest.raises(BadCalibration, match="kind must be safetensors, text or jsonl"):
-        check_calibration(tmp_path / "x.npz", "npz")
+    (tmp_path / "x.npy").write_bytes(b"PK")
+    with pytest.raises(BadCalibration, match=r"in one of .safetensors, .npz, .txt, .jsonl. Got 'x.npy'"):
+        detect_kind(tmp_path / "x.npy")
+    with pytest.raises(BadCalibration, match="kind must be one of safetensors, npz, text, jsonl"):
+        check_calibration(tmp_path / "x.npy", "npy")

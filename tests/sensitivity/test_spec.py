@@ -51,8 +51,8 @@ def test_bad_values_are_refused(field: str, value: object) -> None:
 def test_bad_sources_are_refused() -> None:
     with pytest.raises(ValueError, match=r"folder or factory. Got 'hub'"):
         ModelSource("hub", "x", "aa")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"safetensors, text or jsonl. Got 'npz'"):
-        DataSource("x", "npz", "aa")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"safetensors, npz, text, jsonl. Got 'npy'"):
+        DataSource("x", "npy", "aa")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

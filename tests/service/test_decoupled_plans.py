@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from pydantic import ValidationError
 
 from quant.plan import parse_plan, plan_schema
 from sensitivity.session import Session
+from service.db.engine import Database
+from service.db.repositories import jobs
 from service.local import Local
 from service.local_inputs import factory_source, file_data
 from service.runner.inputs import spec_of
@@ -53,6 +56,7 @@ def lab(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
             job = local.run(wanted)
             return job, local.plans(job.id), Session(spec_of(wanted, source, data.source))
 
+    search.url = settings.database_url
     return search
 
 
@@ -109,7 +113,9 @@ def test_roles_and_protected_layers_are_the_users(lab: Any) -> None:
     assert plan.decided_by == {"conv_in": "ssim", "conv_out": "ssim", "time_embedding": "sqnr"}
     assert plan.assignment["time_embedding"] == "w8"
     assert plan.assignment["conv_in"] == "w3"
-    assert {layer["role"] for layer in job.summary["inventory"]["layers"]} == {"feed_forward", "embedding"}
+    with closing(Database(lab.url)) as database, database.read() as session:
+        found = jobs.inventory(session, job.id)
+    assert {layer["role"] for layer in found["layers"]} == {"feed_forward", "embedding"}
 
 
 def test_a_role_may_have_a_budget_of_its_own(lab: Any) -> None:

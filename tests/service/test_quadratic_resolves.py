@@ -94,8 +94,8 @@ def test_new_budgets_pins_and_weights_are_solved_exactly(
         record = jobs.get(session, job)
         assert record is not None
         rows = scores.list_all(session, str(record.score_set), ["output_kl"])
+        layers = Inventory.from_json(jobs.inventory(session, job) or {}).layers
     summary = dict(record.summary or {})
-    layers = Inventory.from_json(summary["inventory"]).layers
     assert summary["interactions"]["metric"] == "gram_output"
     kept = searched.local.store.get_arrays(summary["interactions"]["factor"])
     sizes = resources(layers, parse_schemes(",".join(SCHEMES)))["bytes"]

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from sqlalchemy import update
 
+from service.access import Access
 from service.db.engine import Database
 from service.db.repositories import (
+    audit,
     calibrations,
     idempotency,
     jobs,
@@ -28,7 +31,17 @@ from service.db.repositories import (
     uploads,
 )
 from service.db.repositories.leases import Owner
-from service.db.tables import BlobRow, IdempotencyKeyRow, JobRow, PlanRow, ScoreSetRow, UploadRow
+from service.db.tables import (
+    AuditRow,
+    BlobRow,
+    CalibrationRow,
+    IdempotencyKeyRow,
+    JobRow,
+    ModelRow,
+    PlanRow,
+    ScoreSetRow,
+    UploadRow,
+)
 from service.retention import collect
 from service.settings import Settings
 from service.states import InputState, JobKind, JobState
@@ -37,6 +50,10 @@ from service.store.blobs import BlobStore
 from service.store.lock import alone, shared
 
 DAY = 86400.0
+TABLES = (
+    *(AuditRow, BlobRow, CalibrationRow, IdempotencyKeyRow, JobRow),
+    *(ModelRow, PlanRow, ScoreSetRow, UploadRow),
+)
 Collect = Callable[..., dict[str, int]]
 
 
@@ -67,7 +84,7 @@ def age(database: Database, settings: Settings, days: float = 100) -> None:
         os.utime(path, (then, then))
     at = datetime.now(UTC) - timedelta(days=days)
     with database.write() as session:
-        for table in (BlobRow, IdempotencyKeyRow, JobRow, PlanRow, ScoreSetRow, UploadRow):
+        for table in TABLES:
             session.execute(update(table).values(created_at=at))
         session.execute(update(JobRow).where(JobRow.finished_at.is_not(None)).values(finished_at=at))
 
@@ -117,9 +134,9 @@ def test_the_files_of_a_deleted_model_go_with_their_rows_and_folder(
     assert run() == {}
     with database.write() as session:
         models.set_state(session, made[0], InputState.DELETED)
-    assert run(dry_run=True) == {"folders of models": 1, "blobs": 1}
+    assert run(dry_run=True) == {"folders of models": 1, "blobs": 1, "deleted models": 1}
     assert store.has(blob)
-    assert run() == {"folders of models": 1, "blobs": 1}
+    assert run() == {"folders of models": 1, "blobs": 1, "deleted models": 1}
     assert (store.has(blob), store.has(other)) == (False, True)
     assert [path.name for path in (settings.data_dir / "views" / "default").iterdir()] == ["b" * 64]
     with database.read() as session:
@@ -342,6 +359,96 @@ def test_one_process_collects_at_a_time(database: Database, settings: Settings) 
 
     assert collect(settings, database, stopping=asks_again) is not None
     assert set(seen) == {None}
+
+
+def inputs(database: Database) -> tuple[str, str]:
+    """A deleted model and a deleted calibration set."""
+    with database.write() as session:
+        model = models.create(session, source={"kind": "upload", "files": []}, digest="c" * 64)
+        data = calibrations.create(
+            session, source={"files": []}, digest="d" * 64, kind="text", state=InputState.READY
+        )
+        models.set_state(session, model.id, InputState.DELETED)
+        calibrations.set_state(session, data.id, InputState.DELETED)
+    return model.id, data.id
+
+
+def test_complete_uploads_and_deleted_inputs_are_forgotten(
+    database: Database, settings: Settings, run: Collect
+) -> None:
+    with database.write() as session:
+        done = uploads.create(session, purpose="model", manifest=[])
+        uploads.complete(session, done.id)
+        kept = models.create(session, source={"kind": "upload", "files": []}, digest="e" * 64)
+    model, data = inputs(database)
+    assert run() == {}
+    age(database, settings)
+    expected = {"complete uploads": 1, "deleted models": 1, "deleted calibration sets": 1}
+    assert run(dry_run=True) == expected
+    never = collect(settings.model_copy(update={"keep_done_days": 0.0}), database)
+    assert never is not None
+    assert sum(item.count for item in never) == 0
+    assert run() == expected
+    with database.read() as session:
+        assert uploads.get(session, done.id) is None
+        assert models.get(session, model) is None
+        assert calibrations.get(session, data) is None
+        assert models.get(session, kept.id) is not None
+
+
+def test_deleted_inputs_stay_as_long_as_a_job_is_about_them(
+    database: Database, settings: Settings, run: Collect
+) -> None:
+    (first, data), (second, other), (third, _) = inputs(database), inputs(database), inputs(database)
+    finished(database, request={"model": first, "calibration": data})
+    finished(database, JobKind.CORRELATE, request={"search": {"model": second, "calibration": other}})
+    finished(database, JobKind.VERIFY_MODEL, request={"model": third})
+    age(database, settings, days=29)
+    assert run() == {}
+    age(database, settings, days=29.9)
+    forever = settings.model_copy(update={"keep_jobs_days": 0.0, "keep_done_days": 20.0})
+    found = collect(forever, database)
+    assert found is not None
+    assert {item.what: item.count for item in found if item.count} == {
+        "deleted models": 1,
+        "deleted calibration sets": 1,
+    }
+    age(database, settings)
+    assert run(dry_run=True) == run()
+    with database.read() as session:
+        assert [models.get(session, ident) for ident in (first, second, third)] == [None] * 3
+
+
+def test_the_audit_log_is_cut_where_the_operator_says_so(database: Database, settings: Settings) -> None:
+    def write() -> None:
+        with database.write() as session:
+            for _ in range(5):
+                audit.begin(
+                    session,
+                    Access(),
+                    action="x",
+                    method="POST",
+                    path="/",
+                    peer=None,
+                    request_id="r",
+                    status=201,
+                )
+
+    def cut(days: float, **options: Any) -> int:
+        found = collect(settings.model_copy(update={"keep_audit_days": days}), database, **options)
+        assert found is not None
+        return next(item.count for item in found if item.what == "audit rows")
+
+    write()
+    age(database, settings)
+    write()
+    assert cut(0.0) == 0
+    assert cut(365.0) == 0
+    assert cut(50.0, dry_run=True) == 5
+    with patch("service.retention.AUDIT_BATCH", 2):
+        assert cut(50.0) == 5
+    with database.read() as session:
+        assert len(audit.newest(session, 100)) == 5
 
 
 PUBLISHERS = {

@@ -1,6 +1,8 @@
 """The audit log: who wrote what, and how it ended."""
 
-from sqlalchemy import select
+from datetime import datetime
+
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from service.access import Access
@@ -43,6 +45,20 @@ def begin(
 def finish(session: Session, ident: str, status: int) -> None:
     """Say how a write was answered."""
     session.get_one(AuditRow, ident).status = status
+
+
+def count_before(session: Session, before: datetime) -> int:
+    """How many writes of all tenants are older."""
+    query = select(func.count()).select_from(AuditRow).where(AuditRow.created_at < before)
+    return int(session.scalar(query) or 0)
+
+
+def delete_before(session: Session, before: datetime, most: int) -> int:
+    """Delete at most so many of them; how many there were."""
+    old = select(AuditRow.id).where(AuditRow.created_at < before).order_by(AuditRow.id).limit(most)
+    idents = list(session.scalars(old))
+    session.execute(delete(AuditRow).where(AuditRow.id.in_(idents)))
+    return len(idents)
 
 
 def list_page(

@@ -212,7 +212,7 @@ def set_score_set(session: Session, job_id: str, epoch: int, score_set: str) -> 
 def set_summary(session: Session, job_id: str, epoch: int, summary: Mapping[str, Any]) -> JobRecord:
     """Say what is known of the job before it ends; its end replaces it. Raises `LeaseLost`."""
     row = fence(session, job_id, epoch)
-    row.summary = dict(summary)
+    _tell(row, summary)
     row.version += 1
     session.flush()
     return record_of_job(row)
@@ -235,9 +235,17 @@ def finish(
         state, problem = JobState.CANCELLED, None
     elif state == JobState.CANCELLED:
         transition(session, row, JobState.CANCELLING)
-    row.summary = row.summary if summary is None else dict(summary)
+    if summary is not None:
+        _tell(row, summary)
     row.problem = None if problem is None else dict(problem)
     return transition(session, row, state, {} if problem is None else {"problem": dict(problem)})
+
+
+def _tell(row: JobRow, summary: Mapping[str, Any]) -> None:
+    """Write the summary; its member `inventory` into the column of that name."""
+    told = dict(summary)
+    row.inventory = told.pop("inventory", None)
+    row.summary = told
 
 
 def held_on(session: Session, host: str) -> tuple[JobRecord, ...]:

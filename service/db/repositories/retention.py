@@ -8,7 +8,7 @@ between being looked up and being referred to. SQLite has one writer at a time a
 import re
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import delete, func, or_, select, text
 from sqlalchemy.orm import Session
@@ -27,7 +27,7 @@ from service.db.tables import (
     UploadRow,
 )
 from service.records import HUB
-from service.states import TERMINAL, InputState, UploadState
+from service.states import TERMINAL, InputState, JobKind, UploadState
 
 RETENTION_LOCK = 0x6269_7470_6C61_6E01
 ENDED = [state.value for state in TERMINAL]
@@ -35,6 +35,11 @@ CHUNK = 500
 DIGEST = re.compile("[0-9a-f]{64}")
 Blob = tuple[str, str]
 """A tenant and a digest."""
+Inputs = Literal["model", "calibration"]
+TABLES: Mapping[Inputs, type[ModelRow] | type[CalibrationRow]] = {
+    "model": ModelRow,
+    "calibration": CalibrationRow,
+}
 
 
 def share(session: Session) -> None:
@@ -128,6 +133,51 @@ def delete_uploads(session: Session, before: datetime, idents: Collection[str]) 
     exclude(session)
     gone = frozenset(ident for _, ident in old_uploads(session, before)) & frozenset(idents)
     session.execute(delete(UploadRow).where(UploadRow.id.in_(sorted(gone))))
+    return gone
+
+
+def complete_uploads(session: Session, before: datetime) -> frozenset[str]:
+    """Uploads that became a model or calibration set and were opened before; what they became stays."""
+    done = UploadRow.state == UploadState.COMPLETE.value
+    return frozenset(session.scalars(select(UploadRow.id).where(done, UploadRow.created_at < before)))
+
+
+def delete_complete_uploads(session: Session, idents: Collection[str]) -> frozenset[str]:
+    """Delete them; a complete upload stays complete."""
+    session.execute(delete(UploadRow).where(UploadRow.id.in_(sorted(idents))))
+    return frozenset(idents)
+
+
+def tombstones(
+    session: Session, kind: Inputs, before: datetime, without_jobs: Collection[str] = ()
+) -> frozenset[str]:
+    """Rows of inputs of this kind that were made before and are deleted, and that no job is about but
+    `without_jobs` and verifications.
+    """
+    table = TABLES[kind]
+    gone = select(table.id).where(table.state == InputState.DELETED.value, table.created_at < before)
+    found = frozenset(session.scalars(gone))
+    if not found:
+        return found
+    names = (JobRow.request[kind].as_string(), JobRow.request["search"][kind].as_string())
+    jobs = select(JobRow.id, *names).where(JobRow.kind != JobKind.VERIFY_MODEL.value)
+    left_out = frozenset(without_jobs)
+    used = {
+        name
+        for ident, *named in session.execute(jobs.execution_options(yield_per=CHUNK))
+        if ident not in left_out
+        for name in named
+    }
+    return found - used
+
+
+def delete_tombstones(
+    session: Session, kind: Inputs, before: datetime, idents: Collection[str]
+) -> frozenset[str]:
+    """Delete those that still are without a job; which ones."""
+    exclude(session)
+    gone = tombstones(session, kind, before) & frozenset(idents)
+    session.execute(delete(TABLES[kind]).where(TABLES[kind].id.in_(sorted(gone))))
     return gone
 
 

@@ -123,3 +123,17 @@ def test_unknown_ids_are_not_found(api, path):
     response = api.http.get(f"/v1/{path}")
     assert response.status_code == 404
     assert response.headers["Content-Type"] == "application/problem+json"
+
+
+def test_what_a_folder_has_beside_its_model_is_named(
+    api, settings, model_files, make_safetensors, make_floats
+):
+    folder: Path = settings.model_folders[0] / "mine"
+    folder.mkdir(parents=True)
+    extra = {"consolidated.safetensors": make_safetensors({"x": make_floats(2, 2)})}
+    for name, data in {**model_files, **extra}.items():
+        (folder / name).write_bytes(data)
+    response = api.http.post("/v1/models", json={"folder": str(folder)})
+    assert response.status_code == 201, response.text
+    assert response.json()["source"]["left_out"] == ["consolidated.safetensors"]
+    assert response.json()["digest"] == api.http.get(f"/v1/models/{api.model()}").json()["digest"]

@@ -247,7 +247,7 @@ def test_an_incomplete_upload_cannot_be_completed(api, model_files):
         (["config.json"], "model", 422, "missing-file"),
         (["m.safetensors"], "model", 422, "missing-file"),
         (["a.txt", "b.txt"], "calibration", 422, "invalid-manifest"),
-        (["a.npz"], "calibration", 415, "unsupported-file"),
+        (["a.npy"], "calibration", 415, "unsupported-file"),
         ([], "model", 422, "invalid-request"),
     ],
 )
@@ -333,3 +333,28 @@ def test_calibration_data_are_ready_at_once_and_known_again(api, make_safetensor
     first = api.complete(files, "calibration").json()
     assert (first["state"], first["kind"], first["summary"]["rows"]) == ("ready", "safetensors", 9)
     assert api.complete(files, "calibration").json()["id"] == first["id"]
+
+
+def npz(**arrays):
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.array(values) for name, values in arrays.items()})
+    return buffer.getvalue()
+
+
+def test_calibration_arrays_are_taken_without_pickles(api):
+    response = api.complete({"c.npz": npz(pixel_values=[[0.5, 1.0]] * 8)}, "calibration")
+    assert response.status_code == 201, response.text
+    assert (response.json()["kind"], response.json()["state"]) == ("npz", "ready")
+    assert response.json()["summary"]["tensors"] == {"pixel_values": {"dtype": "F64", "shape": [8, 2]}}
+    for arrays, words in (
+        ({"x": [{}] * 8}, "array 'x' must hold numbers. Got objects"),
+        ({"x": [0.0] * 7 + [float("nan")]}, "row 7"),
+        ({"x": [0.0] * 3}, "at least 6 samples"),
+    ):
+        problem = api.complete({"c.npz": npz(**arrays)}, "calibration").json()
+        assert problem["type"].endswith("invalid-calibration")
+        assert words in problem["detail"]

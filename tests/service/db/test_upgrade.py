@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import MetaData, select
+from sqlalchemy import MetaData, select, text
 
 from service.db import migrate
 from service.db.engine import Database, parse_url
@@ -98,3 +99,34 @@ def test_an_upgraded_database_works(empty_database_url: str, revision: str) -> N
         claimed = leases.claim(session, Owner("o", "h", 1, "p"), 60)
         assert claimed is not None
         assert (claimed.id, claimed.epoch) == ("job_2", 8)
+
+
+def test_inventories_move_out_of_summaries_and_back(empty_database_url: str) -> None:
+    """With every digit and in the order of the members."""
+    text_of = '{"z":0.1,"inventory":{"b":[1,2.50,1e-7],"a":null},"a":{"y":3.0,"x":"é"},"tiny":1e-7}'
+    lists = '{"inventory":[1]}'
+    load(empty_database_url, "0004")
+
+    def jobs_now() -> dict[str, Any]:
+        with closing(Database(empty_database_url)) as database, database.engine.connect() as connection:
+            return {row.id: row for row in connection.execute(text("SELECT * FROM jobs"))}
+
+    with closing(Database(empty_database_url)) as database, database.write_connection() as connection:
+        for ident, summary in (("job_1", text_of), ("job_2", lists)):
+            connection.execute(
+                text("UPDATE jobs SET summary = :summary WHERE id = :id"), {"summary": summary, "id": ident}
+            )
+    migrate.upgrade(empty_database_url, "0005")
+    whole = json.loads(text_of)
+    moved = jobs_now()
+    assert plain(moved["job_1"].inventory) == whole.pop("inventory")
+    assert list(plain(moved["job_1"].summary).items()) == list(whole.items())
+    assert (plain(moved["job_2"].summary), moved["job_2"].inventory) == (json.loads(lists), None)
+    migrate.downgrade(empty_database_url, "0004")
+    assert plain(jobs_now()["job_1"].summary) == json.loads(text_of)
+    assert plain(jobs_now()["job_2"].summary) == json.loads(lists)
+
+
+def plain(value: Any) -> Any:
+    """JSON as SQLite (text) and PostgreSQL (read already) give it to those who name no type."""
+    return json.loads(value) if isinstance(value, str) else value

@@ -60,7 +60,7 @@ def test_the_kind_of_calibration_data_is_in_its_name(name, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "instead"), [("c.npz", "Send safetensors"), ("c.parquet", "Send safetensors")]
+    ("name", "instead"), [("c.npy", "Send safetensors"), ("c.parquet", "Send safetensors")]
 )
 def test_other_calibration_files_are_refused(name, instead):
     with pytest.raises(ServiceError, match=instead) as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -76,3 +77,38 @@ def test_a_file_that_became_a_pipe_or_second_name_is_not_read(root, problem_of):
     path.unlink()
     os.link(weights, path)
     assert problem_of(open_plain, path).slug == "invalid-path"
+
+
+def test_weights_that_the_index_does_not_name_are_left_out(root):
+    folder = root / "good"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "consolidated.safetensors").write_bytes(b"another form of the same weights")
+    assert model_files_in(folder)[1] == (), "without an index both are judged"
+    index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    paths, left_out = model_files_in(folder)
+    assert left_out == ("consolidated.safetensors",)
+    assert {path.name for path in paths} == {
+        "config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+    }
+
+
+def test_a_single_file_wins_over_others_and_an_index(root, problem_of):
+    folder = root / "good"
+    (folder / "model.fp16.safetensors").write_bytes(b"")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    paths, left_out = model_files_in(folder)
+    assert [path.name for path in paths] == ["config.json", "model.safetensors"]
+    assert left_out == ("model.fp16.safetensors", "model.safetensors.index.json")
+
+
+def test_an_index_that_names_nothing_here_covers_nothing(root, problem_of):
+    folder = root / "good"
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    for content in ('{"weight_map": {"w": "../outside.safetensors"}}', '{"weight_map": {}}', "{}"):
+        (folder / "model.safetensors.index.json").write_text(content)
+        assert model_files_in(folder)[1] == ()
+    (folder / "model.safetensors.index.json").write_text("[")
+    assert problem_of(model_files_in, folder).slug == "invalid-shard-index"
