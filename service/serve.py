@@ -4,6 +4,7 @@ Each child's standard input is a pipe that only the supervisor holds: when the s
 dies, the pipe closes and the child stops by itself.
 """
 
+import gc
 import os
 import signal
 import subprocess
@@ -166,7 +167,11 @@ def _run_api(settings: Settings) -> None:
 
     logs.configure(settings.log_level)
     logs.adopt_libraries(settings.log_level)
-    uvicorn.run("service.app:app", **server_options(settings))
+    from service.app import app
+
+    gc.collect()
+    gc.freeze()  # what was imported stays: walking it again and again would stop all requests for 0.1 s
+    uvicorn.run(app, **server_options(settings))
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
