@@ -10,9 +10,6 @@ import os
 
 import pytest
 
-from tests.ray_nodes import RayNodes
-
-RAY_QUICK = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5", "RAY_health_check_timeout_ms": "3000"}
 SEED = int(os.environ.get("BITPLAN_CHAOS_SEED", "1"))
 
 
@@ -31,21 +28,6 @@ def test_kills_are_survived(survive):
 def test_kills_of_workers_are_survived(survive):
     told = survive(SEED, kills(15), executor="local_pool")
     assert any(place.startswith("worker.") for place in told["places"]), told
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_kills_are_survived_with_ray(survive, recording, tmp_path_factory):
-    """Few: each runner that comes makes a driver of its own, and actors on the node."""
-    with RayNodes(tmp_path_factory.mktemp("nodes"), [recording], RAY_QUICK) as cluster:
-        cluster.add("one")
-        variables = {
-            "BITPLAN_EXECUTOR": "ray",
-            "BITPLAN_RAY_ADDRESS": cluster.address,
-            "BITPLAN_RAY_TOKEN_FILE": str(cluster.token_file),
-            **RAY_QUICK,
-        }
-        assert survive(SEED, kills(4), executor="ray", variables=variables)["kills"] >= kills(4)
 
 
 @pytest.mark.postgres
