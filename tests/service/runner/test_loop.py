@@ -1,3 +1,4 @@
+import errno
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -54,6 +55,40 @@ def test_nothing_to_do(runner: Callable[[Handler], Runner], new_job: NewJob) -> 
     assert runner(lambda context: None).run_one() is None
     new_job(JobKind.VERIFY_MODEL)
     assert runner(lambda context: None).run_one() is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_or_read_only_disk_gives_the_job_back_until_it_passes(
+    number: int, runner: Callable[[Handler], Runner], new_job: NewJob, database: Database, current: Current
+) -> None:
+    tries: list[int] = []
+
+    def handler(context: JobContext) -> None:
+        tries.append(context.epoch)
+        if len(tries) < 3:
+            raise OSError(number, "no")
+
+    job = new_job()
+    serving = runner(handler)
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    wait_for(lambda: current(job).finished)
+    serving.stop()
+    thread.join()
+    assert current(job).state == JobState.SUCCEEDED
+    assert history(database, job) == ["queued", "running"] * 3 + ["succeeded"]
+
+
+def test_another_error_of_the_system_fails_the_job(
+    runner: Callable[[Handler], Runner], new_job: NewJob
+) -> None:
+    def handler(context: JobContext) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    new_job()
+    done = runner(handler).run_one()
+    assert done is not None
+    assert (done.state, "PermissionError" in str(done.problem)) == (JobState.FAILED, True)
 
 
 def test_a_problem_fails_the_job_with_its_document(
