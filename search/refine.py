@@ -9,7 +9,7 @@ best. A plan counts only if it is measured clearly better, and not worse on eith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from search.compile import Assignment, Compiled, CompileError
 from search.correction import corrected
 from search.moves import SWAP_CELLS, TRIPLE_CELLS, Moves, Room, Step, moves_from, room_of, worthwhile
-from search.pairwise import PairwiseModel, additive_model
+from search.pairwise import Floats, PairwiseModel, additive_model
 from search.problem import Choice
 from search.solvers.quadratic import solve_quadratic
 
@@ -47,7 +47,7 @@ class Measured:
 
     mean: float
     stderr: float
-    per_sample: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    per_sample: Floats = field(default_factory=lambda: np.zeros(0))
     halves: tuple[float, ...] = ()
     parts: Mapping[str, float] = field(default_factory=dict)
 
@@ -206,7 +206,8 @@ class MeasuredSearch:
 
     def proposals(self, seed: int = 0) -> Iterator[tuple[str, Choice]]:
         """Plans that were not measured and that the model, once corrected, thinks worth it, each with its
-        source: the plan it likes best of all, then neighbors of the best plan, the predicted best first.
+        source: the plan it likes best of all, the neighbor of the best plan that it likes best, then the
+        neighbors that keep the budget full, the predicted best first.
         """
         choice, _ = self._current()
         again = solve_quadratic(
@@ -214,13 +215,21 @@ class MeasuredSearch:
         ).choice
         if again not in self._choices:
             yield CORRECTED, again
+        known = {*self._choices, again}
+        anywhere = list(islice(self._neighbors(choice, known, filling=False), 1))
+        yield from ((LOCAL, neighbor) for neighbor in anywhere)
+        filling = self._neighbors(choice, known.union(anywhere), filling=True)
+        yield from ((LOCAL, neighbor) for neighbor in filling)
+
+    def _neighbors(self, choice: Choice, known: Set[Choice], *, filling: bool) -> Iterator[Choice]:
+        """Plans one move away that are not known, the predicted best first, while there is hope."""
         moves, hope = moves_from(self._room, choice), self._hope()
-        for step, gain in _ranked(self._room, moves, self._model):
-            neighbor = moves.apply(step)
+        for step, gain in _ranked(self._room, moves, self._model, filling=filling):
             if gain > hope:
                 return
-            if neighbor not in self._choices and neighbor != again:
-                yield LOCAL, neighbor
+            neighbor = moves.apply(step)
+            if neighbor not in known:
+                yield neighbor
 
     def result(self) -> Refined:
         """The best measured plan with everything that was measured."""
@@ -271,56 +280,63 @@ class MeasuredSearch:
         return self._best
 
 
-def _ranked(room: Room, moves: Moves, model: PairwiseModel) -> list[tuple[Step, float]]:
-    """Steps that keep the limits and use the room, with their predicted gains, best first: single upgrades,
-    swaps and three-way moves.
+def _ranked(room: Room, moves: Moves, model: PairwiseModel, *, filling: bool) -> list[tuple[Step, float]]:
+    """Single changes, swaps and three-way moves that keep the limits, with their predicted gains, best first.
+
+    `filling` keeps those from which the model learns most: single changes that use room or gain, swaps that
+    trade room, and the three-way moves with a trade that gain; the others would crowd out the swaps.
     """
     slack = room.slack(moves.choice)
     singles = model.singles(moves)
     parts = [
-        _singles(moves, singles, slack),
-        _pairs(moves, model, singles, slack),
-        _triples(moves, model, singles, slack),
+        _singles(moves, singles, slack, filling=filling),
+        _pairs(moves, model, singles, slack, filling=filling),
+        _triples(moves, model, singles, slack, filling=filling),
     ]
     steps = [step for found, _ in parts for step in found]
     gains = np.concatenate([gains for _, gains in parts])
     return [(steps[i], float(gains[i])) for i in np.argsort(gains, kind="stable")[:LONGEST_LIST].tolist()]
 
 
-Ranked = tuple[list[Step], NDArray[np.float64]]
+Ranked = tuple[list[Step], Floats]
 
 
-def _singles(moves: Moves, singles: NDArray[np.float64], slack: Sequence[int]) -> Ranked:
-    grows = np.zeros(len(singles), dtype=bool)
-    for change in moves.usage:
-        grows |= np.asarray(change > 0, dtype=bool)
-    kept = np.flatnonzero(moves.singles_fit(slack) & (grows | (singles < 0)))
-    return [(int(i),) for i in kept], singles[kept]
+def _singles(moves: Moves, singles: Floats, slack: Sequence[int], *, filling: bool) -> Ranked:
+    kept = moves.singles_fit(slack)
+    if filling:
+        grows = np.zeros(len(singles), dtype=bool)
+        for change in moves.usage:
+            grows |= np.asarray(change > 0, dtype=bool)
+        kept &= grows | (singles < 0)
+    found = np.flatnonzero(kept)
+    return [(int(i),) for i in found], singles[found]
 
 
-def _pairs(moves: Moves, model: PairwiseModel, singles: NDArray[np.float64], slack: Sequence[int]) -> Ranked:
+def _pairs(
+    moves: Moves, model: PairwiseModel, singles: Floats, slack: Sequence[int], *, filling: bool
+) -> Ranked:
     cells = worthwhile(moves, singles, SWAP_CELLS)
-    gains = model.pairs(moves, cells, singles)
-    first, second = np.nonzero(np.triu(moves.pairs_fit(cells, slack) & _trades(moves, cells)))
+    gains, kept = model.pairs(moves, cells, singles), moves.pairs_fit(cells, slack)
+    if filling:
+        kept &= _trades(moves, cells)
+    first, second = np.nonzero(np.triu(kept))
     steps: list[Step] = [(int(cells[i]), int(cells[j])) for i, j in zip(first, second, strict=True)]
     return steps, gains[first, second]
 
 
 def _triples(
-    moves: Moves, model: PairwiseModel, singles: NDArray[np.float64], slack: Sequence[int]
+    moves: Moves, model: PairwiseModel, singles: Floats, slack: Sequence[int], *, filling: bool
 ) -> Ranked:
-    """Three-way moves with a trade in them (one change pays for two, or two for one) that are predicted to
-    gain: there are too many of them to learn from the others.
-    """
     cells = worthwhile(moves, singles, TRIPLE_CELLS)
     found, single = moves.triples(cells, slack), singles[cells]
     one, two, three = found.T
-    trades = _trades(moves, cells)
-    found = found[trades[one, two] | trades[one, three] | trades[two, three]]
-    one, two, three = found.T
     pairs = model.pairs(moves, cells, singles)
     gains = pairs[one, two] + pairs[one, three] + pairs[two, three] - single[found].sum(axis=1)
-    best = np.argsort(gains, kind="stable")[: min(LONGEST_LIST, int((gains < 0).sum()))]
+    if filling:
+        trades = _trades(moves, cells)
+        kept = (trades[one, two] | trades[one, three] | trades[two, three]) & (gains < 0)
+        found, gains = found[kept], gains[kept]
+    best = np.argsort(gains, kind="stable")[:LONGEST_LIST]
     steps: list[Step] = [tuple(row) for row in cells[found[best]].tolist()]
     return steps, gains[best]
 

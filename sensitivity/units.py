@@ -275,6 +275,26 @@ class UnitResult:
     facts: Mapping[str, Json] = field(default_factory=dict)
 
 
+def misfit(unit: Unit, result: UnitResult) -> str | None:
+    """Why this cannot be the result of the unit; None where it can be.
+
+    >>> row = ScoreRow("a", "w4", "output_kl", 0.5, None, 8)
+    >>> misfit(ScoreUnit("a", "w4", ("output_kl",)), UnitResult((row,)))
+    >>> misfit(ScoreUnit("b", "w4", ("output_kl",)), UnitResult((row,)))
+    'The result of score:b:w4:output_kl must have the scores b w4 output_kl. Got a w4 output_kl.'
+    """
+    wanted = []
+    if isinstance(unit, ScoreUnit):
+        wanted = [f"{unit.layer} {unit.scheme} {name}" for name in unit.metrics]
+    got = [f"{row.layer} {row.scheme} {row.metric}" for row in result.scores]
+    if sorted(wanted) != sorted(got):
+        must = f"have the scores {', '.join(wanted)}" if wanted else "have no scores"
+        return f"The result of {unit.key} must {must}. Got {', '.join(got) or 'none'}."
+    lacking = isinstance(unit, BlockUnit | MeasureUnit) and not result.arrays
+    lacking = lacking or (isinstance(unit, InspectUnit) and len(result.facts) < 2)
+    return f"The result of {unit.key} must say what was measured. Got nothing of it." if lacking else None
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """What a block metric is asked for: every (layer, scheme), on `samples` samples of the scoring part.

@@ -193,12 +193,19 @@ class Service:
             time.sleep(0.05)
 
     def _keep(self, role: str) -> None:
-        while not self._ending.wait(0.02):
-            if self._processes[role].poll() is not None:
-                self.deaths[role] += 1
-                self.died(role)
-                if not self._ending.wait(self.rest(role)):
-                    self.start_role(role)
+        try:
+            while not self._ending.wait(0.02):
+                if self._processes[role].poll() is not None:
+                    self.deaths[role] += 1
+                    self.died(role)
+                    if not self._ending.wait(self.rest(role)):
+                        self.start_role(role)
+        except BaseException as error:
+            self.broken(error)
+            raise
+
+    def broken(self, error: BaseException) -> None:
+        """Called when a role's process cannot be kept alive, which is a fault of the test."""
 
 
 def free_port() -> int:

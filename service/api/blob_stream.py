@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from asyncio import timeout
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -16,11 +15,11 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     BadRequest,
     Conflict,
-    InsufficientStorage,
     RequestTimeout,
     ServiceError,
     TooLarge,
 )
+from service.passing import disk_problem
 from service.store.errors import BlobTooLarge, DigestMismatch, PartialBusy, WrongOffset
 from service.store.partials import PartialUpload, PartialWriter
 
@@ -119,8 +118,6 @@ def _problem(error: Exception) -> ServiceError:
             return Conflict("upload-busy", str(error), headers={"Retry-After": "1"})
         case BlobTooLarge():
             return TooLarge("too-large", str(error))
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return InsufficientStorage(
-                "disk-full", "The server must have room for the blob. Got a full disk. Resume later."
-            )
+        case OSError() if (problem := disk_problem(error)) is not None:
+            return problem
     raise error

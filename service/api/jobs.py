@@ -23,7 +23,7 @@ from service.api.lookup import find_job
 from service.api.pages import page_of, position
 from service.api.polled import Polled, etag_of, retry_headers
 from service.api.quotas import UNKNOWN, require_bytes, require_job
-from service.api.resources import Page
+from service.api.resources import Page, as_response
 from service.api.webhooks import attach, identity_of
 from service.db.repositories import events, jobs
 from service.errors import Conflict
@@ -60,14 +60,14 @@ def submit(body: SubmitRequest, context: Ctx, key: IdempotencyKey = None) -> Res
     return once(context, key, "POST /v1/jobs", {**request, **identity_of(body.webhook)}, create)
 
 
-@router.get("")
+@router.get("", response_model=Page[Job])
 def list_jobs(
     context: Ctx,
     limit: Limit = 50,
     cursor: After = None,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
     kind: Annotated[JobKind | None, Query(description="Only jobs of this kind.")] = JobKind.SEARCH,
-) -> Page[Job]:
+) -> Response:
     """Jobs, the newest first; searches unless another kind is asked for."""
     with context.database.read() as session:
         rows = jobs.list_page(
@@ -78,7 +78,7 @@ def list_jobs(
             kind=kind,
             tenant=context.tenant,
         )
-    return page_of(context.cursors, "jobs", rows, limit, Job.of)
+    return as_response(page_of(context.cursors, "jobs", rows, limit, Job.of))
 
 
 @polls.get("/{job_id}", response_model=Job, responses={304: {"description": "Nothing changed."}})

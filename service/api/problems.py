@@ -24,6 +24,7 @@ from service.errors import (
     Unprocessable,
     json_pointer,
 )
+from service.passing import disk_problem
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +72,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(DataError, _not_storable)
     app.add_exception_handler(OperationalError, _database_error)
     app.add_exception_handler(InterfaceError, _database_error)
+    app.add_exception_handler(OSError, _disk_error)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -117,6 +119,15 @@ async def _database_error(request: Request, error: Exception) -> JSONResponse:
     log.error("database error", path=request.url.path, exc_info=error)
     detail = "The database must answer. Got an error from it. Try again in a few seconds."
     return respond(request, Unavailable("database-unavailable", detail, headers={"Retry-After": "5"}))
+
+
+async def _disk_error(request: Request, error: Exception) -> JSONResponse:
+    """Raises what is no fault of the disk."""
+    problem = disk_problem(error) if isinstance(error, OSError) else None
+    if problem is None:
+        raise error
+    log.error("disk error", path=request.url.path, exc_info=error)
+    return respond(request, problem)
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Scores of a job: pages of JSON, or one CSV."""
+"""Scores of a job: pages of JSON, or one CSV or Parquet file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from service.api.job_inputs import job_deciding, search_job
 from service.api.job_resources import Score
 from service.api.jobs import JobId
 from service.api.lookup import find_job
-from service.api.resources import Page
+from service.api.resources import Page, as_response
+from service.api.score_parquet import MEDIA_TYPE, parquet, require_parquet
 from service.db.repositories import scores, units
 from service.db.repositories.scores import ScoreKey
 from service.deciding import scored_metrics
@@ -38,13 +39,23 @@ Against = Annotated[
     str | None,
     Query(max_length=200, description="Also give each score's difference from that of this scheme."),
 ]
-Format = Annotated[Literal["json", "csv"], Query(alias="format", description="csv gives all rows at once.")]
+Format = Annotated[
+    Literal["json", "csv", "parquet"],
+    Query(alias="format", description="csv and parquet give all rows at once."),
+]
 
 
 @router.get(
     "/{job_id}/scores",
     response_model=Page[Score],
-    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+    responses={
+        200: {
+            "content": {
+                "text/csv": {"schema": {"type": "string"}},
+                MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+            }
+        }
+    },
 )
 def list_scores(
     *,
@@ -55,21 +66,28 @@ def list_scores(
     metric: MetricName = None,
     against: Against = None,
     form: Format = "json",
-) -> Response | Page[Score]:
+) -> Response:
     """The scores that are stored for the job's schemes and metrics, ordered by layer, scheme and metric."""
     with context.database.read() as session:
         job = search_job(find_job(context, session, job_id))
     metrics, other = _metrics(context, job, metric), _scheme(job, against)
-    if form == "csv":
-        name = f'attachment; filename="bitplan-{job.id}-scores.csv"'
-        pages = _pages(context, job, metrics)
-        lines = _csv((score for rows in pages for score in _scores(context, rows, other)), other)
-        return StreamingResponse(lines, media_type="text/csv", headers={"Content-Disposition": name})
+    if form != "json":
+        found = (score for rows in _pages(context, job, metrics) for score in _scores(context, rows, other))
+        return _file(job, form, found, COLUMNS if other is None else (*COLUMNS, *PAIRED))
     kind = f"scores of {job_id} {metric}"
     after = None if cursor is None else tuple(context.cursors.read(kind, cursor))
     rows = _rows(context, job, metrics, limit, after)
     more = context.cursors.make(kind, _key(rows[-1])) if len(rows) == limit else None
-    return Page(items=_scores(context, rows, other), next_cursor=more)
+    return as_response(Page(items=_scores(context, rows, other), next_cursor=more))
+
+
+def _file(job: JobRecord, form: str, rows: Iterator[Score], columns: Sequence[str]) -> StreamingResponse:
+    """All rows as a download."""
+    headers = {"Content-Disposition": f'attachment; filename="bitplan-{job.id}-scores.{form}"'}
+    if form == "csv":
+        return StreamingResponse(_csv(rows, columns), media_type="text/csv", headers=headers)
+    require_parquet()
+    return StreamingResponse(parquet(rows, columns), media_type=MEDIA_TYPE, headers=headers)
 
 
 def _metrics(context: Context, job: JobRecord, metric: str | None) -> list[str]:
@@ -153,9 +171,8 @@ def _key(row: ScoreRecord) -> ScoreKey:
     return (row.layer, row.scheme, row.metric)
 
 
-def _csv(rows: Iterator[Score], against: str | None) -> Iterator[str]:
-    columns = COLUMNS if against is None else (*COLUMNS, *PAIRED)
-    yield _line(columns)
+def _csv(rows: Iterator[Score], columns: Sequence[str]) -> Iterator[str]:
+    yield _line(tuple(columns))
     for row in rows:
         yield _line(tuple(_text(getattr(row, name)) for name in columns))
 

@@ -31,6 +31,7 @@ class LocalKeeper:
         self._on_gaps = on_gaps
         self._worker: WorkerProcess | None = None
         self._broken: Failure | None = None
+        self._prepared = False
 
     @property
     def pid(self) -> int | None:
@@ -38,7 +39,10 @@ class LocalKeeper:
         return None if self._worker is None else self._worker.pid
 
     def prepare(self) -> None:
-        """Have a worker with a session, unless the session cannot be built, which is tried once."""
+        """Start a worker before the first unit; later ones start with the unit that needs them."""
+        if self._prepared:
+            return
+        self._prepared = True
         try:
             self._prepare()
         except Exception:  # the first unit will meet it again, and report it
@@ -71,6 +75,7 @@ class LocalKeeper:
             self._log.unlink()
 
     def _prepare(self) -> None:
+        """Have a worker with a session, unless the session cannot be built, which is tried once."""
         if self._worker is not None or self._broken is not None:
             return
         self._worker = WorkerProcess(self._spec, self._factory, self._log, self._isolation)

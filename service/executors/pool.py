@@ -23,11 +23,15 @@ class Keeper(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Have a worker ready; what goes wrong is told by the first `attempt`."""
+        """Called before a unit is taken from the queue: wait for a worker, where waiting is long. What goes
+        wrong is told by `attempt`.
+        """
         ...
 
-    def attempt(self, unit: Unit, began: Callable[[], None], /) -> UnitResult | Failure:
-        """What became of the unit; `began` is called when a worker is about to run it."""
+    def attempt(self, unit: Unit, began: Callable[[], None], /) -> UnitResult | Failure | None:
+        """What became of the unit; `began` is called when a worker is about to run it. None when there is no
+        worker any more, so that another keeper may have the unit.
+        """
         ...
 
     def kill(self) -> None:
@@ -132,8 +136,10 @@ class _Attendant:
             self._thread.join(0.05)
 
     def _serve(self) -> None:
-        self.keeper.prepare()
-        while not self.closing.is_set() and (item := self._queue.get()) is not None:
+        while not self.closing.is_set():
+            self.keeper.prepare()
+            if self.closing.is_set() or (item := self._queue.get()) is None:
+                break
             self._busy.set()
             self._run(*item)
             self._busy.clear()
@@ -141,7 +147,9 @@ class _Attendant:
 
     def _run(self, key: str, unit: Unit) -> None:
         answer = self.keeper.attempt(unit, lambda: self._began(key))
-        if isinstance(answer, UnitResult):
+        if answer is None:
+            self._queue.put((key, unit))
+        elif isinstance(answer, UnitResult):
             self._outcomes.put(Outcome(key, result=answer))
         elif answer.kind != "worker_crash" or not self.closing.is_set():
             self._outcomes.put(Outcome(key, failure=answer))

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,17 @@ class RayKeeper:
 
     def prepare(self) -> None:
         """See `pool.Keeper`."""
-        with suppress(Killed, Refused):
+        if self._broken is not None:
+            return
+        try:
             self._prepare()
+        except (Killed, Refused):
+            return
+        except Exception:  # the next unit will meet it again, and report it
+            self._open = False
+            self._killed.wait(FIRST_PAUSE_SECONDS)
 
-    def attempt(self, unit: Unit, began: Callable[[], None]) -> UnitResult | Failure:
+    def attempt(self, unit: Unit, began: Callable[[], None]) -> UnitResult | Failure | None:
         """See `pool.Keeper`."""
         try:
             return self._run(unit, began)
@@ -127,17 +133,28 @@ class RayKeeper:
             failure = failure_of(error, "unit_error")
         return failure
 
-    def _run(self, unit: Unit, began: Callable[[], None]) -> UnitResult | Failure:
-        while True:
+    def _run(self, unit: Unit, began: Callable[[], None]) -> UnitResult | Failure | None:
+        """None when the actor was lost while it had nothing to do: then `prepare` waits for the next."""
+        if self._broken is None:
             self._prepare()
-            if self._broken is not None:
-                return self._broken
-            began()
-            said, head, arrays, gaps = self._call("run", *pack_unit(unit))
-            self._wanted.telling.gaps(tuple(gaps))
-            if said != "closed":
-                return unpack_result(head, arrays) if said == "result" else self._failed(head)
+        if self._broken is not None:
+            return self._broken
+        if not self._lives():
+            return None
+        began()
+        said, head, arrays, gaps = self._call("run", *pack_unit(unit))
+        self._wanted.telling.gaps(tuple(gaps))
+        if said == "closed":
             self._open = False
+            return None
+        return unpack_result(head, arrays) if said == "result" else self._failed(head)
+
+    def _lives(self) -> bool:
+        try:
+            self._call("about")
+        except RayError:
+            self._open = False
+        return self._open
 
     def kill(self) -> None:
         """See `pool.Keeper`."""

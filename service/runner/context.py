@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from sensitivity.spec import SessionSpec
@@ -19,6 +19,7 @@ from service.db.repositories.leases import LeaseLost
 from service.executors.isolation import isolation_of
 from service.executors.protocol import Executor, ExecutorSettings
 from service.executors.ray_settings import ray_of
+from service.passing import passing
 from service.records import JobRecord
 from service.runner.problems import JobFailed
 from service.runner.signals import Cancelled, ShuttingDown
@@ -26,7 +27,7 @@ from service.settings import Settings
 from service.states import JobState, Stage
 from service.store.blobs import BlobStore
 
-__all__ = ["JobContext", "JobFailed", "MakeExecutor", "Progress", "passing"]
+__all__ = ["JobContext", "JobFailed", "MakeExecutor", "Progress"]
 
 T = TypeVar("T")
 MakeExecutor = Callable[[ExecutorSettings], Executor]
@@ -239,19 +240,6 @@ class JobContext:
     def _notice(self, job: JobRecord) -> None:
         if job.state == JobState.CANCELLING:
             self._cancelled.set()
-
-
-def passing(error: DBAPIError) -> bool:
-    """Whether the database was busy, restarting or away, rather than asked for something impossible."""
-    busy = "database is locked" in str(error.orig) or "database is busy" in str(error.orig)
-    state = str(getattr(error.orig, "sqlstate", None) or "")
-    unreachable = not state and type(error.orig).__module__.startswith("psycopg") and _operational(error)
-    return error.connection_invalidated or busy or unreachable or state.startswith(("08", "40", "57P"))
-
-
-def _operational(error: DBAPIError) -> bool:
-    """A connection that cannot be made at all has no SQLSTATE, only this class."""
-    return isinstance(error, OperationalError)
 
 
 class _Pace:

@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from sensitivity.spec import SessionSpec
-from sensitivity.units import MeasureUnit, ScoreUnit, Unit, UnitResult
+from sensitivity.units import MeasureUnit, ScoreUnit, Unit, UnitResult, misfit
 from service import metrics
 from service.db.repositories import attempts, events, scores, units
 from service.executors.protocol import Executor, Failure, Outcome
@@ -241,10 +241,12 @@ class _Dispatch:
         unit = self._flying.pop(outcome.key, None) or self._finished.get(outcome.key)
         if unit is None:
             log.warning("dispatch.unknown_outcome", key=outcome.key)
-        elif outcome.result is not None:
+            return
+        failure = failure_in(outcome, unit)
+        if failure is None and outcome.result is not None:
             self._store(unit, outcome.result, first)
-        elif outcome.failure is not None and first:
-            self._fail(unit, outcome.failure)
+        elif failure is not None and first:
+            self._fail(unit, failure)
 
     def _store(self, unit: Unit, result: UnitResult, first: bool) -> None:
         failpoint("runner.before_store")
@@ -275,6 +277,16 @@ class _Dispatch:
         for outcome in self._executor.wait(0):
             if outcome.result is not None:
                 self._take(outcome)
+
+
+def failure_in(outcome: Outcome, unit: Unit) -> Failure | None:
+    """Why there is no result to store: the worker's word, or that it answers another question, as one does
+    that is broken or hostile. The unit may be tried again then.
+    """
+    if outcome.result is None or (wrong := misfit(unit, outcome.result)) is None:
+        return outcome.failure
+    log.warning("dispatch.misfit", key=unit.key, why=wrong)
+    return Failure("worker_crash", wrong, {"error": "Misfit"})
 
 
 def _count_outcome(outcome: Outcome, unit: Unit, submitted: float) -> None:

@@ -17,8 +17,9 @@ from service.errors import NotFound, slug_of
 from service.executors.catalog import make_executor
 from service.executors.protocol import Executor, ExecutorAway, ExecutorSettings
 from service.failpoints import failpoint
+from service.passing import passing
 from service.records import JobRecord
-from service.runner.context import JobContext, MakeExecutor, Progress, passing
+from service.runner.context import JobContext, MakeExecutor, Progress
 from service.runner.heartbeat import beating
 from service.runner.identity import is_dead, this_process
 from service.runner.problems import JobFailed, problem_of
@@ -69,7 +70,7 @@ class Runner:
         self._wake.set()
 
     def run(self) -> None:
-        """Serve until `stop`; a database or an executor that is away is waited for."""
+        """Serve until `stop`; a database, a disk or an executor that is away is waited for."""
         pause = self.settings.poll_seconds
         while not self._stop.is_set():
             try:
@@ -77,10 +78,10 @@ class Runner:
                 if self.run_one():
                     pause = self.settings.poll_seconds
                     continue
-            except DBAPIError as error:
+            except (DBAPIError, OSError) as error:
                 if not passing(error):
                     raise
-                log.warning("runner.database_away", error=str(error.orig))
+                log.warning("runner.waits", error=str(getattr(error, "orig", error)))
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             except ExecutorAway as away:
                 log.warning("runner.executor_away", why=str(away))
@@ -169,11 +170,11 @@ class Runner:
         except ExecutorAway as away:
             self._release(context, f"the executor is away: {away}")
             raise
-        except DBAPIError as error:
+        except (DBAPIError, OSError) as error:
             if not passing(error):
                 self._finish(context, JobState.FAILED, problem=problem_of(error))
                 return
-            self._release(context)
+            self._release(context, "the database or the disk is away")
             raise
         except Exception as error:
             self._finish(context, JobState.FAILED, problem=problem_of(error))

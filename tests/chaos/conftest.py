@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chaos.checker import check
-from tests.chaos.harness import Chaotic, Run, Undisturbed, fork_server, undisturbed_run
+from tests.chaos.final import Final
+from tests.chaos.harness import Chaotic, Run, Trouble, Undisturbed, deaths, fork_server, undisturbed_run
 from tests.chaos.orders import Orders
 from tests.e2e.conftest import postgres_url  # noqa: F401
 from tests.fork_server import ForkServer
 from tests.service.receiver import receiving
 
+
+@dataclass(frozen=True)
+class Endured:
+    """What a run leaves to look at."""
+
+    run: Run
+    final: Final
+    told: dict[str, Any]
+
+    def answers(self) -> set[int]:
+        """The statuses that clients got."""
+        return {one.status for one in self.run.history.seen if one.status is not None}
+
+
+Endure = Callable[..., Endured]
 Survive = Callable[..., dict[str, Any]]
 
 
@@ -39,20 +56,25 @@ def undisturbed(
 
 
 @pytest.fixture
-def survive(forks: ForkServer, undisturbed: Undisturbed, tmp_path: Path) -> Survive:
-    """survive(seed, kills, ...): a run of the matrix that must leave no violation; its numbers."""
+def endure(forks: ForkServer, undisturbed: Undisturbed, tmp_path: Path) -> Endure:
+    """endure(trouble, ...): clients use a service while `trouble(run)` lasts; no check may find anything."""
 
     def go(
-        seed: int, kills: int, *, url: str = "", executor: str = "in_process", checkpoints: bool = False
-    ) -> dict[str, Any]:
-        folder = tmp_path / f"seed {seed}"
-        workers = executor != "in_process"
-        without = frozenset() if checkpoints else frozenset({"runner.checkpoint_stored"})
-        variables = {"BITPLAN_EXECUTOR": executor}
-        service = Chaotic(folder, url or f"sqlite:///{folder / 'bitplan.db'}", variables, forks)
+        trouble: Trouble,
+        *,
+        seed: int = 1,
+        url: str = "",
+        folder: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+        checkpoints: bool = False,
+        server: ForkServer = forks,
+    ) -> Endured:
+        place = folder or tmp_path / f"seed {seed}"
+        place.mkdir(exist_ok=True)
+        chosen = {"BITPLAN_EXECUTOR": "in_process", **(variables or {})}
+        service = Chaotic(place, url or f"sqlite:///{place / 'bitplan.db'}", chosen, server)
         with receiving() as receiver:
-            orders = Orders(seed, workers, without)
-            run = Run(service, forks, undisturbed, receiver, orders, kills, checkpoints)
+            run = Run(service, server, undisturbed, receiver, trouble, seed, checkpoints)
             try:
                 final = run.go()
             finally:
@@ -60,7 +82,26 @@ def survive(forks: ForkServer, undisturbed: Undisturbed, tmp_path: Path) -> Surv
         found = check(run.history.seen, final)
         told = run.summary(found, final)
         print(json.dumps(told))
-        assert not found, f"{folder} holds the history; {found}"
-        return told
+        assert not found, f"{place} holds the history; {found}"
+        return Endured(run, final, told)
+
+    return go
+
+
+@pytest.fixture
+def survive(endure: Endure) -> Survive:
+    """survive(seed, kills, ...): the numbers of a run with so many kills by order of a seed."""
+
+    def go(seed: int, kills: int, *, url: str = "", executor: str = "in_process") -> dict[str, Any]:
+        checkpoints = executor == "in_process"
+        without = frozenset[str]() if checkpoints else frozenset({"runner.checkpoint_stored"})
+        orders = Orders(seed, not checkpoints, without)
+        return endure(
+            deaths(orders, kills),
+            seed=seed,
+            url=url,
+            variables={"BITPLAN_EXECUTOR": executor},
+            checkpoints=checkpoints,
+        ).told
 
     return go

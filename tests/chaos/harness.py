@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from service.client import Client
 from service.db.engine import Database
 from service.db.tables import WebhookRow
+from service.errors import InsufficientStorage
 from service.remote.handles import JobHandle
 from service.remote.transport import ProblemError
 from service.states import TERMINAL
@@ -63,7 +64,9 @@ PRELOADED = (
     "transformers.models.resnet.modeling_resnet",
 )
 SECRET = "whsec_" + "c2VjcmV0" * 4
-JOB_SECONDS, REST_SECONDS = 240, 120
+JOB_SECONDS, REST_SECONDS = 600, 300
+READY = {"api": b"Uvicorn running", "runner": b"runner.started"}
+"""What the log of a role says when its process has begun to work."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,12 @@ class Chaotic(Service):
         self.orders: Orders | None = None
         self.kills: list[Kill] = []
         self.stops = 0
+        self.fault: BaseException | None = None
         self._lives: Counter[str] = Counter()
         self._order: dict[str, Order | None] = {}
         self._born: dict[str, float] = {}
+        self._ready: dict[str, float | None] = {}
+        self._written: dict[str, int] = {}
         self._paused: dict[str, float] = {}
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -124,6 +130,7 @@ class Chaotic(Service):
         order = None if self.orders is None else self.orders.of(role, self._lives[role])
         self._lives[role] += 1
         self._order[role], self._born[role] = order, time.monotonic()
+        self._ready[role], self._written[role] = None, self._log_bytes(role)
         if order is None:
             return self.environment
         once = self.folder / "once" / f"{role}-{self._lives[role]}"
@@ -148,6 +155,9 @@ class Chaotic(Service):
                 else ANYWHERE
             )
             self.kills.append(Kill(role, place, time.monotonic(), time.time()))
+
+    def broken(self, error: BaseException) -> None:
+        self.fault = error
 
     def supervise(self) -> Service:
         super().supervise()
@@ -202,16 +212,35 @@ class Chaotic(Service):
                 self.stops += 1
                 del self._paused[role]
                 self._born[role] = now
+                self._ready[role] = now
                 process.send_signal(signal.SIGCONT)
             return
-        stopped_before = any(name.endswith(".stop") for name in self._fired(role))
-        life = LONGEST_LIFE_SECONDS if order.place != ANYWHERE or stopped_before else order.life_seconds
-        if now - self._born[role] > life:
-            if order.place == ANYWHERE and order.verb == "stop" and not stopped_before:
-                (self.folder / "once" / f"{role}-{self._lives[role]}" / "anywhere.1.stop").touch()
-                process.send_signal(signal.SIGSTOP)
-            else:
-                process.kill()
+        woken = any(name.endswith(".stop") for name in self._fired(role))
+        if order.place == ANYWHERE and not woken:
+            if now - self._born[role] > order.life_seconds:
+                self._end(role, order, process)
+        elif (since := self._ready_since(role)) is not None and now - since > LONGEST_LIFE_SECONDS:
+            process.kill()
+
+    def _end(self, role: str, order: Order, process: Process) -> None:
+        if order.verb == "stop":
+            (self.folder / "once" / f"{role}-{self._lives[role]}" / "anywhere.1.stop").touch()
+            process.send_signal(signal.SIGSTOP)
+        else:
+            process.kill()
+
+    def _ready_since(self, role: str) -> float | None:
+        """When the process said that it works; a busy machine takes its time until then."""
+        if self._ready[role] is None:
+            with (self.folder / f"{role}.log").open("rb") as log:
+                log.seek(self._written[role])
+                if READY[role.partition("-")[0]] in log.read():
+                    self._ready[role] = time.monotonic()
+        return self._ready[role]
+
+    def _log_bytes(self, role: str) -> int:
+        log = self.folder / f"{role}.log"
+        return log.stat().st_size if log.exists() else 0
 
 
 def is_stopped(pid: int) -> bool:
@@ -234,11 +263,20 @@ class Visitor(threading.Thread):
             with witnessing(self._run.service.url, self.name, self._run.history) as client:
                 number = 0
                 while not self._run.over.is_set():
-                    self._visit(client, f"{self.name}-{number}")
+                    self._try(client, f"{self.name}-{number}")
                     number += 1
         except BaseException as error:
             self.error = error
             self._run.over.set()
+
+    def _try(self, client: Client, label: str) -> None:
+        """Whoever is told that there is no room comes again later, with something else."""
+        try:
+            self._visit(client, label)
+        except ProblemError as problem:
+            if problem.status != InsufficientStorage.status:
+                raise
+            time.sleep(0.3)
 
     def _visit(self, client: Client, label: str) -> None:
         shape = self._chance.choice(SHAPES)
@@ -261,6 +299,8 @@ class Visitor(threading.Thread):
         """Look until it has ended; False when it did not succeed."""
         deadline = time.monotonic() + JOB_SECONDS
         while not job.refresh(wait_seconds=self._chance.choice((0, 1))).finished:
+            if self._run.service.fault is not None:
+                raise self._run.service.fault
             assert time.monotonic() < deadline, f"{job.id} is {job.state}"
             self._look(client, job)
             if cancel and self._chance.random() < 0.2:
@@ -311,26 +351,38 @@ class Undisturbed:
     """Shape -> budget -> the layers of its plan."""
 
 
+Trouble = Callable[["Run"], None]
+
+
+def deaths(orders: Orders, kills: int) -> Trouble:
+    """Kill by order until so many processes have died."""
+
+    def trouble(run: Run) -> None:
+        run.service.orders = orders
+        for role in ROLES:
+            run.service.process(role).kill()
+        while run.service.deaths_by_order < kills and not run.over.wait(0.1):
+            pass
+
+    return trouble
+
+
 @dataclass
 class Run:
-    """One run of the matrix: `go` until so many processes have died, then rest, then `final`."""
+    """`go`: clients use the service while `trouble` lasts, then everything comes to rest, then the end is read."""
 
     service: Chaotic
     forks: ForkServer
     undisturbed: Undisturbed
     receiver: Receiver
-    orders: Orders
-    kills: int
+    trouble: Trouble
+    seed: int = 1
     checkpoints: bool = False
     history: History = field(default_factory=History)
     over: threading.Event = field(default_factory=threading.Event)
     model: str = ""
     again: list[tuple[str, Any, Any]] = field(default_factory=list)
     seconds: float = 0.0
-
-    @property
-    def seed(self) -> int:
-        return self.orders.seed
 
     @property
     def folder(self) -> Path:
@@ -343,14 +395,12 @@ class Run:
             self._wait_for_model(client)
         visitors = [Visitor(self, f"client{number}") for number in range(CLIENTS)]
         began = time.monotonic()
-        self.service.orders = self.orders
         for visitor in visitors:
             visitor.start()
-        for role in ROLES:
-            self.service.process(role).kill()
-        while self.service.deaths_by_order < self.kills and not self.over.wait(0.1):
-            pass
-        self.over.set()
+        try:
+            self.trouble(self)
+        finally:
+            self.over.set()
         self.service.calm()
         for visitor in visitors:
             visitor.join()
@@ -517,12 +567,12 @@ def command_of(pid: int) -> str:
         return str(pid)
 
 
-def fork_server(recording: Path) -> ForkServer:
+def fork_server(recording: Path, variables: Mapping[str, str] | None = None) -> ForkServer:
     """Forks of one process that has imported the service and torch, and finds recorded_session in `recording`."""
     recording.mkdir(exist_ok=True)
     shutil.copy(Path(__file__).with_name("recorded_session.py"), recording)
     path = os.pathsep.join((str(ROOT), str(recording)))
-    return ForkServer(PRELOADED, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    return ForkServer(PRELOADED, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(variables or {})})
 
 
 def undisturbed_run(recording: Path, folder: Path, model: Path, forks: ForkServer) -> Undisturbed:

@@ -123,7 +123,7 @@ def _json(headers: Mapping[str, str], content: Callable[[], bytes]) -> Any:
 
 
 @contextmanager
-def witnessing(url: str, name: str, history: History, retries: int = 60) -> Iterator[Client]:
+def witnessing(url: str, name: str, history: History, retries: int = 1000) -> Iterator[Client]:
     """The ordinary client with its ordinary retries, but shorter pauses, so that more happens in a second."""
     with Client(http=httpx2.Client(base_url=url, timeout=60.0, transport=Witness(name, history))) as client:
         client.transport.retries = retries

@@ -30,10 +30,12 @@ LONGEST_PASS: Mapping[str, int] = {
     "worker.after_unit": 8,
 }
 """Failpoint -> the last pass that an order may name: what a process gets to within seconds."""
+ELSEWHERE = frozenset({"runner.hub_announced", "runner.hub_fetching", "runner.hub_arrived"})
+"""Failpoints that no job of the matrix passes: its models are uploaded."""
 ANYWHERE = "anywhere"
 SHARE_ANYWHERE, SHARE_STOPPED = 0.15, 0.08
 LONGEST_LIFE_SECONDS = 5.0
-"""A process that did not come to its failpoint by then dies where it is."""
+"""A process that did not come to its failpoint so long after it was ready dies where it is."""
 LONGEST_REST_SECONDS = 0.5
 
 
@@ -41,7 +43,7 @@ LONGEST_REST_SECONDS = 0.5
 class Order:
     """What happens to one process of a role.
 
-    place    a failpoint, or "anywhere": by a signal from outside after `life_seconds`
+    place    a failpoint, or "anywhere": by a signal from outside `life_seconds` after its birth, ready or not
     nth      at which pass
     verb     "kill", or "stop": SIGSTOP, and SIGCONT when the lease is over
     worker   what happens to the workers of a runner beside that: failpoint entries
@@ -89,7 +91,8 @@ class Orders:
     def places(self, role: str) -> list[str]:
         """The failpoints that processes of this role pass themselves."""
         kinds = ("api",) if role == "api" else ("runner", "webhook")
-        return [name for name in FAILPOINTS if name.partition(".")[0] in kinds and name not in self.without]
+        left_out = self.without | ELSEWHERE
+        return [name for name in FAILPOINTS if name.partition(".")[0] in kinds and name not in left_out]
 
     def _place(self, role: str, n: int, chance: random.Random) -> str:
         """Each failpoint once in every round, in an order of the round's own."""

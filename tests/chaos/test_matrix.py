@@ -54,5 +54,4 @@ def nightly(database: str, executor: str, seeds: range, count: int) -> list[obje
 def test_a_thousand_kills_are_survived(survive, request, database, executor, seed, count):
     """In all: 100 by each of eight seeds, 50 by each of four."""
     url = request.getfixturevalue("postgres_url") if database == "postgres" else ""
-    checkpoints = executor == "in_process"
-    assert survive(seed, count, url=url, executor=executor, checkpoints=checkpoints)["kills"] >= count
+    assert survive(seed, count, url=url, executor=executor)["kills"] >= count

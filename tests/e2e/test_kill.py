@@ -49,6 +49,9 @@ PASSES = {
 """Early: loading or verifying. Middle: scoring. Late: choosing and reporting."""
 ELSEWHERE = {
     "runner.checkpoint_stored": "test_checkpoint_kill.py",
+    "runner.hub_announced": "../service/runner/test_hub_model.py",
+    "runner.hub_fetching": "../service/runner/test_hub_model.py",
+    "runner.hub_arrived": "../service/runner/test_hub_model.py",
     "webhook.before_send": "../service/runner/test_deliveries.py",
     "webhook.after_send": "../service/runner/test_deliveries.py",
 }

@@ -139,7 +139,7 @@ def searched(folder: Path, model: Path, data: Path) -> tuple[list[Any], Session]
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_plans_close_the_gap_to_the_best_of_all(tmp_path: Path, seed: int) -> None:
     trained = train_cnn(tmp_path, seed, depths=(1, 1, 1))
     plans, session = searched(tmp_path, trained.folder, trained.calibration)

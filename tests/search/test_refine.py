@@ -8,8 +8,8 @@ import pytest
 
 from search.budget import parse_limits
 from search.compile import Assignment, Compiled, CompileError, compile_problem
-from search.pairwise import PairwiseModel, pairwise_model
-from search.refine import Candidate, Measured, refine
+from search.pairwise import PairwiseModel, additive_model, pairwise_model
+from search.refine import LOCAL, Candidate, Measured, MeasuredSearch, refine
 from search.solve import solve
 from search.solvers.quadratic import solve_quadratic
 from sensitivity.table import ScoreTable
@@ -168,6 +168,18 @@ def test_three_way_moves_are_found(table: Build) -> None:
 
     found = refine(problem, [start], measure, evaluations=20)
     assert found.assignment == {"l0": "w2", "l1": "w3", "l2": "w3"}
+
+
+def test_the_best_neighbor_is_tried_even_if_it_leaves_room(table: Build) -> None:
+    """Swaps teach the model more, but where predictions are poor a good plan may lie next to the best one."""
+    built = table([[0.01, 0.005, 0.0], [1.0, 0.5, 0.0]], {"bytes": [[4, 6, 9], [4, 6, 9]]})
+    problem = compile_problem(built, limits=parse_limits(["bytes<=17"]))
+    search = MeasuredSearch(
+        problem, lambda plans: [Measured(1.0, 0.1) for _ in plans], additive_model(problem.problem)
+    )
+    search.begin([Candidate("additive loss", {"l0": "w3", "l1": "w4"})])
+    found = [(source, problem.assignment(choice)) for source, choice in search.proposals()]
+    assert found[:2] == [(LOCAL, {"l0": "w2", "l1": "w4"}), (LOCAL, {"l0": "w4", "l1": "w3"})]
 
 
 def test_even_a_blind_model_never_makes_it_worse(compiled: Callable[..., Compiled]) -> None:

@@ -5,18 +5,19 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from sqlalchemy import Row, func, select
 from sqlalchemy import delete as delete_from
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.db.engine import database_clock
 from service.db.repositories import events, webhooks
-from service.db.repositories.rows import chunks, page, record_of
+from service.db.repositories.rows import chunks, columns_of, names_of, page_query, record_of
 from service.db.tables import EventRow, JobRow, now
 from service.ids import new_id
 from service.records import Cursor, JobRecord, StandingRecord, VersionRecord
 from service.states import TERMINAL, JobKind, JobState, Stage, check_transition
 
+COLUMNS = columns_of(JobRecord, JobRow)
 PER_QUERY = 500
 """Jobs per statement of `standings` and `versions`."""
 
@@ -80,7 +81,16 @@ def list_page(
     """A page of a tenant's jobs, the newest first."""
     conditions = [] if state is None else [JobRow.state == state.value]
     conditions += [] if kind is None else [JobRow.kind == kind.value]
-    return tuple(record_of_job(row) for row in page(session, JobRow, tenant, limit, after, *conditions))
+    query = page_query(select(*COLUMNS), JobRow, tenant, limit, after, *conditions)
+    return tuple(_record(row) for row in session.execute(query))
+
+
+def _record(row: Row[Any]) -> JobRecord:
+    """The record of `COLUMNS`."""
+    values = dict(zip(names_of(JobRecord), row, strict=True))
+    values["kind"], values["state"] = JobKind(values["kind"]), JobState(values["state"])
+    values["stage"] = None if values["stage"] is None else Stage(values["stage"])
+    return JobRecord(**values)
 
 
 def find_by_request(

@@ -5,12 +5,14 @@ first.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from enum import StrEnum
+from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, literal, literal_column, select, tuple_
+from sqlalchemy import ColumnElement, Select, literal, literal_column, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy.sql.elements import KeyedColumnElement
 
 from service.db.tables import AuditRow, Base, CalibrationRow, JobRow, ModelRow, PlanRow
 from service.records import Cursor
@@ -23,10 +25,22 @@ MAXIMUM_PAGE = 200
 
 def record_of(record: type[Record], row: Base, /, **enums: type[StrEnum]) -> Record:
     """The frozen record with the row's columns; `enums` names the columns that become an enumeration."""
-    values = {field.name: getattr(row, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    values = {name: getattr(row, name) for name in names_of(record)}  # type: ignore[arg-type]
     for name, enum in enums.items():
         values[name] = None if values[name] is None else enum(values[name])
     return record(**values)
+
+
+@cache
+def names_of(record: type) -> tuple[str, ...]:
+    """The fields of a record, in order."""
+    return tuple(field.name for field in fields(record))
+
+
+@cache
+def columns_of(record: type, table: type[Base]) -> tuple[KeyedColumnElement[Any], ...]:
+    """The columns that are a record's fields, in its order: ``record(*row)`` needs no mapped object."""
+    return tuple(table.__table__.columns[name] for name in names_of(record))
 
 
 def page(
@@ -38,13 +52,25 @@ def page(
     *conditions: ColumnElement[bool],
 ) -> list[Pageable]:
     """At most `limit` rows of a tenant, the newest first, behind `after`."""
+    return list(session.scalars(page_query(select(table), table, tenant, limit, after, *conditions)))
+
+
+def page_query(
+    query: Select[Any],
+    table: type[Pageable],
+    tenant: str,
+    limit: int,
+    after: Cursor | None,
+    *conditions: ColumnElement[bool],
+) -> Select[Any]:
+    """What `page` asks, of the columns that `query` selects."""
     if not 1 <= limit <= MAXIMUM_PAGE:
         raise ValueError(f"limit must be between 1 and {MAXIMUM_PAGE}. Got {limit}.")
-    query = select(table).where(table.tenant == tenant, *conditions)
+    query = query.where(table.tenant == tenant, *conditions)
     if after is not None:
         last = tuple_(literal(after.created_at, table.created_at.type), literal(after.id, table.id.type))
         query = query.where(tuple_(table.created_at, table.id) < last)
-    return list(session.scalars(query.order_by(table.created_at.desc(), table.id.desc()).limit(limit)))
+    return query.order_by(table.created_at.desc(), table.id.desc()).limit(limit)
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

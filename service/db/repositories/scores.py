@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterable
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
-from service.db.repositories.rows import insert_or_keep, record_of
+from service.db.repositories.rows import columns_of, insert_or_keep, record_of
 from service.db.tables import ScoreRow
 from service.records import ScoreRecord
 
 ScoreKey = tuple[str, str, str]
+COLUMNS = columns_of(ScoreRecord, ScoreRow)
 
 
 def insert(session: Session, records: Iterable[ScoreRecord]) -> tuple[ScoreRecord, ...]:
@@ -62,11 +63,11 @@ def list_all(
     session: Session, score_set: str, metrics: Collection[str] | None = None
 ) -> tuple[ScoreRecord, ...]:
     """Every score of a set, or those of `metrics`, ordered by (layer, scheme, metric)."""
-    query = select(ScoreRow).where(ScoreRow.score_set == score_set)
+    query = select(*COLUMNS).where(ScoreRow.score_set == score_set)
     if metrics is not None:
         query = query.where(ScoreRow.metric.in_(sorted(metrics)))
-    rows = session.scalars(query.order_by(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric))
-    return tuple(record_of(ScoreRecord, row) for row in rows)
+    rows = session.execute(query.order_by(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric))
+    return tuple(ScoreRecord(*row) for row in rows)
 
 
 def list_page(
@@ -81,12 +82,12 @@ def list_page(
     """At most `limit` scores behind the key `after`, ordered by (layer, scheme, metric); with `metrics` or
     `schemes`, only theirs.
     """
-    query = select(ScoreRow).where(ScoreRow.score_set == score_set)
+    query = select(*COLUMNS).where(ScoreRow.score_set == score_set)
     if metrics is not None:
         query = query.where(ScoreRow.metric.in_(sorted(metrics)))
     if schemes is not None:
         query = query.where(ScoreRow.scheme.in_(sorted(schemes)))
     if after is not None:
         query = query.where(tuple_(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric) > tuple_(*after))
-    rows = session.scalars(query.order_by(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric).limit(limit))
-    return tuple(record_of(ScoreRecord, row) for row in rows)
+    rows = session.execute(query.order_by(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric).limit(limit))
+    return tuple(ScoreRecord(*row) for row in rows)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import sys
 
 import jsonschema
 import pytest
@@ -378,6 +380,30 @@ def test_scores_come_as_csv(api, finished_job):
     assert len(lines) == 1 + 4 * 3 * 2
     first = api.http.get(f"/v1/jobs/{finished_job['id']}/scores").json()["items"][0]
     assert float(lines[1].split(",")[3]) == first["value"]
+
+
+@pytest.mark.parametrize("against", [None, "w4"])
+def test_scores_come_as_parquet(api, finished_job, monkeypatch, against):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the parquet extra is not installed")
+    monkeypatch.setattr("service.api.score_parquet.GROUP_ROWS", 10)
+    path, query = f"/v1/jobs/{finished_job['id']}/scores", {} if against is None else {"against": against}
+    response = api.http.get(path, params={"format": "parquet", **query})
+    assert response.headers["Content-Type"] == "application/vnd.apache.parquet"
+    assert response.headers["Content-Disposition"].endswith('-scores.parquet"')
+    file = parquet.ParquetFile(io.BytesIO(response.content))
+    assert file.num_row_groups == 3
+    items = api.http.get(path, params=query).json()["items"]
+    rows = file.read().to_pylist()
+    assert rows == [{name: item[name] for name in rows[0]} for item in items]
+    assert ("difference" in rows[0]) == (against is not None)
+
+
+def test_without_the_library_parquet_says_what_to_do(api, finished_job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    response = api.http.get(f"/v1/jobs/{finished_job['id']}/scores", params={"format": "parquet"})
+    assert response.status_code == 422
+    assert response.json()["type"].endswith("parquet-not-installed")
+    assert "bitplan[parquet]" in response.json()["detail"]
 
 
 def test_a_job_without_scores_says_so(api):

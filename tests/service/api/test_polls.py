@@ -177,3 +177,13 @@ def test_who_has_left_is_not_waited_for() -> None:
         gathered.close()
 
     asyncio.run(run())
+
+
+def test_a_page_is_one_statement_and_reads_no_inventory(api, finished_job):
+    with statements(api) as asked:
+        assert len(api.http.get("/v1/jobs").json()["items"]) == 1
+    (statement,) = asked
+    assert "inventory" not in statement
+    with statements(api) as asked:
+        assert api.http.get(f"/v1/jobs/{finished_job['id']}/scores?limit=5").json()["next_cursor"]
+    assert [statement.partition("FROM ")[2].split()[0] for statement in asked] == ["jobs", "scores"]

@@ -3,6 +3,7 @@
 import os
 import resource
 import socket
+import time
 from pathlib import Path
 
 from sensitivity.spec import SessionSpec
@@ -64,3 +65,23 @@ class CuriousSession:
     def kill(self, pid: str) -> str:
         os.kill(int(pid), 0)
         return "could"
+
+
+class Seeing:
+    """Pauses as the layer's name says ("pause:SECONDS:ANYTHING"), then tells where it is and what is there."""
+
+    def __init__(self, spec: SessionSpec):
+        self._spec = spec
+
+    def run(self, unit: Unit) -> UnitResult:
+        time.sleep(float(unit.layer.split(":")[1]))
+        model = Path(self._spec.model.location)
+        found = {
+            "node": model.parent.parent.name.removeprefix("cache-"),
+            "pid": os.getpid(),
+            "parent": os.getppid(),
+            "model": str(model),
+            "files": {file.name: file.stat().st_size for file in model.iterdir()},
+            "text": Path(self._spec.calibration.path).read_text(),
+        }
+        return UnitResult(facts={"found": found})

@@ -7,8 +7,9 @@ from sqlalchemy.orm import Session
 
 from service.db.engine import Database
 from service.db.repositories import events, uploads
+from service.passing import passing
 from service.runner import context as module
-from service.runner.context import JobContext, passing
+from service.runner.context import JobContext
 
 NewContext = Callable[[], JobContext]
 POSTGRES = pytest.mark.parametrize(

@@ -388,3 +388,31 @@ def test_every_kind_of_unit_has_its_failpoint() -> None:
         "runner.choosing",
         "runner.reporting",
     ]
+
+
+@pytest.mark.parametrize("wrong", ["another layer", "nothing"])
+def test_a_result_that_answers_another_question_is_tried_again_and_never_stored(
+    new_context: NewContext, score_set: str, wrong: str
+) -> None:
+    class LostStep(Scripted):
+        times = 0
+
+        def outcome(self, key: str, unit: Unit) -> Outcome:
+            LostStep.times += 1
+            layer = "a" if LostStep.times == 3 else "b"
+            row = ScoreRow(layer, "w4", "output_kl", 0.5, None, 8)
+            return Outcome(
+                key, result=UnitResult(scores=(row,) if layer == "a" or wrong != "nothing" else ())
+            )
+
+    context = new_context()
+    assert run_units(context, LostStep(), score_set, [score("a")], SCORING) == Dispatched(1, 0)
+    assert [row.layer for row in stored_scores(context, score_set)] == ["a"]
+
+    LostStep.times = 10
+    with pytest.raises(
+        ServiceError, match="must have the scores c w4 output_kl. Got (b w4 output_kl|none)"
+    ) as end:
+        run_units(context, LostStep(), score_set, [score("c")], SCORING)
+    assert end.value.as_json()["type"].endswith(":worker-crash")
+    assert end.value.as_json()["attempts"] == 3

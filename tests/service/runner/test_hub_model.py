@@ -232,3 +232,60 @@ def test_a_killed_runner_is_followed_by_one_that_goes_on(
     assert model.state == InputState.READY
     if place in ("runner.hub_arrived", "runner.before_finish"):
         assert len(hub.paths("/cdn/")) == before, "what was whole is not fetched again"
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a tiny UNet, in two shards with their index."""
+    diffusers = pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
+    sides = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    folder = tmp_path_factory.mktemp("unet")
+    model = diffusers.UNet2DModel(in_channels=1, out_channels=1, **sides, **blocks)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@SQLITE
+def test_the_folder_of_a_diffusion_pipeline(
+    database: Database, settings: Settings, hub: Hub, unet: dict[str, bytes]
+) -> None:
+    assert len([name for name in unet if name.endswith(".safetensors")]) > 1
+    hub.files = {"model_index.json": b"{}"} | {f"unet/{name}": data for name, data in unet.items()}
+    with database.write() as session:
+        source = {"kind": "hub", **HubReference(REPOSITORY, COMMIT, "unet").as_json()}
+        model = models.create(session, source=source, digest="0" * 64)
+        made = {"model": model.id}
+        jobs.create(session, kind=JobKind.VERIFY_MODEL, request=made, request_digest="r")
+    job = Runner(settings, database, load_handlers()).run_one()
+    assert job is not None
+    assert job.state == JobState.SUCCEEDED, job.problem
+    with database.read() as session:
+        ready = models.get(session, model.id)
+    assert ready is not None
+    assert ready.summary is not None
+    assert ready.summary["model_type"] == "UNet2DModel"
+    assert any("conv" in layer["op"] for layer in ready.summary["inventory"]["layers"])
+
+
+@SQLITE
+def test_a_diffusion_folder_that_was_uploaded(
+    database: Database, settings: Settings, unet: dict[str, bytes]
+) -> None:
+    from fastapi.testclient import TestClient
+
+    from service.app import create_app
+
+    lines = [{"path": name, "size": len(data), "sha256": sha256(data)} for name, data in unet.items()]
+    with TestClient(create_app(settings)) as http:
+        upload = http.post("/v1/uploads", json={"purpose": "model", "files": lines}).json()
+        for name, data in unet.items():
+            path = f"/v1/uploads/{upload['id']}/blobs/{sha256(data)}"
+            assert http.put(path, content=data).status_code == 204, name
+        model = http.post(f"/v1/uploads/{upload['id']}/complete").json()
+        assert model["state"] == "verifying", model
+        Runner(settings, database, load_handlers()).run_one()
+        ready = http.get(f"/v1/models/{model['id']}").json()
+        assert (ready["state"], ready["problem"]) == ("ready", None)
+        layers = http.get(f"/v1/models/{model['id']}/layers").json()["layers"]
+        assert any("conv" in layer["op"] for layer in layers)

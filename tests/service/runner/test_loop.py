@@ -1,3 +1,4 @@
+import errno
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from service.db.engine import Database
 from service.db.repositories import events, jobs, leases
 from service.db.repositories.leases import LeaseLost, Owner
 from service.errors import Unprocessable
+from service.executors.protocol import ExecutorAway
 from service.records import JobRecord
 from service.runner import loop
 from service.runner.context import JobContext, Progress
@@ -53,6 +55,40 @@ def test_nothing_to_do(runner: Callable[[Handler], Runner], new_job: NewJob) -> 
     assert runner(lambda context: None).run_one() is None
     new_job(JobKind.VERIFY_MODEL)
     assert runner(lambda context: None).run_one() is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_or_read_only_disk_gives_the_job_back_until_it_passes(
+    number: int, runner: Callable[[Handler], Runner], new_job: NewJob, database: Database, current: Current
+) -> None:
+    tries: list[int] = []
+
+    def handler(context: JobContext) -> None:
+        tries.append(context.epoch)
+        if len(tries) < 3:
+            raise OSError(number, "no")
+
+    job = new_job()
+    serving = runner(handler)
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    wait_for(lambda: current(job).finished)
+    serving.stop()
+    thread.join()
+    assert current(job).state == JobState.SUCCEEDED
+    assert history(database, job) == ["queued", "running"] * 3 + ["succeeded"]
+
+
+def test_another_error_of_the_system_fails_the_job(
+    runner: Callable[[Handler], Runner], new_job: NewJob
+) -> None:
+    def handler(context: JobContext) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    new_job()
+    done = runner(handler).run_one()
+    assert done is not None
+    assert (done.state, "PermissionError" in str(done.problem)) == (JobState.FAILED, True)
 
 
 def test_a_problem_fails_the_job_with_its_document(
@@ -351,3 +387,41 @@ def test_a_job_that_gets_further_may_lose_any_number_of_runners(
     done = runner(lambda context: None).run_one()
     assert done is not None
     assert done.state == JobState.SUCCEEDED
+
+
+def test_a_job_whose_executor_is_away_is_given_back_and_asked_for_again(
+    settings: Settings, database: Database, new_job: NewJob, current: Current
+) -> None:
+    job, tries = new_job(), []
+
+    def handler(context: JobContext) -> Mapping[str, Any]:
+        tries.append(context.epoch)
+        if len(tries) < 3:
+            raise ExecutorAway("Ray must answer at head:6379.")
+        return {"answer": 42}
+
+    runner = Runner(settings, database, {JobKind.SEARCH: handler})
+    thread = threading.Thread(target=runner.run)
+    thread.start()
+    try:
+        wait_for(lambda: current(job).finished)
+    finally:
+        runner.stop()
+        thread.join()
+    assert current(job).summary == {"answer": 42}
+    assert history(database, job) == [*["queued", "running"] * 3, "succeeded"]
+    with database.read() as session:
+        given_back = [event.data for event in events.list_after(session, job.id) if event.type == "queued"]
+    assert "Ray must answer at head:6379." in str(given_back[1])
+
+
+def test_in_the_foreground_an_executor_that_is_away_is_told(
+    runner: Callable[[Handler], Runner], new_job: NewJob, current: Current
+) -> None:
+    def handler(context: JobContext) -> Mapping[str, Any]:
+        raise ExecutorAway("Ray must answer at head:6379.")
+
+    job = new_job()
+    with pytest.raises(ExecutorAway, match="Ray must answer"):
+        runner(handler).run_job(job.id)
+    assert current(job).state == JobState.QUEUED
