@@ -14,6 +14,7 @@ import os
 import resource
 import struct
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from service.executors import landlock
 
 Mode = Literal["require", "prefer", "off"]
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWNS = 0x10000000, 0x40000000, 0x00020000
+MS_RDONLY, MS_REC, MS_PRIVATE = 0x1, 0x4000, 0x40000
 PR_SET_NO_NEW_PRIVS = 38
 CAPABILITIES_V3 = 0x20080522
 
@@ -41,6 +43,7 @@ class Isolation:
     closed        places that it can neither read nor write
     readable      places in them that it can read
     writable      places in them that it can read and write
+    covered       folders that are empty for it: sockets that are files, which `closed` keeps nobody from
     """
 
     mode: Mode = "prefer"
@@ -51,6 +54,7 @@ class Isolation:
     closed: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
+    covered: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """One line of JSON, the inverse of `from_json`."""
@@ -60,7 +64,7 @@ class Isolation:
     def from_json(cls, text: str) -> Self:
         """What `as_json` wrote."""
         values: dict[str, Any] = json.loads(text)
-        for name in ("closed", "readable", "writable"):
+        for name in ("closed", "readable", "writable", "covered"):
             values[name] = tuple(values[name])
         return cls(**values)
 
@@ -83,6 +87,11 @@ def confine(isolation: Isolation) -> tuple[str, ...]:
     except OSError as error:
         tcp = " (TCP is closed by Landlock)" if landlock.abi() >= landlock.TCP_ABI else ""
         gaps.append(f"network not isolated: {_reason(error)}{tcp}")
+    if isolation.covered and not gaps:
+        try:
+            cover(isolation.covered)
+        except OSError as error:
+            gaps.append(f"sockets not covered: {_reason(error)}")
     try:
         landlock.restrict(isolation.closed, isolation.readable, isolation.writable)
     except OSError as error:
@@ -116,6 +125,16 @@ def leave_network() -> None:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+
+
+def cover(folders: Sequence[str]) -> None:
+    """Lay an empty file system over folders, for this process and what it starts; it must have a user
+    namespace of its own. Raises OSError.
+    """
+    _libc("unshare", CLONE_NEWNS)
+    _libc("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
+    for folder in folders:
+        _libc("mount", b"none", os.fsencode(folder), b"tmpfs", MS_RDONLY, None)
 
 
 def drop_capabilities() -> None:

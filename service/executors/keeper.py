@@ -19,6 +19,8 @@ class LocalKeeper:
     `kill` and `pid` may be used from any thread, everything else from one.
     """
 
+    leaving_seconds = 0.0
+
     def __init__(
         self,
         spec: SessionSpec,

@@ -17,6 +17,9 @@ Item = tuple[str, Unit] | None
 class Keeper(Protocol):
     """Keeps one worker alive, wherever that is. `kill` is called from other threads, the rest from one."""
 
+    leaving_seconds: float
+    """How long an idle worker may take to leave by itself before it is killed."""
+
     @property
     def pid(self) -> int | None:
         """The worker's process, if it has one on this machine."""
@@ -131,6 +134,8 @@ class _Attendant:
         """Wait for the unit in progress until `deadline` (monotonic), then kill the worker."""
         if self._busy.is_set():
             self._thread.join(max(0.0, deadline - time.monotonic()))
+        else:
+            self._thread.join(self.keeper.leaving_seconds)
         while self._thread.is_alive():
             self.keeper.kill()
             self._thread.join(0.05)

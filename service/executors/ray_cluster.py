@@ -67,6 +67,7 @@ class RayCluster:
         self._began: set[str] = set()
         self._outcomes: deque[Outcome] = deque()
         self._driver: _Driver | None = None
+        self._connected = False
         self._why = ""
         self._away_since: float | None = None
         self._due, self._pause = 0.0, FIRST_PAUSE_SECONDS
@@ -103,15 +104,14 @@ class RayCluster:
         """See `Executor`."""
         driver = self._driver
         self._spec, self._away_since = None, None
-        if driver is None:
-            self._units.clear()
-            return
-        driver.close(grace_seconds)
-        deadline = time.monotonic() + grace_seconds + CLOSING_SECONDS
-        while self._driver is not None and time.monotonic() < deadline:
-            self._listen(0.2)
+        if driver is not None and self._connected:
+            driver.close(grace_seconds)
+            deadline = time.monotonic() + grace_seconds + CLOSING_SECONDS
+            while self._driver is not None and time.monotonic() < deadline:
+                self._listen(0.2)
         self._units.clear()
-        driver.end()
+        if driver is not None:
+            driver.end()
         self._driver = None
 
     @property
@@ -122,7 +122,7 @@ class RayCluster:
     def _connect_if_due(self) -> None:
         if self._driver is not None or self._spec is None or not self._units or time.monotonic() < self._due:
             return
-        self._driver = _Driver(self._settings, self._spec)
+        self._driver, self._connected = _Driver(self._settings, self._spec), False
         for key, unit in self._units.items():
             self._driver.submit(key, unit)
 
@@ -140,6 +140,7 @@ class RayCluster:
     def _take(self, driver: _Driver, message: Mapping[str, Any], attached: tuple[bytes, ...]) -> None:
         said = message["said"]
         if said == "connected":
+            self._connected = True
             self._why, self._away_since, self._pause = "", None, FIRST_PAUSE_SECONDS
         elif said == "away":
             self._why = message["why"]
@@ -301,7 +302,11 @@ def driver_environment(settings: RaySettings, given: Mapping[str, str]) -> dict[
     token = {"RAY_AUTH_TOKEN_PATH": settings.token_file} if settings.token_file else {}
     if token:
         theirs.pop("RAY_AUTH_TOKEN", None)
-    defaults = {"RAY_gcs_server_request_timeout_seconds": "20", "RAY_USAGE_STATS_ENABLED": "0"}
+    defaults = {
+        "RAY_gcs_server_request_timeout_seconds": "20",
+        "RAY_NUM_REDIS_GET_RETRIES": "8",  # seconds until a cluster that refuses us is told
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     return {**environment(1, given), **defaults, **theirs, **token, "RAY_AUTH_MODE": settings.auth}
 
 

@@ -65,7 +65,7 @@ def connect(settings: RaySettings) -> None:
     try:
         ray.init(address=settings.address, log_to_driver=False, configure_logging=False)
     except Exception as error:
-        raise Away(_why(settings, error)) from error
+        raise Away(advice(settings, error)) from error
 
 
 def serve(descriptor: int) -> None:
@@ -162,16 +162,17 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
-def _why(settings: RaySettings, error: Exception) -> str:
+def advice(settings: RaySettings, error: BaseException) -> str:
     """What a person can do about a cluster that answers and does not let us in."""
-    found = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    if "node" in str(error).lower() and isinstance(error, RuntimeError):
+    cause = error.__cause__ or error
+    found = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
+    if "node info" in str(cause) or "node ids" in str(cause):
         return (
             f"A node of the Ray cluster at {settings.address} must run on the runner's machine. Got {found}"
             f" Start one there that takes no work: `ray start --address={settings.address} --num-cpus=0`."
         )
     return (
-        f"The Ray cluster at {settings.address} must let this runner in. Got {found} Its token must be that"
+        f"The Ray cluster at {settings.address} must let this runner in. Got {found}. Its token must be that"
         " of the cluster (BITPLAN_RAY_TOKEN_FILE, or RAY_AUTH_TOKEN), and Python and Ray of the same version."
     )
 

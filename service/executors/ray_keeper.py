@@ -98,6 +98,7 @@ class RayKeeper:
     """
 
     pid = None
+    leaving_seconds = 2.0
 
     def __init__(self, wanted: Wanted, slot: int):
         self._wanted, self._slot = wanted, slot

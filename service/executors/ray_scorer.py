@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -64,7 +65,8 @@ class Scorer:
         limit = parse_bytes(settings.ray_cache_limit) if settings.ray_cache_limit else None
         self._cache = NodeCache(settings.ray_cache, limit)
         self._own = _own_folder(self._cache.folder / "workers")
-        self._log = self._cache.folder / "logs" / f"worker-{os.getpid()}-{os.urandom(3).hex()}.log"
+        logs = _folder_of_logs(self._cache.folder / "logs", settings.keep_logs_days)
+        self._log = logs / f"worker-{os.getpid()}-{os.urandom(3).hex()}.log"
         self._factory = factory
         closed = (*map(str, settings.worker_closed), str(self._cache.folder), *_places_of_ray())
         self._isolation = _here(Isolation.from_json(isolation), memory_bytes, shared_store, closed)
@@ -115,7 +117,6 @@ class Scorer:
     def open(self, spec: str) -> tuple[str, ...]:
         """Start a worker with a session of this spec (JSON); what it is not kept from."""
         self._end_worker()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
         here = localized(SessionSpec.from_json(json.loads(spec)), self._cache)
         self._keeper = LocalKeeper(here, self._factory, self._log, self._isolation, self._note)
         self._keeper.prepare()
@@ -188,6 +189,7 @@ def _here(given: Isolation, memory_bytes: int | None, shared_store: bool, closed
         memory_bytes=memory_bytes or memory_of_machine(),
         closed=(*given.closed, *own),
         writable=given.writable if shared_store else (),
+        covered=_sockets_of_ray(),
     )
 
 
@@ -199,6 +201,17 @@ def _places_of_ray() -> tuple[str, ...]:
 
         places.append(ray.get_runtime_context().get_temp_dir())
     return tuple(place for place in places if place)
+
+
+def _sockets_of_ray() -> tuple[str, ...]:
+    """Where this node's object store listens, with everybody's objects."""
+    with suppress(Exception):  # not in a Ray process: a test
+        import ray
+
+        context = ray.get_runtime_context()
+        sockets = Path(context.get_temp_dir()) / context.get_session_name() / "sockets"
+        return (os.path.realpath(sockets),) if sockets.is_dir() else ()
+    return ()
 
 
 def _own_folder(parent: Path) -> Path:
@@ -215,6 +228,17 @@ def _own_folder(parent: Path) -> Path:
     _lock_folder(own)
     tempfile.tempdir = str(own)
     return own
+
+
+def _folder_of_logs(folder: Path, days: float) -> Path:
+    """The folder, without the logs that nobody has written to for so long."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = time.time() - days * 86400
+    for log in folder.glob("worker-*.log"):
+        with suppress(FileNotFoundError):
+            if log.stat().st_mtime < before:
+                log.unlink()
+    return folder
 
 
 def _lock_folder(folder: Path) -> int:

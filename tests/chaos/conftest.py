@@ -92,7 +92,14 @@ def endure(forks: ForkServer, undisturbed: Undisturbed, tmp_path: Path) -> Endur
 def survive(endure: Endure) -> Survive:
     """survive(seed, kills, ...): the numbers of a run with so many kills by order of a seed."""
 
-    def go(seed: int, kills: int, *, url: str = "", executor: str = "in_process") -> dict[str, Any]:
+    def go(
+        seed: int,
+        kills: int,
+        *,
+        url: str = "",
+        executor: str = "in_process",
+        variables: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
         checkpoints = executor == "in_process"
         without = frozenset[str]() if checkpoints else frozenset({"runner.checkpoint_stored"})
         orders = Orders(seed, not checkpoints, without)
@@ -100,7 +107,7 @@ def survive(endure: Endure) -> Survive:
             deaths(orders, kills),
             seed=seed,
             url=url,
-            variables={"BITPLAN_EXECUTOR": executor},
+            variables={"BITPLAN_EXECUTOR": executor, **(variables or {})},
             checkpoints=checkpoints,
         ).told
 

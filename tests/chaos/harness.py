@@ -184,12 +184,15 @@ class Chaotic(Service):
                 time.sleep(0.2)
 
     def finish(self) -> dict[str, int]:
-        """Ask every process to leave; their exit codes."""
+        """Ask every process to leave, once it works; their exit codes."""
         self._ending.set()
         for keeper in self._keepers:
             keeper.join()
         self._watcher.join()
         for role in self.roles:
+            deadline = time.monotonic() + REST_SECONDS
+            while self._ready_since(role) is None and time.monotonic() < deadline:
+                time.sleep(0.05)
             self.process(role).send_signal(signal.SIGTERM)
         return {role: self.process(role).wait(60) for role in self.roles}
 

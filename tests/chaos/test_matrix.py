@@ -18,6 +18,7 @@ def kills(usual: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kills_are_survived(survive):
     told = survive(SEED, kills(25))
     assert told["kills"] >= kills(25)
@@ -25,12 +26,14 @@ def test_kills_are_survived(survive):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kills_of_workers_are_survived(survive):
     told = survive(SEED, kills(15), executor="local_pool")
     assert any(place.startswith("worker.") for place in told["places"]), told
 
 
 @pytest.mark.postgres
+@pytest.mark.timeout(900)
 def test_kills_are_survived_on_postgresql(survive, postgres_url):
     assert survive(SEED, kills(25), url=postgres_url)["kills"] >= kills(25)
 

@@ -25,7 +25,7 @@ from service.states import TERMINAL
 from tests.e2e.conftest import empty_postgres
 from tests.e2e.topology import Topology
 
-pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+pytestmark = [pytest.mark.postgres, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROLES = ("api", "api-2", "runner", "runner-2")
 CLUSTER = ("ray-head", "ray-worker", "ray-worker-2", "api", "api-2", "runner-cluster", "runner-cluster-2")
@@ -33,7 +33,7 @@ SCHEMES, METRICS = ("w2", "w4"), ("output_kl", "fisher")
 SEARCH = {"schemes": SCHEMES, "metrics": METRICS, "batch_size": 4, "evaluations": 1}
 BUDGETS = ("3 bpw", "uniform w4")
 JOB_SECONDS = 250
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 240
 
 
 @pytest.fixture(scope="module")

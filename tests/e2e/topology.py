@@ -28,7 +28,7 @@ TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 MODULES = {"bitplan": "service.cli.main", "uvicorn": "uvicorn", "ray": "ray.scripts.scripts"}
 HEAD = "ray-head:6379"
 MARK = "BITPLAN_TEST_ROLE"
-HEALTHY_SECONDS = 120
+HEALTHY_SECONDS = 240
 CHECK_SECONDS = 60
 
 

@@ -24,6 +24,14 @@ class CuriousSession:
         socket.create_connection(("127.0.0.1", int(port)), 5).close()
         return "connected"
 
+    def knock(self, path: str) -> str:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+        return "connected"
+
+    def sockets(self, folder: str) -> list[str]:
+        return sorted(str(path) for path in Path(folder).rglob("*") if path.is_socket())
+
     def datagram(self, _: str) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.connect(("127.0.0.1", 9))

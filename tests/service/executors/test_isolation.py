@@ -1,7 +1,9 @@
 """What a worker is kept from, in this machine's way: where something is not isolated, the worker says so."""
 
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -210,3 +212,19 @@ def test_beside_a_gpu_memory_is_limited_on_request_only(
     monkeypatch.setattr(isolation, "GPU_FILES", (str(tmp_path),))
     assert isolation_of(Settings(data_dir=tmp_path)).memory_bytes is None
     assert isolation_of(Settings(data_dir=tmp_path, worker_memory="1 GiB")).memory_bytes == GIB
+
+
+def test_a_socket_in_a_covered_folder_is_not_there(start: Callable[..., Asking], tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="bs-"))  # paths of sockets must be short
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(folder / "s"))
+            server.listen()
+            ask = start(covered=(str(folder),))
+            found = ask(f"knock:{folder / 's'}")
+            if not (ask.gap("network not isolated: ") or ask.gap("sockets not covered: ")):
+                assert "No such file" in failed(found)
+                assert "Read-only file system" in failed(ask(f"write:{folder / 'x'}"))
+            assert start()(f"knock:{folder / 's'}") == "connected"
+    finally:
+        shutil.rmtree(folder)

@@ -14,6 +14,7 @@ from service.executors.confine import Isolation
 from service.executors.local_pool import LocalPool
 from service.executors.protocol import ExecutorAway, ExecutorSettings, Outcome
 from service.executors.ray_cluster import RayCluster, driver_environment, probe
+from service.executors.ray_driver import advice
 from service.executors.ray_settings import RaySettings, ray_of
 from service.settings import Settings
 from tests.ray_nodes import free_port
@@ -92,10 +93,20 @@ def test_nothing_is_started_for_no_units(make: Make) -> None:
 
 def test_closing_keeps_what_ended_within_the_grace(make: Make) -> None:
     executor = make()
+    executor.submit("warm", score("warm"))
+    collect(executor, 1)
     executor.submit("slow", score("sleep:0.5"))
     executor.close(30)
     (outcome,) = executor.wait(0)
     assert outcome.result is not None
+    assert executor.driver_pid is None
+
+
+def test_closing_does_not_wait_for_a_cluster_that_was_not_there(make: Make) -> None:
+    executor = make()
+    executor.submit("a", score("sleep:600"))
+    executor.close(600)
+    assert executor.wait(0) == []
     assert executor.driver_pid is None
 
 
@@ -137,6 +148,18 @@ def test_an_address_where_nothing_answers_says_what_to_start() -> None:
     assert found["away"].startswith("Ray must answer at 127.0.0.1:")
     assert "(BITPLAN_RAY_ADDRESS)" in found["away"]
     assert "ray start --head --port=6379" in found["away"]
+
+
+def test_a_machine_without_a_node_is_told_how_to_start_one() -> None:
+    error = ConnectionError("Failed to connect to Ray cluster at head:6379")
+    error.__cause__ = RuntimeError("No node info found matching attributes: '' when trying to resolve node")
+    said = advice(RaySettings("head:6379"), error)
+    assert said.startswith("A node of the Ray cluster at head:6379 must run on the runner's machine.")
+    assert "`ray start --address=head:6379 --num-cpus=0`" in said
+    error.__cause__ = None
+    assert "Its token must be that of the cluster (BITPLAN_RAY_TOKEN_FILE" in advice(
+        RaySettings("head:6379"), error
+    )
 
 
 @pytest.mark.parametrize("address", ["", "6379", "head:", "head:port", ":6379"])

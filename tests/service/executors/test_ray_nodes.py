@@ -151,6 +151,11 @@ def test_a_stranger_on_a_node_finds_no_token_and_no_other_model(
     other.rmdir()
     assert "Permission denied" in told(ask(executor, "parent:"))
     assert "Permission denied" in told(ask(executor, f"write:{node}/entries/new"))
+    listening = sorted(path for path in Path(node).parent.glob("*/session_2*/sockets/*") if path.is_socket())
+    assert listening
+    for path in listening:
+        if Path(node).name.removeprefix("cache-") == path.parts[-4]:
+            assert "No such file" in told(ask(executor, f"knock:{path}"))
 
 
 def test_a_model_that_changed_since_is_refused_and_leaves_nothing(
@@ -261,8 +266,11 @@ def test_no_actor_outlives_its_runner(nodes: RayNodes, tmp_path: Path, number: s
     until(lambda: all(gone(pid) for pid in pids))
 
 
-def test_who_has_another_token_is_not_let_in(nodes: RayNodes, tmp_path: Path) -> None:
+def test_who_has_another_token_is_not_let_in(
+    nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "token").write_text("0" * 64)
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "3")
     found = probe(RaySettings(nodes.address, token_file=str(tmp_path / "token")))
     assert "must let this runner in" in found["away"]
     assert "BITPLAN_RAY_TOKEN_FILE" in found["away"]
