@@ -200,7 +200,8 @@ async def _open_loop(
         kind = choose.choices(kinds, cum_weights=bounds)[0]
         request = requests[kind][choose.randrange(len(requests[kind]))]
         if free:
-            sender = asyncio.ensure_future(send(free.pop(), due, kind, request))
+            in_turn = free.popleft()  # the server closes what is idle for 5 s
+            sender = asyncio.ensure_future(send(in_turn, due, kind, request))
             senders.add(sender)
             sender.add_done_callback(senders.discard)
         else:
