@@ -72,8 +72,8 @@ def test_a_missing_model_folder(refused: Refused, resnet: Any, tmp_path: Path) -
 
 def test_no_model_and_two_models(refused: Refused, resnet: Any) -> None:
     sound = resnet()
-    assert "Got both" in refused(*sound, "--factory", "a:b")
-    assert "Got none" in refused("run", *sound[2:])
+    assert "Got 2 of them" in refused(*sound, "--factory", "a:b")
+    assert "Got 0 of them" in refused("run", *sound[2:])
 
 
 def test_a_pickle_instead_of_weights(refused: Refused, resnet: Any, copy: Path) -> None:

@@ -62,6 +62,8 @@ def test_doctor_finds_a_service_healthy(data: Path, answer: Ask, bitplan: Bitpla
         "extra demo",
         "extra diffusion",
         "extra exports",
+        "extra parquet",
+        "extra ray",
     }
     shown = bitplan("doctor").stdout
     assert "none is known: jobs wait" in shown
