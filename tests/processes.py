@@ -22,7 +22,7 @@ from service.db.engine import Database
 from tests.fork_server import children_of
 
 ROOT = Path(__file__).parents[1]
-START_SECONDS = 60
+START_SECONDS = 180
 QUICK = {
     "BITPLAN_WORKERS": "1",
     "BITPLAN_POLL_SECONDS": "0.05",

@@ -177,8 +177,11 @@ def filled(disk: Path) -> Callable[[Run], None]:
     return trouble
 
 
+NIGHTLY = [pytest.param(what, marks=pytest.mark.nightly) for what in ("store", "database")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["store", "database", "both"])
+@pytest.mark.parametrize("what", ["both", *NIGHTLY])
 def test_a_full_disk_is_told_and_waited_out(endure, tmp_path, what):
     folder = tmp_path / "service"
     disk = folder / ("database" if what == "database" else "data")
@@ -285,6 +288,7 @@ def test_clocks_that_jump_an_hour_lose_nothing(endure, clock):
 
 
 @pytest.mark.postgres
+@pytest.mark.nightly
 def test_clocks_that_jump_are_nothing_to_leases_on_postgresql(endure, clock, postgres_url):
     """Leases are measured by the clock of the database."""
     told = endure(jumping(clock), server=clock.forks, url=postgres_url)

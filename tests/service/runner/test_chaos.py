@@ -36,9 +36,9 @@ WANTED: list[Unit] = [
     *(BlockUnit("fisher", f"samples:{start}:{start + 8}", ("w2",), ("a", "b")) for start in (0, 8, 16)),
     *(MeasureUnit(((f"layer{index}", "w2"),), "choosing") for index in range(3)),
 ]
-SLOW = {"local_pool": pytest.mark.slow, "ray": pytest.mark.slow}
+LONG = {"local_pool": pytest.mark.slow, "ray": pytest.mark.nightly}
 SEEDS = [
-    pytest.param(name, seed, marks=SLOW.get(name, ()))
+    pytest.param(name, seed, marks=LONG.get(name, ()))
     for name, count in (("in_process", 8), ("local_pool", 2), ("ray", 2))
     for seed in range(count)
 ]
@@ -152,8 +152,9 @@ def whole_job(
     return [replace(row, score_set="") for row in rows], sorted(map(str, found))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(EXECUTORS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LONG.get(name, pytest.mark.slow)) for name in sorted(EXECUTORS)]
+)
 def test_a_whole_job_under_chaos_ends_with_the_same_scores_and_plans(
     name: str,
     chosen: Callable[[str, Settings], Settings],

@@ -92,7 +92,7 @@ def check_restart(
     """A second runner takes over at once, and measures nothing that was stored."""
     stored = stored_keys(database)
     before = Counter(measured()) if stored else Counter()
-    assert start().wait(60) == 0
+    assert start().wait(240) == 0
     assert check_rows(database, job).epoch >= 2
     assert not stored & set(Counter(measured()) - before)
 
@@ -113,7 +113,7 @@ def test_a_killed_runner_loses_nothing(
     measured: Callable[[], list[str]],
 ) -> None:
     job = new_job()
-    assert start(f"{place}=kill").wait(60) == KILLED
+    assert start(f"{place}=kill").wait(240) == KILLED
     check_restart(start, database, measured, job)
 
 
@@ -129,7 +129,7 @@ def test_a_killed_runner_loses_nothing_on_postgresql(
     measured: Callable[[], list[str]],
 ) -> None:
     job = new_job()
-    assert start(f"{place}=kill").wait(60) == KILLED
+    assert start(f"{place}=kill").wait(240) == KILLED
     check_restart(start, database, measured, job)
 
 
@@ -139,7 +139,7 @@ def test_a_killed_worker_is_replaced_by_the_same_runner(
     place: str, start: Start, database: Database, new_job: Callable[[], JobRecord]
 ) -> None:
     job = new_job()
-    assert start(f"{place}=kill").wait(60) == 0
+    assert start(f"{place}=kill").wait(240) == 0
     assert check_rows(database, job).epoch == 1
 
 
@@ -163,9 +163,9 @@ def test_a_runner_stopped_by_sigstop_past_its_lease_writes_nothing(
     assert stolen is not None
     before = stored_keys(database)
     process.send_signal(signal.SIGCONT)
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     assert stored_keys(database) == before
     with database.write() as session:
         leases.release(session, job.id, stolen.epoch)
-    assert start().wait(60) == 0
+    assert start().wait(240) == 0
     assert check_rows(database, job).epoch == 3
