@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, cast
 
 from quant.activations import ACTIVATIONS, TOKENWISE, ActivationFormat, parse_activation
@@ -224,6 +224,12 @@ def parse_scheme(text: str) -> Scheme:
     """
     if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
         raise SchemeError(f"Scheme must be a short text like 'w4'. Got {text!r:.60}. Use {_spellings()}.")
+    return _parsed(text)
+
+
+@lru_cache(4096)
+def _parsed(text: str) -> Scheme:
+    """Kept: a menu is read in every request and for every layer."""
     parts = text.strip().lower().split("-")
     try:
         return _read(text, parts)

@@ -18,12 +18,12 @@ from service.api.event_stream import STREAM_RESPONSES, Accept, LastEventId, open
 from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
 from service.api.job_checks import check_job
-from service.api.job_resources import Event, Job
+from service.api.job_resources import Event, Job, job_members
 from service.api.lookup import find_job
-from service.api.pages import page_of, position
+from service.api.pages import next_cursor, page_response, position
 from service.api.polled import Polled, etag_of, retry_headers
 from service.api.quotas import UNKNOWN, require_bytes, require_job
-from service.api.resources import Page, as_response
+from service.api.resources import Page
 from service.api.webhooks import attach, identity_of
 from service.db.repositories import events, jobs
 from service.errors import Conflict
@@ -78,7 +78,9 @@ def list_jobs(
             kind=kind,
             tenant=context.tenant,
         )
-    return as_response(page_of(context.cursors, "jobs", rows, limit, Job.of))
+    return page_response(
+        [job_members(row) for row in rows], next_cursor(context.cursors, "jobs", rows, limit)
+    )
 
 
 @polls.get("/{job_id}", response_model=Job, responses={304: {"description": "Nothing changed."}})

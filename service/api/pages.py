@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Protocol, TypeVar
 
+from fastapi import Response
+from pydantic_core import to_json
+
 from service.api.cursors import Cursors
-from service.api.resources import Item, Page
+from service.api.resources import Item, Json, Page
 from service.records import Cursor
 
 
@@ -33,6 +36,18 @@ def position(cursors: Cursors, kind: str, cursor: str | None) -> Cursor | None:
 def page_of(
     cursors: Cursors, kind: str, rows: Sequence[Row], limit: int, present: Callable[[Row], Item]
 ) -> Page[Item]:
-    """The page of `rows`; a full page may have a successor."""
-    more = cursors.make(kind, [rows[-1].created_at.isoformat(), rows[-1].id]) if len(rows) == limit else None
-    return Page(items=[present(row) for row in rows], next_cursor=more)
+    """The page of `rows`."""
+    return Page(items=[present(row) for row in rows], next_cursor=next_cursor(cursors, kind, rows, limit))
+
+
+def next_cursor(cursors: Cursors, kind: str, rows: Sequence[_Row], limit: int) -> str | None:
+    """The cursor behind `rows`; a full page may have a successor."""
+    return cursors.make(kind, [rows[-1].created_at.isoformat(), rows[-1].id]) if len(rows) == limit else None
+
+
+def page_response(items: Sequence[Json], more: str | None) -> Response:
+    """A `Page` of items that are written as they are: FastAPI would check each of them again, in a thread of
+    the pool.
+    """
+    content = to_json({"items": items, "next_cursor": more}, inf_nan_mode="null")
+    return Response(content, media_type="application/json")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.records import (
@@ -130,11 +129,6 @@ class Calibration(Resource):
             created_at=record.created_at,
             links=links_of(f"/v1/calibrations/{record.id}"),
         )
-
-
-def as_response(body: Resource) -> Response:
-    """The resource as it is: FastAPI would validate it again, in a thread of the pool."""
-    return Response(body.model_dump_json(), media_type="application/json")
 
 
 def as_json(value: Mapping[str, Any] | None) -> Json | None:

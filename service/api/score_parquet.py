@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from service.api.job_resources import Score
+from service.api.resources import Json
 from service.errors import Unprocessable
 
 MEDIA_TYPE = "application/vnd.apache.parquet"
@@ -27,7 +27,7 @@ def require_parquet() -> None:
         ) from None
 
 
-def parquet(rows: Iterator[Score], columns: Sequence[str]) -> Iterator[bytes]:
+def parquet(rows: Iterator[Json], columns: Sequence[str]) -> Iterator[bytes]:
     """The bytes of the file: names as texts, `samples` as int64, all else as doubles, or null."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
@@ -36,7 +36,7 @@ def parquet(rows: Iterator[Score], columns: Sequence[str]) -> Iterator[bytes]:
     sink = _Sink()
     with ParquetWriter(sink, schema, compression="zstd") as writer:
         while group := list(islice(rows, GROUP_ROWS)):
-            values = {name: [getattr(row, name) for row in group] for name in columns}
+            values = {name: [row[name] for row in group] for name in columns}
             writer.write_table(pyarrow.table(values, schema=schema))
             yield sink.taken()
     yield sink.taken()

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
+from sqlalchemy.orm import Session
 
 from quant.kv_cache import FULL, cache_scheme, is_cache, scheme_name
 from quant.schemes import SchemeError
@@ -17,10 +18,11 @@ from sensitivity.catalog import DECOUPLED
 from service.api.context import LARGEST_PAGE, After, Context, Ctx, Limit
 from service.api.guarded import Guarded
 from service.api.job_inputs import job_deciding, search_job
-from service.api.job_resources import Score
+from service.api.job_resources import Score, score_members
 from service.api.jobs import JobId
 from service.api.lookup import find_job
-from service.api.resources import Page, as_response
+from service.api.pages import page_response
+from service.api.resources import Json, Page
 from service.api.score_parquet import MEDIA_TYPE, parquet, require_parquet
 from service.db.repositories import scores, units
 from service.db.repositories.scores import ScoreKey
@@ -70,18 +72,19 @@ def list_scores(
     """The scores that are stored for the job's schemes and metrics, ordered by layer, scheme and metric."""
     with context.database.read() as session:
         job = search_job(find_job(context, session, job_id))
-    metrics, other = _metrics(context, job, metric), _scheme(job, against)
-    if form != "json":
-        found = (score for rows in _pages(context, job, metrics) for score in _scores(context, rows, other))
-        return _file(job, form, found, COLUMNS if other is None else (*COLUMNS, *PAIRED))
-    kind = f"scores of {job_id} {metric}"
-    after = None if cursor is None else tuple(context.cursors.read(kind, cursor))
-    rows = _rows(context, job, metrics, limit, after)
+        metrics, other = _metrics(session, job, metric), _scheme(job, against)
+        if form != "json":
+            pages = _pages(context, job, metrics)
+            found = (score for rows in pages for score in _scores(context, rows, other))
+            return _file(job, form, found, COLUMNS if other is None else (*COLUMNS, *PAIRED))
+        kind = f"scores of {job_id} {metric}"
+        after = None if cursor is None else tuple(context.cursors.read(kind, cursor))
+        rows = _rows(session, job, metrics, limit, after)
     more = context.cursors.make(kind, _key(rows[-1])) if len(rows) == limit else None
-    return as_response(Page(items=_scores(context, rows, other), next_cursor=more))
+    return page_response(_scores(context, rows, other), more)
 
 
-def _file(job: JobRecord, form: str, rows: Iterator[Score], columns: Sequence[str]) -> StreamingResponse:
+def _file(job: JobRecord, form: str, rows: Iterator[Json], columns: Sequence[str]) -> StreamingResponse:
     """All rows as a download."""
     headers = {"Content-Disposition": f'attachment; filename="bitplan-{job.id}-scores.{form}"'}
     if form == "csv":
@@ -90,14 +93,13 @@ def _file(job: JobRecord, form: str, rows: Iterator[Score], columns: Sequence[st
     return StreamingResponse(parquet(rows, columns), media_type=MEDIA_TYPE, headers=headers)
 
 
-def _metrics(context: Context, job: JobRecord, metric: str | None) -> list[str]:
+def _metrics(session: Session, job: JobRecord, metric: str | None) -> list[str]:
     """The metrics that are stored for the job: those of roles and contexts by their own names."""
     named, refined = job.request["metrics"], job.request.get("refine_metric")
     measured = scored_metrics(named, refined, interactions=job.request["interactions"])
     measured += [] if refined is None else [refined]
     if DECOUPLED in named or job.request.get("contexts"):
-        with context.database.read() as session:
-            measured = job_deciding(session, job, measured).all_measured
+        measured = job_deciding(session, job, measured).all_measured
     if metric is None:
         return measured
     if metric not in measured:
@@ -126,10 +128,10 @@ def _scheme(job: JobRecord, against: str | None) -> str | None:
     return name
 
 
-def _scores(context: Context, rows: Sequence[ScoreRecord], against: str | None) -> list[Score]:
+def _scores(context: Context, rows: Sequence[ScoreRecord], against: str | None) -> list[Json]:
     """A page of rows as answers; `against` a scheme, each with its difference from that scheme's score."""
     if against is None or not rows:
-        return [Score.of(row) for row in rows]
+        return [score_members(row) for row in rows]
     score_set = rows[0].score_set
     with context.database.read() as session:
         others = scores.of_scheme(session, score_set, against, {row.layer for row in rows})
@@ -138,18 +140,16 @@ def _scores(context: Context, rows: Sequence[ScoreRecord], against: str | None) 
     draws = Draws(found.get, context.store.get_array)
     pairs = [(row, others.get((row.layer, row.metric))) for row in rows]
     return [
-        Score.of(row) if other is None else Score.of(row, *draws.difference(row, other))
+        score_members(row) if other is None else score_members(row, *draws.difference(row, other))
         for row, other in pairs
     ]
 
 
 def _rows(
-    context: Context, job: JobRecord, metrics: list[str], limit: int, after: ScoreKey | None
+    session: Session, job: JobRecord, metrics: list[str], limit: int, after: ScoreKey | None
 ) -> tuple[ScoreRecord, ...]:
-    with context.database.read() as session:
-        return scores.list_page(
-            session, str(job.score_set), limit, after, metrics=metrics, schemes=_schemes(job)
-        )
+    schemes = _schemes(job)
+    return scores.list_page(session, str(job.score_set), limit, after, metrics=metrics, schemes=schemes)
 
 
 def _schemes(job: JobRecord) -> tuple[str, ...]:
@@ -161,8 +161,13 @@ def _schemes(job: JobRecord) -> tuple[str, ...]:
 
 
 def _pages(context: Context, job: JobRecord, metrics: list[str]) -> Iterator[tuple[ScoreRecord, ...]]:
+    """All rows, each page read in a transaction of its own: a slow reader holds none."""
     after: ScoreKey | None = None
-    while rows := _rows(context, job, metrics, LARGEST_PAGE, after):
+    while True:
+        with context.database.read() as session:
+            rows = _rows(session, job, metrics, LARGEST_PAGE, after)
+        if not rows:
+            return
         yield rows
         after = _key(rows[-1])
 
@@ -171,10 +176,10 @@ def _key(row: ScoreRecord) -> ScoreKey:
     return (row.layer, row.scheme, row.metric)
 
 
-def _csv(rows: Iterator[Score], columns: Sequence[str]) -> Iterator[str]:
+def _csv(rows: Iterator[Json], columns: Sequence[str]) -> Iterator[str]:
     yield _line(tuple(columns))
     for row in rows:
-        yield _line(tuple(_text(getattr(row, name)) for name in columns))
+        yield _line(tuple(_text(row[name]) for name in columns))
 
 
 def _text(value: str | float | None) -> str:

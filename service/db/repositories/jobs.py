@@ -3,21 +3,30 @@
 # ruff: noqa: N818 - an error is named after what went wrong
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import Row, Select, bindparam, func, select
 from sqlalchemy import delete as delete_from
 from sqlalchemy.orm import Session
 
 from service.db.engine import database_clock
 from service.db.repositories import events, webhooks
-from service.db.repositories.rows import chunks, columns_of, names_of, page_query, record_of
+from service.db.repositories.rows import (
+    chunks,
+    columns_of,
+    names_of,
+    page_parameters,
+    page_statement,
+    record_of,
+)
 from service.db.tables import EventRow, JobRow, now
 from service.ids import new_id
 from service.records import Cursor, JobRecord, StandingRecord, VersionRecord
 from service.states import TERMINAL, JobKind, JobState, Stage, check_transition
 
 COLUMNS = columns_of(JobRecord, JobRow)
+ONE = select(*COLUMNS).where(JobRow.id == bindparam("job"))
 PER_QUERY = 500
 """Jobs per statement of `standings` and `versions`."""
 
@@ -60,8 +69,8 @@ def create(
 
 def get(session: Session, job_id: str, tenant: str | None = None) -> JobRecord | None:
     """The job, or None; with `tenant`, only when it is that tenant's."""
-    row = session.get(JobRow, job_id)
-    return record_of_job(row) if row is not None and tenant in (None, row.tenant) else None
+    row = session.execute(ONE, {"job": job_id}).first()
+    return _record(row) if row is not None and tenant in (None, row.tenant) else None
 
 
 def inventory(session: Session, job_id: str) -> Mapping[str, Any] | None:
@@ -79,10 +88,20 @@ def list_page(
     tenant: str = "default",
 ) -> tuple[JobRecord, ...]:
     """A page of a tenant's jobs, the newest first."""
-    conditions = [] if state is None else [JobRow.state == state.value]
-    conditions += [] if kind is None else [JobRow.kind == kind.value]
-    query = page_query(select(*COLUMNS), JobRow, tenant, limit, after, *conditions)
-    return tuple(_record(row) for row in session.execute(query))
+    statement = _page_statement(after is not None, state is not None, kind is not None)
+    values = {
+        "job_state": None if state is None else state.value,
+        "kind": None if kind is None else kind.value,
+    }
+    rows = session.execute(statement, page_parameters(tenant, limit, after) | values)
+    return tuple(_record(row) for row in rows)
+
+
+@cache
+def _page_statement(later: bool, of_state: bool, of_kind: bool) -> Select[Any]:
+    conditions = [JobRow.state == bindparam("job_state")] if of_state else []
+    conditions += [JobRow.kind == bindparam("kind")] if of_kind else []
+    return page_statement(select(*COLUMNS), JobRow, later, *conditions)
 
 
 def _record(row: Row[Any]) -> JobRecord:

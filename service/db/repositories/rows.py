@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, literal, literal_column, select, tuple_
+from sqlalchemy import ColumnElement, Select, bindparam, literal_column, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
@@ -52,25 +52,31 @@ def page(
     *conditions: ColumnElement[bool],
 ) -> list[Pageable]:
     """At most `limit` rows of a tenant, the newest first, behind `after`."""
-    return list(session.scalars(page_query(select(table), table, tenant, limit, after, *conditions)))
+    statement = page_statement(select(table), table, after is not None, *conditions)
+    return list(session.scalars(statement, page_parameters(tenant, limit, after)))
 
 
-def page_query(
-    query: Select[Any],
-    table: type[Pageable],
-    tenant: str,
-    limit: int,
-    after: Cursor | None,
-    *conditions: ColumnElement[bool],
+def page_statement(
+    query: Select[Any], table: type[Pageable], later: bool, *conditions: ColumnElement[bool]
 ) -> Select[Any]:
-    """What `page` asks, of the columns that `query` selects."""
+    """What `page` asks, of the columns that `query` selects; `later` for pages behind a cursor. Its values
+    are `page_parameters`: a statement that is made once costs its page a millisecond less.
+    """
+    query = query.where(table.tenant == bindparam("tenant"), *conditions)
+    if later:
+        last = tuple_(
+            bindparam("after_at", type_=table.created_at.type), bindparam("after_id", type_=table.id.type)
+        )
+        query = query.where(tuple_(table.created_at, table.id) < last)
+    return query.order_by(table.created_at.desc(), table.id.desc()).limit(bindparam("page_size"))
+
+
+def page_parameters(tenant: str, limit: int, after: Cursor | None) -> dict[str, Any]:
+    """The values of a `page_statement`. Raises ValueError for a page that is too large."""
     if not 1 <= limit <= MAXIMUM_PAGE:
         raise ValueError(f"limit must be between 1 and {MAXIMUM_PAGE}. Got {limit}.")
-    query = query.where(table.tenant == tenant, *conditions)
-    if after is not None:
-        last = tuple_(literal(after.created_at, table.created_at.type), literal(after.id, table.id.type))
-        query = query.where(tuple_(table.created_at, table.id) < last)
-    return query.order_by(table.created_at.desc(), table.id.desc()).limit(limit)
+    found: dict[str, Any] = {"tenant": tenant, "page_size": limit}
+    return found if after is None else {**found, "after_at": after.created_at, "after_id": after.id}
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

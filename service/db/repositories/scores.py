@@ -1,8 +1,10 @@
 """Scores: one row per (score set, layer, scheme, metric), written once."""
 
 from collections.abc import Collection, Iterable
+from functools import cache
+from typing import Any
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import Select, bindparam, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.db.repositories.rows import columns_of, insert_or_keep, record_of
@@ -10,6 +12,8 @@ from service.db.tables import ScoreRow
 from service.records import ScoreRecord
 
 ScoreKey = tuple[str, str, str]
+AFTER = ("after_layer", "after_scheme", "after_metric")
+"""The parameters that are the key before a later page."""
 COLUMNS = columns_of(ScoreRecord, ScoreRow)
 
 
@@ -82,12 +86,28 @@ def list_page(
     """At most `limit` scores behind the key `after`, ordered by (layer, scheme, metric); with `metrics` or
     `schemes`, only theirs.
     """
-    query = select(*COLUMNS).where(ScoreRow.score_set == score_set)
-    if metrics is not None:
-        query = query.where(ScoreRow.metric.in_(sorted(metrics)))
-    if schemes is not None:
-        query = query.where(ScoreRow.scheme.in_(sorted(schemes)))
-    if after is not None:
-        query = query.where(tuple_(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric) > tuple_(*after))
-    rows = session.execute(query.order_by(ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric).limit(limit))
-    return tuple(ScoreRecord(*row) for row in rows)
+    statement = _page_statement(after is not None, metrics is not None, schemes is not None)
+    values = {
+        "score_set": score_set,
+        "page_size": limit,
+        "metrics": sorted(metrics or ()),
+        "schemes": sorted(schemes or ()),
+        **dict(zip(AFTER, after or (), strict=False)),
+    }
+    return tuple(ScoreRecord(*row) for row in session.execute(statement, values))
+
+
+@cache
+def _page_statement(later: bool, some_metrics: bool, some_schemes: bool) -> Select[Any]:
+    """Made once: making it costs more than reading a page."""
+    key = (ScoreRow.layer, ScoreRow.scheme, ScoreRow.metric)
+    query = select(*COLUMNS).where(ScoreRow.score_set == bindparam("score_set"))
+    if some_metrics:
+        query = query.where(ScoreRow.metric.in_(bindparam("metrics", expanding=True)))
+    if some_schemes:
+        query = query.where(ScoreRow.scheme.in_(bindparam("schemes", expanding=True)))
+    if later:
+        query = query.where(
+            tuple_(*key) > tuple_(*(bindparam(name, type_=ScoreRow.layer.type) for name in AFTER))
+        )
+    return query.order_by(*key).limit(bindparam("page_size"))

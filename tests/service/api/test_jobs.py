@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from service.api.job_resources import Score
 from service.states import JobState
 
 
@@ -232,6 +233,18 @@ def test_jobs_are_listed_by_state(api, finished_job):
     api.submit(seed=1)
     items = api.http.get("/v1/jobs", params={"state": "succeeded"}).json()["items"]
     assert [job["id"] for job in items] == [finished_job["id"]]
+
+
+def test_a_listed_job_is_what_its_own_address_gives(api, finished_job):
+    """Members and their text: lists are written without the model that answers a poll."""
+    listed = api.http.get("/v1/jobs")
+    assert api.http.get(f"/v1/jobs/{finished_job['id']}").text in listed.text
+
+
+def test_listed_scores_have_the_members_that_are_documented(api, finished_job):
+    items = api.http.get(f"/v1/jobs/{finished_job['id']}/scores").json()["items"]
+    assert items
+    assert all(Score.model_validate(item).model_dump() == item for item in items)
 
 
 @pytest.mark.parametrize("params", [{"limit": 0}, {"limit": 201}, {"limit": "x"}, {"state": "sleeping"}])
