@@ -212,3 +212,9 @@ class _Bounded(io.FileIO):
                 "again with numpy.savez."
             )
         return super().read(size) or b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """As a file. Raises zipfile.BadZipFile where the archive says that a member begins before it."""
+        if whence == io.SEEK_SET and offset < 0:
+            raise zipfile.BadZipFile(f"a member begins at byte {offset}")
+        return super().seek(offset, whence)

@@ -87,11 +87,12 @@ class Client:
         return model
 
     def upload_calibration(self, file: str | Path, on_bytes: OnBytes | None = None) -> dict[str, Any]:
-        """Send a calibration file (.safetensors, .npz, .txt, .jsonl). Returns the calibration set's JSON."""
+        """Send a calibration file (.safetensors, .npz, .txt, .jsonl, .parquet). Returns the set's JSON."""
         path = Path(file)
         if not path.is_file():
             raise FileNotFoundError(
-                f"Calibration must be a .safetensors, .npz, .txt or .jsonl file, or an id. Got {file}."
+                "Calibration must be a .safetensors, .npz, .txt, .jsonl or .parquet file, or an id. "
+                f"Got {file}."
             )
         return upload(self.transport, "calibration", (local_file(path),), on_bytes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import structlog
@@ -18,10 +18,12 @@ from service.api.lookup import find_upload
 from service.api.quotas import require_bytes, require_job
 from service.db.repositories import calibrations, jobs, models, uploads
 from service.errors import Conflict, Unprocessable
+from service.executors.isolation import isolation_of
 from service.hub.reference import HubReference
-from service.ingest.kinds import calibration_kind
+from service.ingest.kinds import PARQUET, calibration_kind
 from service.ingest.local_folder import allowed_folder, model_files_in, open_plain
 from service.ingest.model_folder import check_model
+from service.ingest.parquet_text import jsonl_of
 from service.records import HUB, CalibrationRecord, ModelRecord, UploadRecord
 from service.states import InputState, JobKind
 from service.store.blobs import CHUNK_BYTES
@@ -47,12 +49,15 @@ class CheckedModel:
 
 @dataclass(frozen=True)
 class CheckedCalibration:
-    """A calibration file that passed the static checks."""
+    """A calibration file that passed the static checks; `sent` is the file that it was made from, if another
+    one.
+    """
 
     file: Mapping[str, Any]
     kind: str
     summary: Mapping[str, Any]
     upload: str
+    sent: Mapping[str, Any] | None = None
 
 
 def missing_blobs(context: Context, session: Session, upload: UploadRecord) -> list[dict[str, Any]]:
@@ -142,27 +147,43 @@ def _queue_verification(context: Context, session: Session, request: Mapping[str
 def check_uploaded_calibration(context: Context, upload_id: str) -> CheckedCalibration:
     """Check the one file of an upload; raises what is wrong, with the row or tensor."""
     upload = _arrived(context, upload_id, "calibration")
-    file = dict(upload.manifest[0])
+    file, sent = dict(upload.manifest[0]), None
     kind = calibration_kind([entry["path"] for entry in upload.manifest])
+    if kind == PARQUET:
+        file, sent, kind = _as_jsonl(context, file), file, "jsonl"
     try:
         summary = check_calibration(context.store.path(file["sha256"]), kind)
     except ValueError as error:
         message = str(error).replace(file["sha256"], file["path"])
         raise Unprocessable("invalid-calibration", message, pointer="/files/0") from None
-    return CheckedCalibration(file, kind, summary, upload.id)
+    return CheckedCalibration(file, kind, summary, upload.id, sent)
+
+
+def _as_jsonl(context: Context, file: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a Parquet file as a file of their own in the store."""
+    lines = jsonl_of(context.store.path(file["sha256"]), file["path"], isolation_of(context.settings))
+    sha256 = context.store.put(lines)
+    path = str(PurePosixPath(file["path"]).with_suffix(".jsonl"))
+    return {"path": path, "size": context.store.size(sha256), "sha256": sha256}
 
 
 def store_calibration(context: Context, session: Session, checked: CheckedCalibration) -> CalibrationRecord:
     """The calibration set of this file: the one that is there, or a new one, ready at once."""
     _require_there(context, session, checked.upload)
     uploads.complete(session, checked.upload, context.tenant)
-    known = calibrations.find_by_digest(session, checked.file["sha256"], context.tenant)
+    sha256 = checked.file["sha256"]
+    source: dict[str, Any] = {"kind": "upload", "upload": checked.upload, "files": [dict(checked.file)]}
+    known = calibrations.find_by_digest(session, sha256, context.tenant)
     if known is not None and known.kind == checked.kind:
         return known
+    if checked.sent is not None:
+        require_bytes(context, session, {sha256: checked.file["size"]})
+        uploads.record_blob(session, sha256, checked.file["size"], context.tenant)
+        source["sent"] = dict(checked.sent)
     return calibrations.create(
         session,
-        source={"kind": "upload", "upload": checked.upload, "files": [dict(checked.file)]},
-        digest=checked.file["sha256"],
+        source=source,
+        digest=sha256,
         kind=checked.kind,
         state=InputState.READY,
         summary=checked.summary,

@@ -8,23 +8,9 @@ from itertools import islice
 from typing import Any
 
 from service.api.resources import Json
-from service.errors import Unprocessable
 
 MEDIA_TYPE = "application/vnd.apache.parquet"
 GROUP_ROWS = 50_000
-
-
-def require_parquet() -> None:
-    """Raise Unprocessable `parquet-not-installed` where the library is missing."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise Unprocessable(
-            "parquet-not-installed",
-            "format=parquet must find the library pyarrow. Got none. Ask for csv, or have the operator "
-            "install bitplan[parquet].",
-            pointer="/query/format",
-        ) from None
 
 
 def parquet(rows: Iterator[Json], columns: Sequence[str]) -> Iterator[bytes]:

@@ -23,12 +23,13 @@ from service.api.jobs import JobId
 from service.api.lookup import find_job
 from service.api.pages import page_response
 from service.api.resources import Json, Page
-from service.api.score_parquet import MEDIA_TYPE, parquet, require_parquet
+from service.api.score_parquet import MEDIA_TYPE, parquet
 from service.db.repositories import scores, units
 from service.db.repositories.scores import ScoreKey
 from service.deciding import scored_metrics
 from service.draws import Draws
 from service.errors import Unprocessable
+from service.ingest.parquet_text import require_pyarrow
 from service.planning.inputs import table_schemes
 from service.records import JobRecord, ScoreRecord
 
@@ -89,7 +90,7 @@ def _file(job: JobRecord, form: str, rows: Iterator[Json], columns: Sequence[str
     headers = {"Content-Disposition": f'attachment; filename="bitplan-{job.id}-scores.{form}"'}
     if form == "csv":
         return StreamingResponse(_csv(rows, columns), media_type="text/csv", headers=headers)
-    require_parquet()
+    require_pyarrow("format=parquet", "Ask for csv", "/query/format")
     return StreamingResponse(parquet(rows, columns), media_type=MEDIA_TYPE, headers=headers)
 
 

@@ -38,7 +38,9 @@ Target = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--calibration", "-c", help="Calibration data, with MODEL_DIR: .safetensors, .npz, .txt or .jsonl."
+        "--calibration",
+        "-c",
+        help="Calibration data, with MODEL_DIR: .safetensors, .npz, .txt, .jsonl or .parquet.",
     ),
 ]
 Plans = Annotated[

@@ -35,7 +35,8 @@ CacheTypes = Annotated[
 def evaluate(
     plan: Annotated[Path, typer.Option("--plan", help="A plan file.")],
     data: Annotated[
-        Path, typer.Option("--data", help="Data: .safetensors, .npz, .txt or .jsonl, all of it is used.")
+        Path,
+        typer.Option("--data", help="Data: .safetensors, .npz, .txt, .jsonl or .parquet, all of it is used."),
     ],
     model: options.ModelDir = None,
     factory: options.Factory = None,

@@ -42,7 +42,10 @@ UserMetric = Annotated[
     ),
 ]
 Calibration = Annotated[
-    Path, typer.Option("--calibration", "-c", help="Calibration data: .safetensors, .npz, .txt or .jsonl.")
+    Path,
+    typer.Option(
+        "--calibration", "-c", help="Calibration data: .safetensors, .npz, .txt, .jsonl or .parquet."
+    ),
 ]
 PlanCalibration = Annotated[
     Path | None,

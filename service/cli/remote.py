@@ -52,7 +52,9 @@ def submit(
     calibration: Annotated[
         str,
         typer.Option(
-            "--calibration", "-c", help="A .safetensors, .npz, .txt or .jsonl file, or an id of the server's."
+            "--calibration",
+            "-c",
+            help="A .safetensors, .npz, .txt, .jsonl or .parquet file, or an id of the server's.",
         ),
     ],
     search: SearchOptions,

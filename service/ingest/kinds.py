@@ -28,11 +28,14 @@ MODEL_FILES: tuple[str, ...] = (
     "chat_template.json",
     "chat_template.jinja",
 )
+PARQUET = "parquet"
+"""Rows of text that become jsonl on arrival (`parquet_text`)."""
 CALIBRATION_FILES: dict[str, str] = {
     "*.safetensors": "safetensors",
     "*.npz": "npz",
     "*.txt": "text",
     "*.jsonl": "jsonl",
+    "*.parquet": PARQUET,
 }
 
 _ARCHIVES = ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.gz", "*.bz2", "*.xz", "*.zst", "*.7z", "*.rar")
@@ -63,8 +66,9 @@ INSTEAD: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "a file of another runtime",
         "Send the original Hugging Face folder: config.json and *.safetensors.",
     ),
-    (("*.parquet", "*.csv"), "a table file", "Send safetensors, npz, txt or jsonl."),
+    (("*.csv", "*.feather", "*.arrow"), "a table file", "Send parquet, jsonl, txt, npz or safetensors."),
     (("*.npz",), "an array file, which may be calibration data but no model", "Send safetensors."),
+    (("*.parquet",), "a table file, which may be calibration data but no model", "Send safetensors."),
 )
 
 
@@ -99,12 +103,12 @@ def check_model_files(names: Sequence[str]) -> None:
 
 
 def calibration_kind(names: Sequence[str]) -> str:
-    """The kind ("safetensors", "npz", "text" or "jsonl") of the one file of a calibration set."""
+    """The kind ("safetensors", "npz", "text", "jsonl" or "parquet") of the one file of a calibration set."""
     if len(names) != 1:
         raise Unprocessable(
             "invalid-manifest",
             f"A calibration set must be exactly one file. Got {len(names)}. "
-            "Put all samples into one safetensors, npz, txt or jsonl file.",
+            "Put all samples into one safetensors, npz, txt, jsonl or parquet file.",
             pointer="/files",
         )
     for pattern, kind in CALIBRATION_FILES.items():

@@ -4,21 +4,27 @@ it gives can be sent as JSON.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from sensitivity.calibration_check import check_calibration
 from sensitivity.errors import BadCalibration
 from service.errors import ServiceError
+from service.executors.confine import Isolation
 from service.ingest.kinds import calibration_kind, check_model_files
 from service.ingest.local_folder import allowed_folder
 from service.ingest.model_folder import check_model
+from service.ingest.parquet_text import jsonl_of
 from service.ingest.paths import check_paths
 from service.ingest.strict_json import parse_json
 from service.store.blobs import BlobStore
@@ -100,6 +106,38 @@ ROWS = mutated(
 )
 
 
+ARRAYS = st.sampled_from(
+    [
+        np.zeros((7, 2)),
+        np.zeros(6, np.int8),
+        np.array([{}] * 6),
+        np.array(["a"] * 6),
+        np.zeros((6, 0)),
+        np.float32(1),
+    ]
+)
+
+
+def archive_of(arrays: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+ARCHIVES = mutated(
+    st.dictionaries(st.sampled_from(["x", "labels", "context", "a/b"]), ARRAYS).map(archive_of)
+)
+
+
+def table_of(texts: list[Any]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": texts, "context": ["a"] * len(texts)}), buffer)
+    return buffer.getvalue()
+
+
+TABLES = mutated(st.lists(st.just("some words"), max_size=8).map(table_of))
+
+
 def facts_or(problem: type[Exception], parse: Callable[[], Any]) -> None:
     """Parse; the facts, or the words of the problem, must be something that can be sent."""
     try:
@@ -170,7 +208,7 @@ def test_shard_indexes(effort: Effort, saved: Saved) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "files"), [("safetensors", tensor_files()), ("jsonl", ROWS), ("text", ROWS)]
+    ("kind", "files"), [("safetensors", tensor_files()), ("jsonl", ROWS), ("text", ROWS), ("npz", ARCHIVES)]
 )
 def test_calibration_files(effort: Effort, saved: Saved, kind: str, files: st.SearchStrategy[bytes]) -> None:
     @given(files)
@@ -179,6 +217,16 @@ def test_calibration_files(effort: Effort, saved: Saved, kind: str, files: st.Se
         facts_or(BadCalibration, lambda: check_calibration(places["calibration"], kind))
 
     effort.check(run, 60)
+
+
+def test_parquet_files(effort: Effort, saved: Saved) -> None:
+    @given(TABLES)
+    def run(data: bytes) -> None:
+        places = saved(calibration=data)
+        lines = jsonl_of(places["calibration"], "c.parquet", Isolation())
+        facts_or(ServiceError, lambda: b"".join(lines).decode())
+
+    effort.check(run, 8)
 
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(

@@ -151,7 +151,9 @@ def test_archives_that_lie(path: Path) -> None:
             file.writestr("x.npy", good)
     assert "must be in the file once" in refused(path)
     whole = archive(path, {"x.npy": good}).read_bytes()
-    for broken in (whole[:-30], whole[:40], b"", b"PK\x03\x04", whole.replace(bytes(20), b"\xff" * 20, 1)):
+    late = whole[:-6] + struct.pack("<I", len(whole)) + whole[-2:]  # its members begin before the file does
+    cut = (whole[:-30], whole[:40], b"", b"PK\x03\x04")
+    for broken in (*cut, late, whole.replace(bytes(20), b"\xff" * 20, 1)):
         path.write_bytes(broken)
         assert "npz file" in refused(path)
 

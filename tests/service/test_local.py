@@ -197,3 +197,15 @@ def test_no_job_is_left_for_other_runners(local: Local, tiny: Tiny, settings: Se
     )
     local.run(local.request(model, data, PARAMETERS))
     assert Runner(settings, local.database, {}).run_one() is None
+
+
+def test_texts_in_a_parquet_file_are_read_as_json_lines(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+    from pyarrow import parquet
+
+    file = tmp_path / "texts.parquet"
+    parquet.write_table(pyarrow.table({"text": ["some words"] * 8}), file)
+    first, again = file_data(file), file_data(file)
+    assert (first.source.kind, first.summary["rows"]) == ("jsonl", 8)
+    assert Path(first.source.path).read_text() == '{"text": "some words"}\n' * 8
+    assert first.source.digest == again.source.digest

@@ -243,7 +243,7 @@ def test_a_pickle_is_refused_with_what_to_send(client, folder):
 def test_missing_inputs_are_named_before_anything_is_sent(client, folder, tmp_path, line):
     with pytest.raises(FolderError, match=r"Pass a Hugging Face folder"):
         client.submit(tmp_path / "none", "cal_1", ["4 bpw"])
-    with pytest.raises(FileNotFoundError, match=r".safetensors, .npz, .txt or .jsonl"):
+    with pytest.raises(FileNotFoundError, match=r".safetensors, .npz, .txt, .jsonl or .parquet"):
         client.upload_calibration(tmp_path / "none.txt")
     assert line.sent == []
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import sys
 
 import jsonschema
 import pytest
@@ -399,7 +398,7 @@ def test_scores_come_as_parquet(api, finished_job, monkeypatch, against):
 
 
 def test_without_the_library_parquet_says_what_to_do(api, finished_job, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setattr("service.ingest.parquet_text.find_spec", lambda name: None)
     response = api.http.get(f"/v1/jobs/{finished_job['id']}/scores", params={"format": "parquet"})
     assert response.status_code == 422
     assert response.json()["type"].endswith("parquet-not-installed")

@@ -358,3 +358,43 @@ def test_calibration_arrays_are_taken_without_pickles(api):
         problem = api.complete({"c.npz": npz(**arrays)}, "calibration").json()
         assert problem["type"].endswith("invalid-calibration")
         assert words in problem["detail"]
+
+
+def table_file(**columns):
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+def test_texts_in_a_parquet_file_become_json_lines(api):
+    pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+    rows = [f"some words of row {number}" for number in range(8)]
+    found = api.complete({"texts.parquet": table_file(text=rows)}, "calibration").json()
+    assert (found["kind"], found["state"], found["summary"]["rows"]) == ("jsonl", "ready", 8)
+    [file], sent = found["source"]["files"], found["source"]["sent"]
+    assert (file["path"], sent["path"]) == ("texts.jsonl", "texts.parquet")
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+    assert (file["sha256"], file["size"]) == (hashlib.sha256(lines).hexdigest(), len(lines))
+    again = api.complete({"other.parquet": table_file(text=rows, more=rows)}, "calibration").json()
+    assert again["id"] == found["id"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"text": ["words"] * 7 + [""]}, '"text" of row 8'),
+        ({"text": [1] * 8}, '"text" of row 1'),
+        ({"words": ["a"] * 8}, "must have a column text"),
+        ({"messages": [[{"role": "user"}]] * 8}, "each message of row 1"),
+    ],
+)
+def test_bad_rows_of_a_parquet_file_are_named(api, columns, words):
+    pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+    problem = api.complete({"c.parquet": table_file(**columns)}, "calibration").json()
+    assert problem["type"].endswith("invalid-calibration")
+    assert words in problem["detail"]

@@ -53,15 +53,20 @@ def test_a_missing_file_is_named(names, missing):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("c.txt", "text"), ("C.JSONL", "jsonl"), ("c.safetensors", "safetensors")]
+    ("name", "kind"),
+    [
+        ("c.txt", "text"),
+        ("C.JSONL", "jsonl"),
+        ("c.safetensors", "safetensors"),
+        ("c.npz", "npz"),
+        ("c.parquet", "parquet"),
+    ],
 )
 def test_the_kind_of_calibration_data_is_in_its_name(name, kind):
     assert calibration_kind([name]) == kind
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"), [("c.npy", "Send safetensors"), ("c.parquet", "Send safetensors")]
-)
+@pytest.mark.parametrize(("name", "instead"), [("c.npy", "Send safetensors"), ("c.csv", "Send parquet")])
 def test_other_calibration_files_are_refused(name, instead):
     with pytest.raises(ServiceError, match=instead) as caught:
         calibration_kind([name])
