@@ -13,9 +13,10 @@ import pytest
 from tests.chaos.checker import check
 from tests.chaos.final import Final
 from tests.chaos.harness import Chaotic, Run, Trouble, Undisturbed, deaths, fork_server, undisturbed_run
-from tests.chaos.orders import Orders
+from tests.chaos.orders import LONGEST_LIFE_SECONDS, Orders
 from tests.e2e.conftest import postgres_url  # noqa: F401
 from tests.fork_server import ForkServer
+from tests.ray_nodes import RayNodes
 from tests.service.receiver import receiving
 
 
@@ -53,6 +54,16 @@ def undisturbed(
     recording: Path, forks: ForkServer, tiny: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Undisturbed:
     return undisturbed_run(recording, tmp_path_factory.mktemp("undisturbed"), tiny("resnet").folder, forks)
+
+
+@pytest.fixture(scope="session")
+def ray_variables(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Settings of runners whose workers are on two nodes of a Ray cluster, and die at their seventh unit."""
+    dying = {"BITPLAN_FAILPOINTS": "worker.after_unit:7=kill"}
+    with RayNodes(tmp_path_factory.mktemp("nodes"), [recording]) as nodes:
+        nodes.add("one", **dying)
+        nodes.add("two", **dying)
+        yield {f"BITPLAN_{name.upper()}": value for name, value in nodes.settings.items()}
 
 
 @pytest.fixture
@@ -102,7 +113,8 @@ def survive(endure: Endure) -> Survive:
     ) -> dict[str, Any]:
         checkpoints = executor == "in_process"
         without = frozenset[str]() if checkpoints else frozenset({"runner.checkpoint_stored"})
-        orders = Orders(seed, not checkpoints, without)
+        longest_life = LONGEST_LIFE_SECONDS if executor != "ray" else 4 * LONGEST_LIFE_SECONDS
+        orders = Orders(seed, executor == "local_pool", without, longest_life)
         return endure(
             deaths(orders, kills),
             seed=seed,

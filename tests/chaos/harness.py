@@ -34,7 +34,7 @@ from service.states import TERMINAL
 from tests.chaos.checker import cell, numbers
 from tests.chaos.final import Final, files_of, rows_of
 from tests.chaos.history import History, witnessing
-from tests.chaos.orders import ANYWHERE, LONGEST_LIFE_SECONDS, Order, Orders
+from tests.chaos.orders import ANYWHERE, Order, Orders
 from tests.fork_server import ForkServer
 from tests.processes import ROOT, Process, Service
 from tests.service.receiver import Receiver
@@ -222,7 +222,7 @@ class Chaotic(Service):
         if order.place == ANYWHERE and not woken:
             if now - self._born[role] > order.life_seconds:
                 self._end(role, order, process)
-        elif (since := self._ready_since(role)) is not None and now - since > LONGEST_LIFE_SECONDS:
+        elif (since := self._ready_since(role)) is not None and now - since > order.life_seconds:
             process.kill()
 
     def _end(self, role: str, order: Order, process: Process) -> None:

@@ -35,7 +35,8 @@ ELSEWHERE = frozenset({"runner.hub_announced", "runner.hub_fetching", "runner.hu
 ANYWHERE = "anywhere"
 SHARE_ANYWHERE, SHARE_STOPPED = 0.15, 0.08
 LONGEST_LIFE_SECONDS = 5.0
-"""A process that did not come to its failpoint so long after it was ready dies where it is."""
+"""A process that did not come to its failpoint so long after it was ready dies where it is, unless a run says
+otherwise."""
 LONGEST_REST_SECONDS = 0.5
 
 
@@ -68,12 +69,13 @@ class Orders:
     """The orders of a seed: `of(role, n)` is that of the role's nth process.
 
     Only processes that have workers (`workers`) are told what happens to them. `without` are failpoints that a
-    run's jobs do not pass.
+    run's jobs do not pass, `longest_life` the seconds that a process may take to come to its own.
     """
 
     seed: int
     workers: bool = False
     without: frozenset[str] = frozenset()
+    longest_life: float = LONGEST_LIFE_SECONDS
 
     def of(self, role: str, n: int) -> Order:
         chance = random.Random(f"{self.seed} {role} {n}")
@@ -83,7 +85,7 @@ class Orders:
             place,
             1 if place == ANYWHERE else chance.randint(1, LONGEST_PASS[place]),
             verb,
-            chance.uniform(0.05, LONGEST_LIFE_SECONDS) if place == ANYWHERE else LONGEST_LIFE_SECONDS,
+            chance.uniform(0.05, LONGEST_LIFE_SECONDS) if place == ANYWHERE else self.longest_life,
             chance.choice((0.0, 0.0, chance.uniform(0, LONGEST_REST_SECONDS))),
             self._worker_entries(role, chance),
         )

@@ -38,6 +38,14 @@ def test_kills_are_survived_on_postgresql(survive, postgres_url):
     assert survive(SEED, kills(25), url=postgres_url)["kills"] >= kills(25)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_beside_ray_are_survived(survive, ray_variables):
+    told = survive(SEED, kills(6), executor="ray", variables=ray_variables)
+    assert set(told["by_role"]) == {"api", "runner"}
+    assert told["scores_seen"] > 0
+
+
 def nightly(database: str, executor: str, seeds: range, count: int) -> list[object]:
     marks = [pytest.mark.postgres] if database == "postgres" else []
     return [pytest.param(database, executor, seed, count, marks=marks) for seed in seeds]
@@ -52,9 +60,12 @@ def nightly(database: str, executor: str, seeds: range, count: int) -> list[obje
         *nightly("sqlite", "local_pool", range(200, 202), 50),
         *nightly("postgres", "in_process", range(300, 304), 100),
         *nightly("postgres", "local_pool", range(400, 402), 50),
+        *nightly("sqlite", "ray", range(500, 501), 40),
+        *nightly("postgres", "ray", range(600, 601), 40),
     ],
 )
 def test_a_thousand_kills_are_survived(survive, request, database, executor, seed, count):
-    """In all: 100 by each of eight seeds, 50 by each of four."""
+    """In all: 100 by each of eight seeds, 50 by each of four, 40 by each of two."""
     url = request.getfixturevalue("postgres_url") if database == "postgres" else ""
-    assert survive(seed, count, url=url, executor=executor)["kills"] >= count
+    variables = request.getfixturevalue("ray_variables") if executor == "ray" else None
+    assert survive(seed, count, url=url, executor=executor, variables=variables)["kills"] >= count
