@@ -10,6 +10,7 @@ job.wait().plan("3.5 bpw").save("plan.json")
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -170,14 +171,15 @@ class Client:
         latency_ns: Mapping[str, Mapping[str, float]] | None = None,
         labels: Mapping[str, str] | None = None,
         name: str | None = None,
+        deadline: datetime | None = None,
         webhook: Mapping[str, str] | None = None,
         on_bytes: OnBytes | None = None,
     ) -> JobHandle:
         """Start a search. `model` is a folder or an id, `calibration` a file or an id; local ones are sent
         first.
 
-        The parameters are those of `POST /v1/jobs`; `webhook` has the members url and secret. Raises
-        ProblemError with the server's words.
+        The parameters are those of `POST /v1/jobs`; `webhook` has the members url and secret, `deadline` has
+        a time zone. Raises ProblemError with the server's words.
         """
         body: dict[str, Any] = {
             "model": self._input(model, "model_", self.upload_model, on_bytes),
@@ -225,6 +227,7 @@ class Client:
             "device_profile": device_profile,
             "labels": dict(labels or {}),
             "name": name,
+            "deadline": None if deadline is None else deadline.isoformat(),
             "webhook": None if webhook is None else dict(webhook),
         }
         return JobHandle(self.transport, self.transport.post("/v1/jobs", body))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -44,6 +46,19 @@ _T = TypeVar("_T")
 def refusal(slug: str, message: str) -> PydanticCustomError:
     """A fault with its own slug; pydantic's own kinds have no dash in their names."""
     return PydanticCustomError(slug, "{message}", {"message": message})
+
+
+def _moment(value: Any) -> datetime | None:
+    if value is None:
+        return None
+    with suppress(ValueError):
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+        if moment is not None and moment.tzinfo is not None:
+            return moment
+    raise refusal(
+        "invalid-deadline",
+        f"A time must have its zone, as 2026-12-01T18:00:00Z. Got {value!r:.80}. Add Z, or an offset.",
+    )
 
 
 def _scheme(text: str) -> str:
@@ -326,5 +341,15 @@ RoleMetrics = Annotated[
     ),
 ]
 Ratio = Annotated[Number, Field(gt=0, le=1000)]
+Deadline = Annotated[
+    datetime | None,
+    BeforeValidator(_moment),
+    Field(
+        default=None,
+        description="When the job must have ended, with its time zone (2026-12-01T18:00:00Z). One that has "
+        "not is expired; its scores are kept.",
+        json_schema_extra={"format": "date-time"},
+    ),
+]
 TimeLimit = Annotated[Number, Field(gt=0, le=3600, description="Seconds for one solve.")]
 Gap = Annotated[Number, Field(ge=0, le=1, description="Proven relative gap to stop at.")]

@@ -116,6 +116,7 @@ class JobRecord:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    deadline_at: float | None
 
     @property
     def finished(self) -> bool:

@@ -41,6 +41,7 @@ from service.fields import (
     CacheType,
     Correction,
     CostTable,
+    Deadline,
     DeviceProfile,
     EnergySource,
     Forbid,
@@ -525,14 +526,16 @@ class Webhook(WireModel):
 
 
 class SubmitRequest(JobRequest):
-    """A search to be queued, and who is told of its end."""
+    """A search to be queued, by when it must have ended, and who is told of its end."""
 
+    deadline: Deadline = None
     webhook: Webhook | None = Field(default=None, description="Told of the job's end; see docs/events.md.")
 
 
 class ResumeRequest(WireModel):
     """What a resumed job has of its own."""
 
+    deadline: Deadline = None
     webhook: Webhook | None = Field(default=None, description="Told of the new job's end.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -27,6 +28,7 @@ from service.planning.selection import expand_pins
 from service.records import CalibrationRecord, ModelRecord
 from service.wire import JobRequest
 
+LONGEST_WAIT = timedelta(days=366)
 KEYED = (("pins",), ("forbid",), ("roles",), ("role_metrics",), ("role_limits",))
 """Members whose keys are patterns."""
 
@@ -42,6 +44,18 @@ def check_job(context: Context, session: Session, body: JobRequest) -> None:
     _check_metrics(body, calibration)
     _check_latency(body)
     _check_names(body, model)
+
+
+def require_future(deadline: datetime | None) -> None:
+    """Raise Unprocessable unless the deadline is to come, and within a year."""
+    now = datetime.now(UTC)
+    if deadline is not None and not now < deadline <= now + LONGEST_WAIT:
+        raise Unprocessable(
+            "invalid-deadline",
+            f"deadline must be in the future, at most {LONGEST_WAIT.days} days from now. Got "
+            f"{deadline.isoformat()}; it is {now.isoformat(timespec='seconds')}. Name a later time, or none.",
+            pointer="/deadline",
+        )
 
 
 def _check_metrics(body: JobRequest, calibration: CalibrationRecord) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from pydantic import ConfigDict, Field
 
@@ -37,6 +37,7 @@ class Job(Resource):
     score_set: str | None = Field(description="Jobs that name the same score set share its scores.")
     predecessor: str | None = Field(description="The job that this one resumes.")
     cancel_requested: bool
+    deadline: datetime | None = Field(description="By then it must have ended, else it is expired.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -68,6 +69,7 @@ def job_members(record: JobRecord) -> Json:
         "score_set": record.score_set,
         "predecessor": record.predecessor,
         "cancel_requested": record.cancel_requested,
+        "deadline": None if record.deadline_at is None else datetime.fromtimestamp(record.deadline_at, UTC),
         "created_at": record.created_at,
         "started_at": record.started_at,
         "finished_at": record.finished_at,

@@ -17,7 +17,7 @@ from service.api.context import After, Context, Ctx, Limit
 from service.api.event_stream import STREAM_RESPONSES, Accept, LastEventId, open_stream, wants_stream
 from service.api.guarded import Guarded
 from service.api.idempotency import Answer, IdempotencyKey, once
-from service.api.job_checks import check_job
+from service.api.job_checks import check_job, require_future
 from service.api.job_resources import Event, Job, job_members
 from service.api.lookup import find_job
 from service.api.pages import next_cursor, page_response, position
@@ -33,6 +33,8 @@ from service.wire import LocalJobRequest, ResumeRequest, SubmitRequest
 
 polls = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Polled)
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Guarded)
+OF_ITS_OWN = {"deadline", "webhook"}
+"""What of a request is its job's alone: one that resumes it has others."""
 ALIVE = PENDING | {JobState.SUCCEEDED}
 
 log = structlog.get_logger()
@@ -42,9 +44,10 @@ JobId = Annotated[str, Path(max_length=100)]
 @router.post("", status_code=202, response_model=Job)
 def submit(body: SubmitRequest, context: Ctx, key: IdempotencyKey = None) -> Response:
     """Queue a search."""
-    request = body.model_dump(mode="json", exclude={"webhook"})
+    request = body.model_dump(mode="json", exclude=OF_ITS_OWN)
 
     def create(session: Session) -> Answer:
+        require_future(body.deadline)
         check_job(context, session, body)
         require_job(context, session)
         job = jobs.create(
@@ -53,11 +56,12 @@ def submit(body: SubmitRequest, context: Ctx, key: IdempotencyKey = None) -> Res
             request=request,
             request_digest=digest(request),
             tenant=context.tenant,
+            deadline=body.deadline,
         )
         attach(context, session, job, body.webhook)
         return accepted(job)
 
-    return once(context, key, "POST /v1/jobs", {**request, **identity_of(body.webhook)}, create)
+    return once(context, key, "POST /v1/jobs", {**request, **_identity_of(body)}, create)
 
 
 @router.get("", response_model=Page[Job])
@@ -121,9 +125,10 @@ def resume(
     job_id: JobId, context: Ctx, body: ResumeRequest | None = None, key: IdempotencyKey = None
 ) -> Response:
     """Queue a new job with the same request, which finds the scores of this one stored."""
-    webhook = None if body is None else body.webhook
+    own = body or ResumeRequest()
 
     def create(session: Session) -> Answer:
+        require_future(own.deadline)
         job = find_job(context, session, job_id)
         if not job.finished or job.state == JobState.SUCCEEDED:
             raise Conflict(
@@ -141,11 +146,12 @@ def resume(
             request_digest=job.request_digest,
             predecessor=job.id,
             tenant=context.tenant,
+            deadline=own.deadline,
         )
-        attach(context, session, made, webhook)
+        attach(context, session, made, own.webhook)
         return accepted(made)
 
-    return once(context, key, f"POST /v1/jobs/{job_id}/resume", identity_of(webhook) or None, create)
+    return once(context, key, f"POST /v1/jobs/{job_id}/resume", _identity_of(own) or None, create)
 
 
 @router.delete("/{job_id}", status_code=204)
@@ -181,6 +187,12 @@ def list_events(
         rows = events.list_after(session, job_id, after, limit)
     more = context.cursors.make(kind, rows[-1].seq) if len(rows) == limit else None
     return Page(items=[Event.of(row) for row in rows], next_cursor=more)
+
+
+def _identity_of(asked: SubmitRequest | ResumeRequest) -> dict[str, Any]:
+    """What makes two requests differ that want the same search."""
+    by = {} if asked.deadline is None else {"deadline": asked.deadline.isoformat()}
+    return by | identity_of(asked.webhook)
 
 
 def accepted(job: JobRecord) -> Answer:

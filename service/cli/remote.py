@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +43,16 @@ WebhookSecret = Annotated[
         "the file that BITPLAN_WEBHOOK_SECRET_FILE names.",
     ),
 ]
+Deadline = Annotated[
+    str | None,
+    typer.Option(
+        "--deadline",
+        metavar="WHEN",
+        help="When the job must have ended, else it is expired and its scores are kept: 90m, 6h, 2d from "
+        "now, or a time with its zone (2026-12-01T18:00Z).",
+    ),
+]
+MINUTES = {"m": 1, "h": 60, "d": 24 * 60}
 SHORT_TRIES = 2
 """Repeated requests of a command that answers at once: a server that is away is told within a second."""
 GOES_ON = (
@@ -65,6 +78,7 @@ def submit(
     hub: options.Hub = None,
     output: options.Output = None,
     watch: Watch = False,
+    deadline: Deadline = None,
     webhook: WebhookUrl = None,
     webhook_secret: WebhookSecret = None,
     dry_run: options.DryRun = False,
@@ -75,7 +89,7 @@ def submit(
     """Send a model and calibration data to a server and start a search there; -o waits for its plans."""
     with exits(as_json=as_json, interrupted=GOES_ON):
         parameters = search.parameters()
-        told = _receiver(webhook, webhook_secret)
+        told, ends_by = _receiver(webhook, webhook_secret), _moment(deadline)
         check_output(output, several=several_plans(parameters))
         if dry_run:
             _preview(model, hub, Path(calibration), parameters, as_json=as_json)
@@ -87,6 +101,7 @@ def submit(
                     model=given if hub is None else client.hub_model(given)["id"],
                     calibration=calibration,
                     webhook=told,
+                    deadline=ends_by,
                     on_bytes=lambda done, total: bar(_sending(done, total)),
                     **parameters,
                 )
@@ -162,13 +177,14 @@ def cancel(
 
 def resume(
     job: JobId,
+    deadline: Deadline = None,
     server: options.Server = options.DEFAULT_SERVER,
     key_file: options.KeyFile = None,
     as_json: options.Json = False,
 ) -> None:
-    """Go on from the scores of a job that failed or was cancelled, as a new job."""
+    """Go on from the scores of a job that failed, was cancelled or expired, as a new job."""
     with exits(as_json=as_json), client_of(server, key_file) as client:
-        _print_job(client.job(job).resume(), as_json=as_json)
+        _print_job(client.job(job).resume(deadline=_moment(deadline)), as_json=as_json)
 
 
 def scores(
@@ -283,6 +299,21 @@ def _receiver(url: str | None, secret: str | None) -> dict[str, str] | None:
             ' python -c "from service.webhooks.signing import new_secret; print(new_secret())".'
         )
     return {"url": url, "secret": secret}
+
+
+def _moment(text: str | None) -> datetime | None:
+    """A time with its zone, or one from now. Raises ValueError."""
+    if text is None:
+        return None
+    if (span := re.fullmatch(r"(\d{1,6})([mhd])", text)) is not None:
+        return datetime.now(UTC) + timedelta(minutes=int(span[1]) * MINUTES[span[2]])
+    with suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    raise ValueError(
+        "--deadline must be a time from now (90m, 6h, 2d) or one with its zone (2026-12-01T18:00Z). Got "
+        f"{text!r:.80}."
+    )
 
 
 def _one_model(model: str | None, hub: str | None) -> str:

@@ -136,7 +136,7 @@ class ScoreSetRow(Base):
 
 
 class JobRow(Base):
-    """Jobs and who runs them; `lease_expires_at` is in seconds of the database's own clock.
+    """Jobs and who runs them; `lease_expires_at` and `deadline_at` are in seconds of the database's clock.
 
     `inventory` is long and seldom asked for, so it is read only where it is named.
     """
@@ -174,6 +174,7 @@ class JobRow(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     inventory: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    deadline_at: Mapped[float | None]
 
 
 class EventRow(Base):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -344,9 +345,15 @@ class JobHandle:
         self._etag = None
         return self
 
-    def resume(self, webhook: Mapping[str, str] | None = None) -> JobHandle:
-        """A new job that goes on from the stored scores of this one; a webhook is its own (url, secret)."""
-        body = None if webhook is None else {"webhook": dict(webhook)}
+    def resume(self, webhook: Mapping[str, str] | None = None, deadline: datetime | None = None) -> JobHandle:
+        """A new job that goes on from the stored scores of this one, with a webhook (url, secret) and a
+        deadline of its own.
+        """
+        own = {
+            "webhook": None if webhook is None else dict(webhook),
+            "deadline": None if deadline is None else deadline.isoformat(),
+        }
+        body = {name: value for name, value in own.items() if value is not None} or None
         return JobHandle(self._transport, self._transport.post(f"{self._path()}/resume", body))
 
     def webhook(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the handler of a job works with."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from service.executors.ray_settings import ray_of
 from service.passing import passing
 from service.records import JobRecord
 from service.runner.problems import JobFailed
-from service.runner.signals import Cancelled, ShuttingDown
+from service.runner.signals import Cancelled, DeadlinePassed, ShuttingDown
 from service.settings import Settings
 from service.states import JobState, Stage
 from service.store.blobs import BlobStore
@@ -55,9 +56,10 @@ class JobContext:
     epoch           of this claim; every write is fenced by it
     settings, database, store    of this runner; `store` holds the blobs of the job's tenant
 
-    A handler calls `check` often (at least every few seconds) and lets `Cancelled`, `ShuttingDown` and
-    `LeaseLost` pass. It may return a summary; raising a `ServiceError` ends the job as failed with that
-    problem. It must be able to begin again from what is stored: a job may be claimed many times.
+    A handler calls `check` often (at least every few seconds) and lets `Cancelled`, `DeadlinePassed`,
+    `ShuttingDown` and `LeaseLost` pass. It may return a summary; raising a `ServiceError` ends the job as
+    failed with that problem. It must be able to begin again from what is stored: a job may be claimed many
+    times.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class JobContext:
         self._pace = _Pace()
         self._last_look = time.monotonic()
         self._held_until = time.monotonic() + settings.lease_seconds
+        self._ends_by = time.monotonic() + _seconds_left(job, settings.lease_seconds)
 
     def executor(
         self,
@@ -125,8 +128,8 @@ class JobContext:
         return self._again(lambda: self._read_once(query))
 
     def check(self) -> None:
-        """Raise `Cancelled`, `ShuttingDown` or `LeaseLost` when the handler must stop. Cheap: call it
-        often.
+        """Raise `Cancelled`, `DeadlinePassed`, `ShuttingDown` or `LeaseLost` when the handler must stop.
+        Cheap: call it often.
         """
         if self._lost is not None:
             raise self._lost
@@ -138,6 +141,8 @@ class JobContext:
             self._look()
         if self._cancelled.is_set():
             raise Cancelled(self.job.id)
+        if now > self._ends_by:
+            raise DeadlinePassed(self.job.id)
         if self._stop.is_set():
             raise ShuttingDown(self.job.id)
 
@@ -240,6 +245,13 @@ class JobContext:
     def _notice(self, job: JobRecord) -> None:
         if job.state == JobState.CANCELLING:
             self._cancelled.set()
+
+
+def _seconds_left(job: JobRecord, lease_seconds: float) -> float:
+    """How long a job that was just claimed may run, by the clock that its lease was given by."""
+    if job.deadline_at is None or job.lease_expires_at is None:
+        return math.inf
+    return job.deadline_at - (job.lease_expires_at - lease_seconds)
 
 
 class _Pace:

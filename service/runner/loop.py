@@ -23,7 +23,7 @@ from service.runner.context import JobContext, MakeExecutor, Progress
 from service.runner.heartbeat import beating
 from service.runner.identity import is_dead, this_process
 from service.runner.problems import JobFailed, problem_of
-from service.runner.signals import Cancelled, Interruption, ShuttingDown
+from service.runner.signals import Cancelled, DeadlinePassed, Interruption, ShuttingDown
 from service.settings import Settings
 from service.states import JobKind, JobState
 
@@ -32,6 +32,11 @@ OnProgress = Callable[[Progress], None]
 LONGEST_PAUSE_SECONDS = 30.0
 MOST_LOST = 5
 """Runners that a job may lose in a row at the same point of its work."""
+OVERDUE = JobFailed(
+    "deadline-passed",
+    "A job must end by its deadline. Got one that had not. Its scores are kept: resume it, with a later "
+    "deadline or none.",
+).as_json()
 
 log = structlog.get_logger()
 
@@ -92,6 +97,7 @@ class Runner:
     def run_one(self, on_progress: OnProgress | None = None) -> JobRecord | None:
         """Claim the oldest free job and run it; None when there is none."""
         with self.database.write() as session:
+            overdue = leases.expire(session, OVERDUE)
             job = leases.claim(
                 session,
                 self.owner,
@@ -99,6 +105,8 @@ class Runner:
                 self._handlers.keys(),
                 self.settings.quota_running,
             )
+        for late in overdue:
+            log.info("job.finished", job=late.id, state=late.state, problem=slug_of(OVERDUE))
         return None if job is None else self._run_claimed(job, on_progress)
 
     def run_job(self, job_id: str, on_progress: OnProgress | None = None) -> JobRecord:
@@ -163,6 +171,8 @@ class Runner:
             summary = self._call(context)
         except Cancelled:
             self._finish(context, JobState.CANCELLED)
+        except DeadlinePassed:
+            self._finish(context, JobState.EXPIRED, problem=OVERDUE)
         except ShuttingDown:
             self._release(context)
         except LeaseLost:

@@ -2,7 +2,7 @@
 
 from service.db.repositories.leases import LeaseLost
 
-__all__ = ["Cancelled", "Interruption", "LeaseLost", "ShuttingDown"]
+__all__ = ["Cancelled", "DeadlinePassed", "Interruption", "LeaseLost", "ShuttingDown"]
 
 
 class Interruption(BaseException):
@@ -13,6 +13,10 @@ class Interruption(BaseException):
 
 class Cancelled(Interruption):
     """Somebody asked for the job to be cancelled: what was measured stays, the job ends cancelled."""
+
+
+class DeadlinePassed(Interruption):
+    """The job's deadline has passed: what was measured stays, the job ends expired."""
 
 
 class ShuttingDown(Interruption):

@@ -3,6 +3,7 @@
 # ruff: noqa: N818 - an error is named after what went wrong
 
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -48,11 +49,13 @@ def create(
     request_digest: str,
     predecessor: str | None = None,
     tenant: str = "default",
+    deadline: datetime | None = None,
 ) -> JobRecord:
-    """A new queued job with its first event."""
+    """A new queued job with its first event; it expires unless it has ended by the deadline."""
     row = JobRow(
         id=new_id("job"),
         tenant=tenant,
+        deadline_at=None if deadline is None else deadline.timestamp(),
         kind=kind.value,
         state=JobState.QUEUED.value,
         request=dict(request),

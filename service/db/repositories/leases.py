@@ -72,6 +72,15 @@ def claim_job(session: Session, job_id: str, owner: Owner, lease_seconds: float)
     return _claim(session, and_(_free_now(), JobRow.id == job_id), owner, lease_seconds)
 
 
+def expire(session: Session, problem: Mapping[str, Any]) -> tuple[JobRecord, ...]:
+    """End the jobs that nobody runs and whose deadline has passed, with this problem; which ones."""
+    overdue = and_(
+        _free_now(), JobRow.deadline_at <= database_clock(), JobRow.state != JobState.CANCELLING.value
+    )
+    query = select(JobRow).where(overdue).with_for_update(skip_locked=True)
+    return tuple(_end(session, row, JobState.EXPIRED, problem) for row in session.scalars(query).all())
+
+
 def _free_now() -> ColumnElement[bool]:
     expired = and_(JobRow.state.in_(HELD), JobRow.lease_expires_at <= database_clock())
     return or_(JobRow.state == JobState.QUEUED.value, expired)
@@ -237,6 +246,10 @@ def finish(
         transition(session, row, JobState.CANCELLING)
     if summary is not None:
         _tell(row, summary)
+    return _end(session, row, state, problem)
+
+
+def _end(session: Session, row: JobRow, state: JobState, problem: Mapping[str, Any] | None) -> JobRecord:
     row.problem = None if problem is None else dict(problem)
     return transition(session, row, state, {} if problem is None else {"problem": dict(problem)})
 

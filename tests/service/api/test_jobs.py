@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -284,3 +285,47 @@ def test_events_tell_the_story_in_order(api, finished_job):
 @pytest.mark.parametrize("part", ["", "/events", "/scores", "/plans"])
 def test_unknown_jobs_are_not_found(api, part):
     assert api.http.get(f"/v1/jobs/job_0{part}").json()["type"] == "urn:bitplan:problem:job-not-found"
+
+
+def later(**span):
+    return (datetime.now(UTC) + timedelta(**span)).isoformat()
+
+
+def test_a_job_may_have_a_deadline(api):
+    deadline = later(hours=1)
+    job = api.submit(deadline=deadline)
+    assert datetime.fromisoformat(job["deadline"]) == datetime.fromisoformat(deadline)
+    assert "deadline" not in job["request"]
+    assert api.submit()["deadline"] is None
+
+
+@pytest.mark.parametrize(
+    "deadline",
+    [later(seconds=-5), later(days=400), "2026-12-01", "2030-01-01T00:00:00", "soon", 1.9e9, True, []],
+)
+def test_other_deadlines_are_refused(api, deadline):
+    response = api.http.post("/v1/jobs", json=api.request(deadline=deadline))
+    problem = response.json()
+    assert (response.status_code, problem["type"], problem["pointer"]) == (
+        422,
+        "urn:bitplan:problem:invalid-deadline",
+        "/deadline",
+    )
+
+
+def test_a_resumed_job_has_a_deadline_of_its_own(api):
+    first = api.submit(deadline=later(hours=1))
+    api.http.post(f"/v1/jobs/{first['id']}/cancel")
+    path, deadline = f"/v1/jobs/{first['id']}/resume", later(hours=2)
+    assert api.http.post(path).json()["deadline"] is None
+    given = api.http.post(path, json={"deadline": deadline}).json()["deadline"]
+    assert datetime.fromisoformat(given) == datetime.fromisoformat(deadline)
+    assert api.http.post(path, json={"deadline": later(hours=-1)}).status_code == 422
+
+
+def test_a_key_stands_for_one_deadline(api):
+    request, key = api.request(), {"Idempotency-Key": "k"}
+    first = api.http.post("/v1/jobs", json={**request, "deadline": later(hours=1)}, headers=key)
+    assert first.status_code == 202
+    other = api.http.post("/v1/jobs", json={**request, "deadline": later(hours=2)}, headers=key)
+    assert other.json()["type"] == "urn:bitplan:problem:idempotency-key-reused"

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from quant.plan import parse_plan
+from service.cli.remote import _moment
 from service.client import Client
 from service.remote import upload
 from service.remote.handles import JobHandle
@@ -358,3 +360,23 @@ def test_a_servers_plans_and_trade_offs_are_explained(
     between = answer("frontier", finished, "--between", low, high)
     assert between["complete"] is True
     assert len(between["items"]) >= 3
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("90m", 90), ("6h", 360), ("2d", 2880), (None, None)], ids=str)
+def test_a_deadline_from_now(text: str | None, minutes: int | None) -> None:
+    before, found = datetime.now(UTC), _moment(text)
+    if found is None or minutes is None:
+        assert found is minutes
+        return
+    assert timedelta(0) <= found - before - timedelta(minutes=minutes) < timedelta(minutes=1)
+
+
+def test_a_deadline_is_sent(bitplan: Bitplan, tiny: Tiny) -> None:
+    model = tiny("resnet")
+    given = ("submit", str(model.folder), "-c", str(model.data), "-b", "5 bpw", "--json")
+    job = json.loads(bitplan(*given, "--deadline", "2d").stdout)
+    assert datetime.fromisoformat(job["deadline"]) > datetime.now(UTC) + timedelta(days=1)
+    for wrong in ("tomorrow", "2030-01-01", "9h30m"):
+        refused = bitplan(*given, "--deadline", wrong)
+        assert refused.exit_code == 2
+        assert "--deadline must be a time from now" in refused.output

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy.exc import IntegrityError
@@ -414,3 +415,47 @@ def test_the_table_of_transitions_is_whole() -> None:
             if new not in TRANSITIONS[old]:
                 with pytest.raises(IllegalTransition):
                     check_transition("job_1", old, new)
+
+
+PROBLEM = {"type": "urn:bitplan:problem:deadline-passed"}
+
+
+def create_until(database: Database, seconds: float) -> JobRecord:
+    """A job with a deadline so many seconds from now."""
+    deadline = datetime.now(UTC) + timedelta(seconds=seconds)
+    with database.write() as session:
+        return jobs.create(session, kind=JobKind.SEARCH, request={}, request_digest="d", deadline=deadline)
+
+
+def expire(database: Database) -> list[str]:
+    with database.write() as session:
+        return [job.id for job in leases.expire(session, PROBLEM)]
+
+
+def test_a_job_that_waits_past_its_deadline_expires_once(database: Database) -> None:
+    late, _, _ = create_until(database, -5), create_until(database, 600), create(database)
+    assert expire(database) == [late.id]
+    assert expire(database) == []
+    ended = current(database, late.id)
+    assert (ended.state, ended.problem, ended.finished) == (JobState.EXPIRED, PROBLEM, True)
+    assert history(database, late.id) == ["queued", "expired"]
+
+
+def test_a_job_expires_whose_runner_is_lost_but_not_one_that_is_held(database: Database) -> None:
+    late = create_until(database, -5)
+    assert claim(database) is not None
+    assert expire(database) == []
+    held = create_until(database, -5)
+    assert claim(database, lease=EXPIRED) is not None
+    assert expire(database) == [held.id]
+    assert current(database, held.id).lease_owner is None
+    assert current(database, late.id).state == JobState.RUNNING
+
+
+def test_a_job_that_is_being_cancelled_does_not_expire(database: Database) -> None:
+    job = create_until(database, -5)
+    assert claim(database) is not None
+    with database.write() as session:
+        jobs.request_cancel(session, job.id)
+        leases.locked(session, job.id).lease_expires_at = 1.0
+    assert expire(database) == []

@@ -2,6 +2,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -137,6 +138,42 @@ def test_a_cancelled_job_ends_cancelled(
     assert done is not None
     assert done.state == JobState.CANCELLED
     assert history(database, job) == ["queued", "running", "cancelling", "cancelled"]
+
+
+def due_in(database: Database, seconds: float) -> JobRecord:
+    """A job with a deadline so many seconds from now."""
+    deadline = datetime.now(UTC) + timedelta(seconds=seconds)
+    with database.write() as session:
+        return jobs.create(session, kind=JobKind.SEARCH, request={}, request_digest="d", deadline=deadline)
+
+
+def test_a_job_is_stopped_at_its_deadline(runner: Callable[[Handler], Runner], database: Database) -> None:
+    job = due_in(database, 1.0)
+    began = time.monotonic()
+    done = runner(lambda context: context.wait(PATIENCE_SECONDS)).run_one()
+    assert time.monotonic() - began < PATIENCE_SECONDS
+    assert done is not None
+    assert done.problem is not None
+    assert (done.state, done.problem["type"]) == (JobState.EXPIRED, "urn:bitplan:problem:deadline-passed")
+    assert history(database, job) == ["queued", "running", "expired"]
+
+
+def test_a_job_that_was_not_begun_by_its_deadline_is_not_begun(
+    runner: Callable[[Handler], Runner], database: Database, current: Current
+) -> None:
+    job = due_in(database, -1.0)
+    assert runner(lambda context: {"answer": 42}).run_one() is None
+    assert current(job).state == JobState.EXPIRED
+    assert history(database, job) == ["queued", "expired"]
+
+
+def test_a_job_that_ends_before_its_deadline_succeeds(
+    runner: Callable[[Handler], Runner], database: Database
+) -> None:
+    due_in(database, 600.0)
+    done = runner(lambda context: context.wait(0.05)).run_one()
+    assert done is not None
+    assert done.state == JobState.SUCCEEDED
 
 
 def test_a_write_notices_the_cancellation_at_once(new_context: Any, database: Database) -> None:
