@@ -301,7 +301,15 @@ def test_a_job_may_have_a_deadline(api):
 
 @pytest.mark.parametrize(
     "deadline",
-    [later(seconds=-5), later(days=400), "2026-12-01", "2030-01-01T00:00:00", "soon", 1.9e9, True, []],
+    [
+        "2026-11-01T00:00:00Z",
+        "9999-12-31T23:59:59-23:59",
+        "2026-12-01",
+        "2030-01-01T00:00:00",
+        "soon",
+        1.9e9,
+        [],
+    ],
 )
 def test_other_deadlines_are_refused(api, deadline):
     response = api.http.post("/v1/jobs", json=api.request(deadline=deadline))
