@@ -31,7 +31,7 @@ LEARNING = 8
 """So many moves are measured before predictions are believed that none is worth it."""
 HOPE = 3.0
 """After that, those whose predicted loss is at most so many times the error of predictions."""
-CLEAR = 1.5
+CLEAR = 2.0
 """A plan counts that is better by so many standard errors: among dozens, some look better by chance."""
 CORRECTED = "corrected model"
 LOCAL = "local search"

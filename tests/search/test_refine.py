@@ -104,7 +104,7 @@ def test_what_hurts_a_half_of_the_samples_does_not_count(compiled: Callable[...,
 
 @pytest.mark.parametrize(
     ("gain", "rival", "counts"),
-    [(0.1, False, False), (0.1, True, True), (0.9, False, True), (-0.1, True, False)],
+    [(0.1, False, False), (0.1, True, True), (1.1, False, True), (-0.1, True, False)],
 )
 def test_models_win_clearly_and_rivals_by_any_difference(
     compiled: Callable[..., Compiled], gain: float, rival: bool, counts: bool
@@ -122,11 +122,11 @@ def test_models_win_clearly_and_rivals_by_any_difference(
     assert [step.accepted for step in refined.trace] == [True, counts]
 
 
-@pytest.mark.parametrize(("gain", "counts"), [(0.1, False), (0.9, True)])
+@pytest.mark.parametrize(("gain", "counts"), [(0.1, False), (0.9, False), (1.1, True)])
 def test_what_is_better_by_chance_does_not_count(
     compiled: Callable[..., Compiled], gain: float, counts: bool
 ) -> None:
-    """The standard error of the paired difference is 2 / sqrt(16), so 1.5 of them are 0.75."""
+    """The standard error of the paired difference is 2 / sqrt(16), so two of them are 1."""
     problem = compiled(7, 0)
     start = _additive(problem)
     spread = np.tile([2.0, 2.0, -2.0, -2.0], 4) * np.sqrt(15 / 16)
