@@ -8,7 +8,6 @@ Both may be interrupted anywhere and repeated: what is whole is in the store, wh
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from service.hub.listing import HubFile, mismatch, read_listing, too_large
 from service.hub.reference import HubReference
 from service.ingest.model_folder import check_small_files
 from service.ingest.weights import choose
+from service.passing import FULL
 from service.store.blobs import BlobStore
 from service.store.errors import BlobTooLarge, DigestMismatch, PartialBusy, WrongOffset
 
@@ -251,7 +251,7 @@ def _stored() -> Iterator[None]:
     except BlobTooLarge as error:
         raise mismatch(f"more than the {error.limit} bytes of a file") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise InsufficientStorage(
             "disk-full",

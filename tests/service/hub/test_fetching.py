@@ -134,6 +134,16 @@ def test_a_busy_hub_is_asked_again_when_it_says(
     assert waited == [7.0, 2.0, 4.0]
 
 
+def test_a_pause_that_is_no_number_is_our_own(
+    hub: Hub, place: HubPlace, bring: Any, patience: Patience
+) -> None:
+    waited: list[float] = []
+    patience.wait = waited.append
+    hub.statuses = [(503, {"Retry-After": "\N{SUPERSCRIPT TWO}"})]
+    bring(place)
+    assert waited == [1.0]
+
+
 def test_a_hub_that_stays_away_is_told(hub: Hub, place: HubPlace, bring: Any) -> None:
     hub.statuses = [(503, {})] * 6
     problem = refused(lambda: bring(place))
@@ -196,6 +206,7 @@ def test_the_token_goes_to_the_hub_alone(hub: Hub, bring: Any) -> None:
         "//evil.example/x",
         "https://evil.example/x",
         "https://user:secret@evil.example/x",
+        "https://[evil/x",
     ],
 )
 def test_redirects_to_other_hosts_are_refused(hub: Hub, place: HubPlace, bring: Any, redirect: str) -> None:
