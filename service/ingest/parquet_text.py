@@ -55,8 +55,12 @@ def jsonl_of(path: Path, name: str, isolation: Isolation) -> Iterator[bytes]:
     if size > LARGEST_FILE:
         raise _invalid(name, f"have at most {LARGEST_FILE} bytes. Got {size}. Send fewer rows")
     most, begun = max(LEAST_ROOM, MOST_EXPANSION * size), 0
-    with _turns, path.open("rb") as file, tempfile.TemporaryFile() as said:
-        process = _started(file, said, isolation)
+    with (
+        _turns,
+        path.open("rb") as file,
+        tempfile.TemporaryFile() as said,
+        _started(file, said, isolation) as process,
+    ):
         try:
             assert process.stdout is not None, "it is a pipe"
             while chunk := process.stdout.read(_CHUNK):
@@ -67,7 +71,6 @@ def jsonl_of(path: Path, name: str, isolation: Isolation) -> Iterator[bytes]:
             _require_end(process.wait(), name, said)
         finally:
             process.kill()
-            process.wait()
 
 
 def _started(file: BinaryIO, said: BinaryIO, isolation: Isolation) -> subprocess.Popen[bytes]:
