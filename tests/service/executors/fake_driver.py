@@ -37,7 +37,6 @@ def main(descriptor: int) -> None:
             say(said="away", why="Nodes must have the runner's versions.")
             time.sleep(float(rest))
         say(*pack_result(session.run(unit)), said="result", key=message["key"])
-    say(said="closed")
 
 
 if __name__ == "__main__":
