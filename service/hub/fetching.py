@@ -138,9 +138,7 @@ def fetch(
     total, done = sum(file["size"] for file in files), 0
     for file in files:
         on_bytes(done, total)
-        if not store.has(file["sha256"]):
-            told = partial(_tell, on_bytes, done, total)
-            _whole(connection, store, reference, file, patience, told)
+        _whole(connection, store, reference, file, patience, partial(_tell, on_bytes, done, total))
         done += file["size"]
     on_bytes(done, total)
 
@@ -192,11 +190,15 @@ def _whole(
     patience: Patience,
     on_bytes: Callable[[int], None] = lambda now: None,
 ) -> str:
-    """Fetch a file whose SHA-256 is known from where it broke off, and give the digest."""
+    """Fetch a file whose SHA-256 is known from where it broke off, unless the store has it, and give the
+    digest.
+    """
     sha256, size, name = str(file["sha256"]), int(file["size"]), str(file["path"])
     arriving = store.partial(partial_id(reference), sha256)
 
     def once() -> None:
+        if store.has(sha256):  # another job may have brought it meanwhile
+            return
         while arriving.offset < size:
             patience.require_time()
             append(arriving.offset)

@@ -445,6 +445,19 @@ def test_two_may_fetch_the_same(hub: Hub, place: HubPlace, store: BlobStore, bri
     assert sha256(hub.files[LARGE]) in stored(store)
 
 
+def test_what_another_job_has_brought_meanwhile_is_not_fetched(
+    hub: Hub, place: HubPlace, store: BlobStore, patience: Patience
+) -> None:
+    held = store.partial(partial_id(WANTED), sha256(hub.files[LARGE]))
+    with HubConnection(place) as connection, held.append(0, 10):
+        found = announced(connection, store, WANTED, GIB, patience)
+        patience.wait = lambda seconds: store.put_bytes(hub.files[LARGE])
+        fetch(connection, store, WANTED, found.files, patience)
+        asked = len(hub.paths("/cdn/"))
+        fetch(connection, store, WANTED, found.files, patience)
+    assert len(hub.paths("/cdn/")) == asked <= 1
+
+
 def test_a_large_file_comes_in_constant_memory(hub: Hub, place: HubPlace, bring: Any) -> None:
     hub.files[LARGE] = weights(weight=[4096, 2048])
     tracemalloc.start()
