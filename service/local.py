@@ -73,7 +73,7 @@ class Local:
         """
         with self.database.read() as session:
             known = models.find_by_source(session, HUB, wanted.as_json())
-        if known is None:
+        if known is None or not known.arrived:  # a server with this data directory may be fetching it
             known = self._fetched(wanted, on_job)
         return model_source(known, self.store)
 

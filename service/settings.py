@@ -167,7 +167,7 @@ class Settings(BaseSettings):
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         return (
-            tuple(part.strip() for part in value.split(",") if part.strip())
+            tuple(part.strip().lower() for part in value.split(",") if part.strip())
             if isinstance(value, str)
             else value
         )

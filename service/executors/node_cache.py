@@ -92,11 +92,11 @@ class NodeCache:
             os.close(self._held.popitem()[1])
 
     def make_room(self, size: int) -> None:
-        """Sweep until `size` more bytes fit. Raises `CacheFull`."""
-        for entry in sorted(self._entries(), key=lambda entry: entry.stat().st_mtime):
+        """Sweep until `size` more bytes fit: first what dead processes left half. Raises `CacheFull`."""
+        for folder in (*self._folders("coming"), *sorted(self._folders("entries"), key=_used)):
             if self._fits(size):
                 return
-            self._remove(entry)
+            self._remove(folder)
         if not self._fits(size):
             raise CacheFull(
                 f"The cache of a node must have room for {size:,} bytes. Got {self._free():,} free on the"
@@ -117,17 +117,17 @@ class NodeCache:
     def _free(self) -> int:
         return shutil.disk_usage(self.folder).free
 
-    def _entries(self) -> list[Path]:
-        return [entry for entry in (self.folder / "entries").iterdir() if is_digest(entry.name)]
+    def _folders(self, kind: Literal["entries", "coming"]) -> list[Path]:
+        return [folder for folder in (self.folder / kind).iterdir() if is_digest(folder.name)]
 
-    def _remove(self, entry: Path) -> None:
-        """Remove it unless somebody holds it."""
-        if entry.name in self._held:
+    def _remove(self, folder: Path) -> None:
+        """Remove it unless somebody holds or fetches it."""
+        if folder.name in self._held:
             return
-        descriptor = self._open_lock(entry.name)
+        descriptor = self._open_lock(folder.name)
         try:
             if _locked(descriptor, fcntl.LOCK_EX):
-                views.remove(entry)
+                views.remove(folder)
         finally:
             os.close(descriptor)
 
@@ -238,6 +238,14 @@ def _locked(descriptor: int, how: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _used(entry: Path) -> float:
+    """When it was used last; long ago if somebody has swept it meanwhile."""
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _size(folder: Path) -> int:

@@ -185,7 +185,10 @@ class RayCluster:
         log.warning("ray.driver_ended", code=driver.code, log=driver.log)
 
     def _require_patience(self) -> None:
-        since = self._away_since
+        """Raise `ExecutorAway` where nothing could run for too long. While a unit runs, one can: other slots
+        may wait for nodes that are not as they must be.
+        """
+        since = None if self._began else self._away_since
         if since is not None and time.monotonic() - since >= self._settings.ray.patience_seconds:
             raise ExecutorAway(self._why)
 

@@ -89,7 +89,6 @@ def serve(descriptor: int) -> None:
     pool.close(grace)
     stop.set()
     telling.join()
-    teller.say("closed")
 
 
 def _pool(hello: dict[str, Any], settings: RaySettings, teller: Teller) -> Pool:

@@ -30,6 +30,7 @@ POLL_SECONDS = 0.5
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10.0
 WAITING_SECONDS = 30.0
 END_SECONDS = 5.0
+KILLED = Failure("worker_crash", "The worker must survive the unit. Got its end by the runner.")
 
 
 class Killed(Exception):  # noqa: N818 - says what happened
@@ -126,12 +127,12 @@ class RayKeeper:
         except Refused as refused:
             failure = refused.failure
         except Killed:
-            failure = Failure("worker_crash", "The worker must survive the unit. Got its end by the runner.")
+            failure = KILLED
         except RayError as error:
             self._open = False
             failure = _lost(error)
         except Exception as error:
-            failure = failure_of(error, "unit_error")
+            failure = KILLED if self._killed.is_set() else failure_of(error, "unit_error")
         return failure
 
     def _run(self, unit: Unit, began: Callable[[], None]) -> UnitResult | Failure | None:
@@ -151,8 +152,9 @@ class RayKeeper:
         return unpack_result(head, arrays) if said == "result" else self._failed(head)
 
     def _lives(self) -> bool:
+        """Whether the actor still has its session: one that Ray has restarted has none."""
         try:
-            self._call("about")
+            self._open = self._call("about")["open"]
         except RayError:
             self._open = False
         return self._open
@@ -242,6 +244,8 @@ class RayKeeper:
                 raise Refused(Failure("worker_crash", full, {"error": "cache_full", "node": host}))
             self._send(files, sizes)
             wrong = self._call("finish", source.kind)
+        except RayError:  # may be an OSError of the node's too, which says nothing of our files
+            raise
         except (OSError, FolderError, NotWhatWasAsked) as error:
             wrong = str(error)
         if wrong:

@@ -75,8 +75,9 @@ class Scorer:
         self._gaps: tuple[str, ...] = ()
 
     def about(self) -> dict[str, Any]:
-        """Where this is, and which versions are installed there."""
-        return {"host": socket.gethostname(), "pid": os.getpid(), "versions": versions()}
+        """Where this is, which versions are installed there, and whether a session is open."""
+        opened = self._keeper is not None
+        return {"host": socket.gethostname(), "versions": versions(), "open": opened}
 
     def claim(self, digest: str) -> Claimed:
         """Whether what the digest names is here, is to be sent, or is being received by another slot."""

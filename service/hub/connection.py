@@ -58,7 +58,7 @@ class Answer:
     def length(self) -> int | None:
         """Bytes of the body, where the hub says so."""
         text = self.header("content-length") or ""
-        return int(text) if text.isdigit() and len(text) < 20 else None
+        return int(text) if text.isdecimal() and len(text) < 20 else None
 
     def pieces(self) -> Iterator[bytes]:
         """The body. Raises `HubAway` where it breaks off."""
@@ -108,7 +108,7 @@ class HubConnection:
             with self._once(url, offset) as response:
                 commit = _header(response, "x-repo-commit") or commit
                 if response.status in REDIRECTS:
-                    url = urljoin(url, _header(response, "location") or "")
+                    url = _next(url, _header(response, "location") or "")
                     continue
                 _require_fine(response, self._place, offset)
                 yield Answer(response, commit)
@@ -141,6 +141,14 @@ class HubConnection:
         return headers
 
 
+def _next(url: str, location: str) -> str:
+    """Where a redirect leads."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise mismatch("a redirect to something that is no URL") from None
+
+
 def _url(destination: Destination) -> httpcore2.URL:
     return httpcore2.URL(
         scheme=b"https" if destination.tls else b"http",
@@ -161,7 +169,7 @@ def _require_fine(response: httpcore2.Response, place: HubPlace, offset: int) ->
     status = response.status
     if status in BUSY:
         waits = _header(response, "retry-after") or ""
-        seconds = min(float(waits), LONGEST_WAIT) if waits.isdigit() and len(waits) < 6 else None
+        seconds = min(float(waits), LONGEST_WAIT) if waits.isdecimal() and len(waits) < 6 else None
         raise HubAway(f"HTTP status {status}", seconds)
     if status in (401, 403, 404, 410, 451):
         raise _refused(status, _header(response, "x-error-code") or "", place)

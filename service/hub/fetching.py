@@ -8,7 +8,6 @@ Both may be interrupted anywhere and repeated: what is whole is in the store, wh
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from service.hub.listing import HubFile, mismatch, read_listing, too_large
 from service.hub.reference import HubReference
 from service.ingest.model_folder import check_small_files
 from service.ingest.weights import choose
+from service.passing import FULL
 from service.store.blobs import BlobStore
 from service.store.errors import BlobTooLarge, DigestMismatch, PartialBusy, WrongOffset
 
@@ -138,9 +138,7 @@ def fetch(
     total, done = sum(file["size"] for file in files), 0
     for file in files:
         on_bytes(done, total)
-        if not store.has(file["sha256"]):
-            told = partial(_tell, on_bytes, done, total)
-            _whole(connection, store, reference, file, patience, told)
+        _whole(connection, store, reference, file, patience, partial(_tell, on_bytes, done, total))
         done += file["size"]
     on_bytes(done, total)
 
@@ -192,11 +190,15 @@ def _whole(
     patience: Patience,
     on_bytes: Callable[[int], None] = lambda now: None,
 ) -> str:
-    """Fetch a file whose SHA-256 is known from where it broke off, and give the digest."""
+    """Fetch a file whose SHA-256 is known from where it broke off, unless the store has it, and give the
+    digest.
+    """
     sha256, size, name = str(file["sha256"]), int(file["size"]), str(file["path"])
     arriving = store.partial(partial_id(reference), sha256)
 
     def once() -> None:
+        if store.has(sha256):  # another job may have brought it meanwhile
+            return
         while arriving.offset < size:
             patience.require_time()
             append(arriving.offset)
@@ -251,7 +253,7 @@ def _stored() -> Iterator[None]:
     except BlobTooLarge as error:
         raise mismatch(f"more than the {error.limit} bytes of a file") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise InsufficientStorage(
             "disk-full",

@@ -19,6 +19,8 @@ CONTEXT = "context"
 BATCH_ROWS, MOST_ROWS = 64, 1_000_000
 REFUSED = 3
 """The exit code of a process that says on stderr what the file must do or be."""
+NOT_CONFINED = 4
+"""The exit code of one that says what it would not be kept from, and has read nothing."""
 
 
 def _write_lines(source: Any, sink: BinaryIO) -> None:
@@ -59,7 +61,8 @@ def main(isolation: Isolation) -> None:
     """Confine this process, then write the lines of the file that is its standard input."""
     gaps = confine(isolation)
     if gaps and isolation.mode == "require":
-        sys.exit(f"not isolated: {'; '.join(gaps)}")
+        sys.stderr.write("; ".join(gaps))
+        sys.exit(NOT_CONFINED)
     limit_cpu(isolation.cpu_seconds)
     try:
         with os.fdopen(0, "rb") as source, os.fdopen(1, "wb") as sink:

@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from service.errors import Unprocessable
+from service.errors import Unavailable, Unprocessable
 from service.executors.confine import Isolation
-from service.executors.worker_process import environment
-from service.ingest.parquet_reader import REFUSED
+from service.executors.worker_process import NOT_ISOLATED, environment
+from service.ingest.parquet_reader import NOT_CONFINED, REFUSED
 
 READER = "service.ingest.parquet_reader"
 MEMORY_BYTES = 2 * 2**30
@@ -48,15 +48,20 @@ def jsonl_of(path: Path, name: str, isolation: Isolation) -> Iterator[bytes]:
     """The rows of a Parquet file with a column `text` or `messages`, and `context` where there is one.
 
     The same file gives the same bytes. Raises Unprocessable `invalid-calibration` and
-    `parquet-not-installed`, in the middle too; `name` is what the sender calls the file.
+    `parquet-not-installed`, and Unavailable `not-isolated`, in the middle too; `name` is what the sender
+    calls the file.
     """
     require_pyarrow("Calibration data in a Parquet file", "Send jsonl", "/files/0")
     size = path.stat().st_size
     if size > LARGEST_FILE:
         raise _invalid(name, f"have at most {LARGEST_FILE} bytes. Got {size}. Send fewer rows")
     most, begun = max(LEAST_ROOM, MOST_EXPANSION * size), 0
-    with _turns, path.open("rb") as file, tempfile.TemporaryFile() as said:
-        process = _started(file, said, isolation)
+    with (
+        _turns,
+        path.open("rb") as file,
+        tempfile.TemporaryFile() as said,
+        _started(file, said, isolation) as process,
+    ):
         try:
             assert process.stdout is not None, "it is a pipe"
             while chunk := process.stdout.read(_CHUNK):
@@ -67,7 +72,6 @@ def jsonl_of(path: Path, name: str, isolation: Isolation) -> Iterator[bytes]:
             _require_end(process.wait(), name, said)
         finally:
             process.kill()
-            process.wait()
 
 
 def _started(file: BinaryIO, said: BinaryIO, isolation: Isolation) -> subprocess.Popen[bytes]:
@@ -78,12 +82,15 @@ def _started(file: BinaryIO, said: BinaryIO, isolation: Isolation) -> subprocess
 
 
 def _require_end(code: int, name: str, said: Any) -> None:
-    """Raise Unprocessable unless the process came to its end."""
+    """Raise Unprocessable unless the process came to its end; Unavailable where it did not begin."""
     if code == 0:
         return
     said.seek(0)
+    words = said.read(LONGEST_WORD).decode("utf-8", "replace")
+    if code == NOT_CONFINED:
+        raise Unavailable("not-isolated", NOT_ISOLATED.format(words))
     if code == REFUSED:
-        raise _invalid(name, said.read(LONGEST_WORD).decode("utf-8", "replace"))
+        raise _invalid(name, words)
     raise _invalid(
         name,
         f"be a Parquet file that can be read within {CPU_SECONDS} s and {MEMORY_BYTES} bytes of memory. "

@@ -38,14 +38,14 @@ def arrived(context: JobContext, model: ModelRecord) -> ModelRecord:
     return context.write(lambda session: _keep(context, session, model, facts.as_json()))
 
 
-def forget(context: JobContext, model: ModelRecord, *, pieces: bool) -> None:
-    """The model has no files, since they will not come; `pieces` of them go too, unless another attempt may
-    go on with them.
-    """
-    source = {**model.source, "files": []}
-    context.write(lambda session: models.set_source(session, model.id, source))
-    if pieces:
-        context.store.drop_partials(partial_id(reference_of(model)))
+def forget(session: Session, model: ModelRecord) -> None:
+    """The model has no files, since they will not come."""
+    models.set_source(session, model.id, {**model.source, "files": []})
+
+
+def drop_pieces(context: JobContext, model: ModelRecord) -> None:
+    """Drop what has come of files that no other attempt may go on with."""
+    context.store.drop_partials(partial_id(reference_of(model)))
 
 
 def reference_of(model: ModelRecord) -> HubReference:

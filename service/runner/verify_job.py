@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from sensitivity.spec import NO_DATA, SessionSpec
 from sensitivity.units import InspectUnit
 from service.db.repositories import models
@@ -14,7 +16,7 @@ from service.errors import ServiceError
 from service.records import ModelRecord
 from service.runner.context import JobContext
 from service.runner.dispatch import run_alone
-from service.runner.hub_model import arrived, forget
+from service.runner.hub_model import arrived, drop_pieces, forget
 from service.runner.inputs import model_source
 from service.runner.problems import problem_of_failure
 from service.states import InputState
@@ -47,12 +49,18 @@ def _arrived(context: JobContext, model: ModelRecord) -> ModelRecord:
     try:
         return arrived(context, model)
     except ServiceError as rejected:
-        if not model.arrived:
-            forget(context, model, pieces=rejected.status < 500)
         _reject(context, model, rejected)
+        if not model.arrived and rejected.status < 500:
+            drop_pieces(context, model)
         raise
 
 
 def _reject(context: JobContext, model: ModelRecord, why: ServiceError) -> None:
     problem = why.as_json()
-    context.write(lambda session: models.set_state(session, model.id, InputState.REJECTED, problem=problem))
+
+    def change(session: Session) -> None:
+        if not model.arrived:
+            forget(session, model)
+        models.set_state(session, model.id, InputState.REJECTED, problem=problem)
+
+    context.write(change)

@@ -1,4 +1,5 @@
-"""Where webhooks may go: public addresses, checked when the connection is made (server-side request forgery).
+"""Where webhooks and questions to hubs may go: public addresses, checked when the connection is made, against
+server-side request forgery.
 
 A name is resolved once, every address that it has is checked, and the connection goes to a checked address: a
 name that resolves to something else a moment later changes nothing. TLS still checks the name.
@@ -35,7 +36,7 @@ SPECIAL: tuple[Network, ...] = (
 
 
 class DestinationRefused(ValueError):
-    """A webhook must not go there."""
+    """A webhook, or a question to a hub, must not go there."""
 
 
 class NameNotFound(OSError):
@@ -65,20 +66,20 @@ def parse_destination(url: str, longest: int = LONGEST_URL) -> Destination:
         tls = parsed.scheme == "https"
         port = (443 if tls else 80) if parsed.port is None else parsed.port
     except (httpx2.InvalidURL, UnicodeError, TypeError, ValueError):
-        raise _no_url("something that is no URL") from None
+        raise _no_url("something else", longest) from None
     if len(url) > longest:
-        raise _no_url(f"one of {len(url)} characters")
+        raise _no_url(f"one of {len(url)} characters", longest)
     if parsed.scheme not in ("http", "https") or not HOST.fullmatch(host) or not 0 < port < 2**16:
-        raise _no_url(f"scheme {parsed.scheme[:20]!r}, host {host[:80]!r} and port {port}")
+        raise _no_url(f"scheme {parsed.scheme[:20]!r}, host {host[:80]!r} and port {port}", longest)
     if parsed.userinfo or parsed.fragment:
-        raise _no_url("one with a user, a password or a fragment")
+        raise _no_url("one with a user, a password or a fragment", longest)
     return Destination(tls, host, port, authority, parsed.raw_path.decode("ascii"))
 
 
-def _no_url(got: str) -> DestinationRefused:
+def _no_url(got: str, longest: int) -> DestinationRefused:
     return DestinationRefused(
-        f"A webhook's url must be https://host/path of at most {LONGEST_URL} characters, without a user or"
-        f" fragment. Got {got}. Correct it."
+        f"A URL must be https://host/path of at most {longest} characters, without a user or fragment. Got"
+        f" {got}. Correct it."
     )
 
 
@@ -161,11 +162,11 @@ class Guard:
 
 def _require_tls(destination: Destination) -> None:
     if not destination.tls:
-        raise DestinationRefused("A webhook's url must begin with https://. Got http://. Use TLS.")
+        raise DestinationRefused("A URL must begin with https://. Got http://. Use TLS.")
     if destination.port not in PORTS:
         ports = " or ".join(map(str, PORTS))
         raise DestinationRefused(
-            f"A webhook's port must be {ports}. Got {destination.port}. Let the receiver listen there."
+            f"The port of a URL must be {ports}. Got {destination.port}. Let the server listen there."
         )
 
 

@@ -76,12 +76,15 @@ def list_by_digest(session: Session, digest: str, tenant: str = "default") -> tu
 def find_by_source(
     session: Session, kind: str, members: Mapping[str, str], tenant: str = "default"
 ) -> ModelRecord | None:
-    """The tenant's oldest ready or verifying model of this kind whose source has these members, or None."""
+    """The tenant's oldest ready model of this kind whose source has these members, else the oldest verifying
+    one, else None.
+    """
     usable = (InputState.READY.value, InputState.VERIFYING.value)
     query = select(ModelRow).where(ModelRow.tenant == tenant, ModelRow.state.in_(usable))
     for name, value in {"kind": kind, **members}.items():
         query = query.where(ModelRow.source[name].as_string() == value)
-    row = session.scalars(query.order_by(ModelRow.created_at, ModelRow.id).limit(1)).first()
+    later = ModelRow.state != InputState.READY.value
+    row = session.scalars(query.order_by(later, ModelRow.created_at, ModelRow.id).limit(1)).first()
     return None if row is None else _record(row)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from service.api.cursors import Cursors, load_secret
 from service.api.scores import cell
@@ -41,12 +42,16 @@ def test_an_unexpected_error_shows_nothing_of_the_inside(settings, monkeypatch):
     assert "secret" not in response.text
 
 
-def test_a_database_error_is_503_with_retry_after(settings):
+@pytest.mark.parametrize(
+    "error",
+    [OperationalError("SELECT secret", {}, Exception("database is locked")), NoConnection("all are taken")],
+)
+def test_a_database_error_is_503_with_retry_after(settings, error):
     app = create_app(settings)
 
     @app.get("/locked")
     def locked():
-        raise OperationalError("SELECT secret", {}, Exception("database is locked"))
+        raise error
 
     with TestClient(app) as http:
         response = http.get("/locked")

@@ -11,7 +11,10 @@ from click.testing import Result
 
 from quant.digest import folder_digest
 from service.client import Client
+from service.db.repositories import models
 from service.hub.reference import BadReference
+from service.local import Local, local_settings
+from service.records import HUB
 from service.remote.transport import ProblemError
 from tests.service.hub_server import COMMIT, REPOSITORY, Hub, hub_serving
 
@@ -69,6 +72,18 @@ def test_fetch_writes_a_folder(
     result = bitplan("fetch", REFERENCE, "-o", tmp_path / "second")
     assert result.exit_code == 0
     assert "wrote" in result.stdout
+
+
+def test_a_model_that_a_server_has_not_fetched_yet_is_fetched(
+    own: None, answer: Answer, tiny: Tiny, tmp_path: Path, hub: Hub
+) -> None:
+    with Local(local_settings()) as local, local.database.write() as session:
+        models.create(session, source={"kind": HUB, **ORIGIN}, digest="0" * 64)
+    told = answer("fetch", REFERENCE, "-o", tmp_path / "model")
+    assert told["digest"] == folder_digest(tiny("resnet").folder)[0]
+    hub.asked.clear()
+    answer("fetch", REFERENCE, "-o", tmp_path / "again")
+    assert hub.asked == []
 
 
 def test_a_bar_shows_what_comes(own: None, bitplan: Bitplan, tmp_path: Path) -> None:

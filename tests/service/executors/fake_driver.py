@@ -1,7 +1,10 @@
-"""A driver without Ray: its "cluster" is a session in this very process. Units named die:CODE end it."""
+"""A driver without Ray: its "cluster" is a session in this very process. Units named die:CODE end it,
+those named away:SECONDS take so long while another slot says that it has no node.
+"""
 
 import os
 import sys
+import time
 from multiprocessing.connection import Connection
 
 from sensitivity.spec import SessionSpec
@@ -30,8 +33,10 @@ def main(descriptor: int) -> None:
         if verb == "die":
             print("the cluster fell over", flush=True)
             os._exit(int(rest))
+        if verb == "away":
+            say(said="away", why="Nodes must have the runner's versions.")
+            time.sleep(float(rest))
         say(*pack_result(session.run(unit)), said="result", key=message["key"])
-    say(said="closed")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,31 @@ def test_what_a_dead_process_left_half_is_begun_anew(tmp_path: Path) -> None:
     assert (fetch(NodeCache(tmp_path), digest, files, "data") / "data").read_bytes() == b"abcdef"
 
 
+def test_what_dead_processes_left_half_goes_first_but_nothing_that_still_comes(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, limit_bytes=30)
+    fetch(cache, *data(b"a" * 10), "data")
+    cache.release()
+    left, coming = tmp_path / "coming" / sha(b"left"), NodeCache(tmp_path).fetch(sha(b"b" * 10))
+    left.mkdir()
+    (left / "data").write_bytes(b"left" * 3)
+    assert coming is not None
+    coming.expect([Coming("data", 10)])
+    coming.receive(b"b" * 9)
+    cache.make_room(11)
+    assert not left.exists()
+    assert cache.hold(sha(b"a" * 10))
+    coming.receive(b"b")
+    assert coming.finish("data").is_dir()
+
+
+def test_what_another_process_sweeps_meanwhile_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = NodeCache(tmp_path, limit_bytes=30)
+    monkeypatch.setattr(cache, "_folders", lambda kind: [tmp_path / kind / sha(b"swept")])
+    cache.make_room(30)
+
+
 def test_what_was_used_least_recently_goes_but_nothing_that_is_held(tmp_path: Path) -> None:
     cache, other = NodeCache(tmp_path, limit_bytes=30), NodeCache(tmp_path, limit_bytes=30)
     old, middle, new = (data(letter * 10) for letter in (b"a", b"b", b"c"))

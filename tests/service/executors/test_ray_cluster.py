@@ -85,6 +85,12 @@ def test_units_wait_for_a_cluster_that_is_away_until_patience_ends(make: Make) -
     assert executor.wait(0) == []
 
 
+def test_a_unit_that_runs_is_waited_for_while_other_slots_have_no_node(make: Make) -> None:
+    executor = make(patience=0.1)
+    executor.submit("a", score("away:1"))
+    assert collect(executor, 1)["a"].result is not None
+
+
 def test_nothing_is_started_for_no_units(make: Make) -> None:
     executor = make()
     assert executor.wait(0.01) == []

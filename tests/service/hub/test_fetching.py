@@ -134,6 +134,16 @@ def test_a_busy_hub_is_asked_again_when_it_says(
     assert waited == [7.0, 2.0, 4.0]
 
 
+def test_a_pause_that_is_no_number_is_our_own(
+    hub: Hub, place: HubPlace, bring: Any, patience: Patience
+) -> None:
+    waited: list[float] = []
+    patience.wait = waited.append
+    hub.statuses = [(503, {"Retry-After": "\N{SUPERSCRIPT TWO}"})]
+    bring(place)
+    assert waited == [1.0]
+
+
 def test_a_hub_that_stays_away_is_told(hub: Hub, place: HubPlace, bring: Any) -> None:
     hub.statuses = [(503, {})] * 6
     problem = refused(lambda: bring(place))
@@ -196,6 +206,7 @@ def test_the_token_goes_to_the_hub_alone(hub: Hub, bring: Any) -> None:
         "//evil.example/x",
         "https://evil.example/x",
         "https://user:secret@evil.example/x",
+        "https://[evil/x",
     ],
 )
 def test_redirects_to_other_hosts_are_refused(hub: Hub, place: HubPlace, bring: Any, redirect: str) -> None:
@@ -432,6 +443,19 @@ def test_two_may_fetch_the_same(hub: Hub, place: HubPlace, store: BlobStore, bri
         patience.wait = waits.append
         fetch(connection, store, WANTED, found.files, patience)
     assert sha256(hub.files[LARGE]) in stored(store)
+
+
+def test_what_another_job_has_brought_meanwhile_is_not_fetched(
+    hub: Hub, place: HubPlace, store: BlobStore, patience: Patience
+) -> None:
+    held = store.partial(partial_id(WANTED), sha256(hub.files[LARGE]))
+    with HubConnection(place) as connection, held.append(0, 10):
+        found = announced(connection, store, WANTED, GIB, patience)
+        patience.wait = lambda seconds: store.put_bytes(hub.files[LARGE])
+        fetch(connection, store, WANTED, found.files, patience)
+        asked = len(hub.paths("/cdn/"))
+        fetch(connection, store, WANTED, found.files, patience)
+    assert len(hub.paths("/cdn/")) == asked <= 1
 
 
 def test_a_large_file_comes_in_constant_memory(hub: Hub, place: HubPlace, bring: Any) -> None:

@@ -86,3 +86,15 @@ def test_the_token_is_not_shown_and_reaches_our_own_processes() -> None:
     settings = Settings(hub_token="hf_secret")
     assert "hf_secret" not in repr(settings)
     assert settings.as_environment()["BITPLAN_HUB_TOKEN"] == "hf_secret"
+
+
+def test_a_link_that_is_too_long_is_told_its_limit() -> None:
+    with pytest.raises(DestinationRefused, match="A URL must be .* at most 8000 characters"):
+        HubPlace("https://huggingface.co").destination("https://huggingface.co/" + "a" * 8000)
+
+
+def test_hosts_are_the_same_in_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITPLAN_HUB_HOSTS", "*.HF.co, Mirror.Example:8000")
+    place = place_of(Settings(data_dir=tmp_path, hub_offline=False))
+    assert place.destination("https://CDN.hf.co/x").host == "cdn.hf.co"
+    assert place.destination("http://mirror.example:8000/x").port == 8000

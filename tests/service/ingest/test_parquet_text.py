@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import Unprocessable
+from service.errors import Unavailable, Unprocessable
 from service.executors.confine import Isolation
 from service.ingest import parquet_reader, parquet_text
 from service.ingest.parquet_text import jsonl_of
@@ -117,6 +117,22 @@ def test_the_reader_can_read_nothing_else(written: Written, tmp_path: Path) -> N
     found = Isolation(mode="require", closed=(str(Path(pyarrow.__file__).parent.resolve()),))
     with pytest.raises(Unprocessable, match="ended with 1"):
         lines(written(text=["some words"]), found)
+
+
+def test_a_reader_that_cannot_be_confined_is_the_servers_trouble(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unconfined.py").write_text(
+        "from service.executors.confine import Isolation\n"
+        "from service.ingest import parquet_reader\n"
+        "parquet_reader.confine = lambda isolation: ('network not isolated: forbidden',)\n"
+        "parquet_reader.main(Isolation('require'))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(parquet_text, "READER", "unconfined")
+    with pytest.raises(Unavailable, match="network not isolated: forbidden.*bitplan doctor") as caught:
+        lines(written(text=["some words"]), Isolation("require"))
+    assert (caught.value.status, caught.value.slug) == (503, "not-isolated")
 
 
 def test_without_the_library_it_says_what_to_do(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
