@@ -89,7 +89,9 @@ def check_folder_model(context: Context, folder: str) -> CheckedModel:
 
 
 def store_model(context: Context, session: Session, checked: CheckedModel) -> ModelRecord:
-    """The model of these files: the one that is there, or a new one with a job that verifies it."""
+    """The model of these files: the one that is there, or a new one with a job that verifies it. One whose
+    job ended without a word about it (cancelled) gets another job.
+    """
     if checked.upload is not None:
         _require_there(context, session, checked.upload)
         uploads.complete(session, checked.upload, context.tenant)
@@ -97,6 +99,7 @@ def store_model(context: Context, session: Session, checked: CheckedModel) -> Mo
         uploads.record_blob(session, file["sha256"], file["size"], context.tenant)
     known = models.find_by_digest(session, checked.digest, context.tenant)
     if known is not None:
+        _verify_again(context, session, known, {"model": known.id})
         return known
     require_bytes(context, session, {file["sha256"]: file["size"] for file in checked.files})
     require_job(context, session)
@@ -119,11 +122,15 @@ def store_hub_model(context: Context, session: Session, wanted: HubReference) ->
         digest=digest(wanted.as_json()),
         tenant=context.tenant,
     )
-    request = {"model": model.id, "quota": context.access.key_id is not None}
+    _verify_again(context, session, model, {"model": model.id, "quota": context.access.key_id is not None})
+    return model
+
+
+def _verify_again(context: Context, session: Session, model: ModelRecord, request: Mapping[str, Any]) -> None:
+    """Queue a job for a model that waits for one."""
     if model.state == InputState.VERIFYING and not _is_on_its_way(context, session, model):
         require_job(context, session)
         _queue_verification(context, session, request)
-    return model
 
 
 def _is_on_its_way(context: Context, session: Session, model: ModelRecord) -> bool:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,11 +27,13 @@ READER = "service.ingest.parquet_reader"
 MEMORY_BYTES = 2 * 2**30
 CPU_SECONDS = 60
 LARGEST_FILE = 2**30
-LEAST_ROOM, MOST_EXPANSION = 256 * 2**20, 20
-"""The lines may have so many bytes, or so many times those of the file."""
+LEAST_ROOM, MOST_EXPANSION, MOST_TEXT = 256 * 2**20, 20, 2**30
+"""The lines may have so many bytes, or so many times those of the file, but no more than the last."""
 LONGEST_WORD = 2000
 _CHUNK = 2**20
 _turns = threading.BoundedSemaphore(2)
+PATIENCE_SECONDS = 5.0
+"""How long a request waits for its turn: a thread that waits answers nobody else."""
 
 
 def require_pyarrow(what: str, instead: str, pointer: str) -> None:
@@ -48,16 +51,16 @@ def jsonl_of(path: Path, name: str, isolation: Isolation) -> Iterator[bytes]:
     """The rows of a Parquet file with a column `text` or `messages`, and `context` where there is one.
 
     The same file gives the same bytes. Raises Unprocessable `invalid-calibration` and
-    `parquet-not-installed`, and Unavailable `not-isolated`, in the middle too; `name` is what the sender
-    calls the file.
+    `parquet-not-installed`, and Unavailable `not-isolated` and `too-many-readers`, in the middle too; `name`
+    is what the sender calls the file.
     """
     require_pyarrow("Calibration data in a Parquet file", "Send jsonl", "/files/0")
     size = path.stat().st_size
     if size > LARGEST_FILE:
         raise _invalid(name, f"have at most {LARGEST_FILE} bytes. Got {size}. Send fewer rows")
-    most, begun = max(LEAST_ROOM, MOST_EXPANSION * size), 0
+    most, begun = min(max(LEAST_ROOM, MOST_EXPANSION * size), MOST_TEXT), 0
     with (
-        _turns,
+        _turn(),
         path.open("rb") as file,
         tempfile.TemporaryFile() as said,
         _started(file, said, isolation) as process,
@@ -72,6 +75,21 @@ def jsonl_of(path: Path, name: str, isolation: Isolation) -> Iterator[bytes]:
             _require_end(process.wait(), name, said)
         finally:
             process.kill()
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """One of the few that read at a time. Raises Unavailable."""
+    if not _turns.acquire(timeout=PATIENCE_SECONDS):
+        raise Unavailable(
+            "too-many-readers",
+            "A server must read few Parquet files at a time. Got one more. Try again, or send jsonl.",
+            headers={"Retry-After": "10"},
+        )
+    try:
+        yield
+    finally:
+        _turns.release()
 
 
 def _started(file: BinaryIO, said: BinaryIO, isolation: Isolation) -> subprocess.Popen[bytes]:

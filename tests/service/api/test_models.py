@@ -46,6 +46,21 @@ def test_an_upload_of_another_purpose_is_refused(api):
     assert api.http.post("/v1/models", json={"upload": upload["id"]}).json()["type"].endswith("wrong-purpose")
 
 
+def test_a_model_whose_verification_was_cancelled_is_verified_when_it_is_sent_again(api):
+    def verifications():
+        with api.context.database.read() as session:
+            found = jobs.list_kind(session, JobKind.VERIFY_MODEL, api.context.tenant)
+        return [job for job in found if not job.finished]
+
+    model = api.model()
+    assert api.model() == model
+    [job] = verifications()
+    assert api.http.post(f"/v1/jobs/{job.id}/cancel").json()["state"] == "cancelled"
+    assert verifications() == []
+    assert api.model() == model
+    assert len(verifications()) == 1
+
+
 def test_layers_are_known_after_verification(api, runner):
     model = api.model()
     early = api.http.get(f"/v1/models/{model}/layers")

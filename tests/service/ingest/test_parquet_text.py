@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,20 @@ def test_a_reader_that_cannot_be_confined_is_the_servers_trouble(
     with pytest.raises(Unavailable, match="network not isolated: forbidden.*bitplan doctor") as caught:
         lines(written(text=["some words"]), Isolation("require"))
     assert (caught.value.status, caught.value.slug) == (503, "not-isolated")
+
+
+def test_few_files_are_read_at_a_time(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a turn takes a thread that could answer others."""
+    monkeypatch.setattr(parquet_text, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(parquet_text, "_turns", threading.BoundedSemaphore(1))
+    path = written(text=["some words"])
+    first = jsonl_of(path, path.name, Isolation())
+    assert next(first)
+    with pytest.raises(Unavailable, match="few Parquet files at a time") as caught:
+        lines(path)
+    assert (caught.value.slug, caught.value.status) == ("too-many-readers", 503)
+    assert list(first) == []
+    assert lines(path) == [{"text": "some words"}]
 
 
 def test_without_the_library_it_says_what_to_do(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:

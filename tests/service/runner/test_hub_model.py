@@ -4,6 +4,7 @@ kill -9.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from quant.digest import folder_digest
 from service.db.engine import Database
 from service.db.repositories import jobs, models, retention, tenants
+from service.executors.protocol import ExecutorAway
 from service.hub.fetching import partial_id
 from service.hub.reference import HubReference
 from service.runner.catalog import load_handlers
@@ -118,6 +120,38 @@ def test_progress_is_told(database: Database, settings: Settings, ask: Callable[
     Runner(settings, database, load_handlers()).run_one(seen.append)
     fetching = [progress for progress in seen if progress.stage == Stage.FETCHING]
     assert fetching[-1].done == fetching[-1].total > 0
+
+
+@SQLITE
+def test_a_model_that_meets_an_unexpected_error_does_not_wait_for_ever(
+    run: Callable[..., Fetched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    monkeypatch.setattr("service.runner.verify_job.run_alone", fail)
+    found = run()
+    assert (found.job.state, found.model.state) == (JobState.FAILED, InputState.REJECTED)
+    assert found.model.problem["type"].endswith("internal-error")
+    assert "nobody thought of this" in found.model.problem["detail"]
+
+
+@SQLITE
+@pytest.mark.parametrize("away", [OSError(errno.ENOSPC, "full"), ExecutorAway("no head")])
+def test_a_model_that_meets_what_passes_by_itself_is_left_to_the_next_runner(
+    run: Callable[..., Fetched], database: Database, monkeypatch: pytest.MonkeyPatch, away: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise away
+
+    monkeypatch.setattr("service.runner.verify_job.run_alone", fail)
+    with pytest.raises(type(away)):
+        run()
+    with database.read() as session:
+        [job] = jobs.list_kind(session, JobKind.VERIFY_MODEL)
+        model = models.get(session, job.request["model"])
+    assert model is not None
+    assert (job.state, model.state) == (JobState.QUEUED, InputState.VERIFYING)
 
 
 @SQLITE
